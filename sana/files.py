@@ -1,0 +1,181 @@
+"""Tensors out of files: safetensors, PyTorch pickles, folders of shards, and what stands beside them.
+
+Files are mapped into memory, not read, and pickles are opened with `weights_only`, which refuses code. Nothing here knows
+what the tensors mean.
+"""
+
+import json
+import pickle
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+PICKLES = (".pth", ".pt", ".ckpt", ".bin")
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80")  # of the zip files of today, and of the format before PyTorch 1.6
+# What PyTorch's unpickler raises where the bytes make no sense.
+DAMAGE = (
+    RuntimeError,
+    EOFError,
+    ValueError,
+    OSError,
+    LookupError,
+    AssertionError,
+    TypeError,
+    AttributeError,
+    struct.error,
+)
+WRAPPERS = (
+    "state_dict",
+    "model",
+    "module",
+    "state_dict_ema",
+    "ema",
+)  # keys under which training code files its tensors
+SHARD = re.compile(r"-\d{5}-of-(\d{5})$")
+
+
+class CheckpointError(ValueError):
+    """A file that is not what was asked for. The message is one sentence: what was found, and what to do."""
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """The tensors of one model, with what is written beside them."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)  # of a safetensors header
+    config: dict[str, object] = field(default_factory=dict)  # of a `config.json` in the same folder
+
+
+def read_tensors(path: Path | str, component: str | None = None) -> TensorFile:
+    """Open a file, a folder with one model in one or several files, or a pipeline folder with `component` in it.
+
+    Raises CheckpointError for anything that holds no tensors, is incomplete, or needs code to be read, and
+    FileNotFoundError if there is nothing at the path.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; give a checkpoint file or a folder of a diffusers model")
+    if path.is_dir():
+        if component is not None and (path / component).is_dir():
+            path = path / component
+        return _read_folder(path)
+    shard = SHARD.search(path.stem)
+    if shard and int(shard[1]) > 1:
+        raise CheckpointError(f"{path.name} is one of {int(shard[1])} shards; give the folder that holds all of them")
+    if path.suffix in PICKLES:
+        return TensorFile(path, _read_pickle(path), config=read_json(path.parent / "config.json"))
+    tensors, metadata = _read_safetensors(path)
+    return TensorFile(path, tensors, metadata, read_json(path.parent / "config.json"))
+
+
+def tensor_names(path: Path) -> dict[str, None]:
+    """Names of the tensors in a file or folder, for a look at what it is; none if it cannot be read or is a pickle."""
+    try:
+        files = _model_files(path) if path.is_dir() else [path]
+        names: dict[str, None] = {}
+        for file in files:
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt") as opened:
+                    names.update(dict.fromkeys(opened.keys()))
+        return names
+    except (CheckpointError, SafetensorError, OSError):
+        return {}
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """A JSON object, or {} if there is no such file. Raises CheckpointError if the file is something else."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _read_folder(folder: Path) -> TensorFile:
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for path in _model_files(folder):
+        found, header = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), {})
+        tensors.update(found)
+        metadata.update(header)
+    return TensorFile(folder, tensors, metadata, read_json(folder / "config.json"))
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """The files of one model in a folder: all shards of the plainest name, safetensors before pickles.
+
+    Folders may hold the same model several times, as `name.safetensors` and `name.fp16.safetensors`.
+    """
+    for suffixes in ((".safetensors",), PICKLES):
+        groups: dict[str, list[Path]] = {}
+        for path in sorted(folder.iterdir()):
+            if path.suffix in suffixes:
+                groups.setdefault(SHARD.sub("", path.stem), []).append(path)
+        if groups:
+            name = min(groups, key=lambda name: (name.count("."), name))
+            return _complete(groups[name], folder)
+    raise CheckpointError(
+        f"{folder} holds no .safetensors or .pth file; give the folder of one model, or of a pipeline with a transformer/ in it"
+    )
+
+
+def _complete(paths: list[Path], folder: Path) -> list[Path]:
+    shard = SHARD.search(paths[0].stem)
+    if shard and len(paths) != int(shard[1]):
+        raise CheckpointError(f"{folder} holds {len(paths)} of {int(shard[1])} shards; download the missing ones")
+    return paths
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        hint = "the download may be incomplete" if path.suffix == ".safetensors" else "it is no checkpoint"
+        raise CheckpointError(f"{path.name} is not a readable safetensors file ({error}); {hint}") from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    unreadable = f"{path.name} is not a readable PyTorch file; the download may be incomplete"
+    with path.open("rb") as file:
+        if not file.read(4).startswith(PICKLE_STARTS):
+            raise CheckpointError(unreadable)
+    try:
+        found = _load_pickle(path)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path.name} needs code to be read and is refused, because opening it could run anything; "
+            "use a file that holds tensors only, such as .safetensors"
+        ) from error
+    except DAMAGE as error:
+        raise CheckpointError(unreadable) from error
+    for wrapper in WRAPPERS:
+        if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
+            found = found[wrapper]
+    tensors = (
+        {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        if isinstance(found, Mapping)
+        else {}
+    )
+    if not tensors:
+        raise CheckpointError(f"{path.name} holds no tensors; give a checkpoint of a SANA model")
+    return tensors
+
+
+def _load_pickle(path: Path) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        return torch.load(path, map_location="cpu", weights_only=True)  # the format before PyTorch 1.6 cannot be mapped

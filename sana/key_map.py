@@ -1,0 +1,220 @@
+"""Tensor names: from every dialect SANA is published in to the diffusers names our modules have, as tables. No files here.
+
+Sources: NVlabs/Sana tools/convert_scripts/convert_sana_to_diffusers.py for the transformer, diffusers
+scripts/convert_dcae_to_diffusers.py for the autoencoder. In the tables `*` stands for the rest of a name, "weight" or "bias".
+"""
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+# Names whose presence tells the dialect. What stands before them in a file is a prefix of all names.
+OFFICIAL_MARK = "blocks.0.mlp.inverted_conv.conv.weight"
+DIFFUSERS_MARK = "transformer_blocks.0.ff.conv_inverted.weight"
+EARLY_DIFFUSERS_MARK = "transformer_blocks.0.ff.inverted_conv.conv.weight"  # of November and December 2024
+CONTROL_MARK = "controlnet_blocks.0.weight"  # of diffusers' ControlNet, which has the marks of a transformer as well
+AUTOENCODER_MARKS = ("encoder.down_blocks.1.0.conv1.weight", "encoder.stages.1.op_list.0.main.conv1.conv.weight")
+
+POINTWISE = (
+    ".conv_inverted.weight",
+    ".conv_point.weight",
+    "patch_embed.proj.weight",
+)  # 1x1 convolutions of the transformer
+
+# Official name: ours. Several of ours: the official tensor is cut into equal parts along its first axis.
+OUTSIDE = {
+    "x_embedder.proj.*": "patch_embed.proj.*",
+    "t_embedder.mlp.0.*": "time_embed.emb.timestep_embedder.linear_1.*",
+    "t_embedder.mlp.2.*": "time_embed.emb.timestep_embedder.linear_2.*",
+    "t_block.1.*": "time_embed.linear.*",
+    "y_embedder.y_proj.fc1.*": "caption_projection.linear_1.*",
+    "y_embedder.y_proj.fc2.*": "caption_projection.linear_2.*",
+    "attention_y_norm.*": "caption_norm.*",
+    "final_layer.linear.*": "proj_out.*",
+    "final_layer.scale_shift_table": "scale_shift_table",
+}
+OUTSIDE_SPRINT = {
+    **OUTSIDE,
+    "t_embedder.mlp.0.*": "time_embed.timestep_embedder.linear_1.*",
+    "t_embedder.mlp.2.*": "time_embed.timestep_embedder.linear_2.*",
+    "cfg_embedder.mlp.0.*": "time_embed.guidance_embedder.linear_1.*",
+    "cfg_embedder.mlp.2.*": "time_embed.guidance_embedder.linear_2.*",
+}
+IN_BLOCK = {
+    "scale_shift_table": "scale_shift_table",
+    "attn.qkv.*": ("attn1.to_q.*", "attn1.to_k.*", "attn1.to_v.*"),
+    "attn.q_norm.*": "attn1.norm_q.*",
+    "attn.k_norm.*": "attn1.norm_k.*",
+    "attn.proj.*": "attn1.to_out.0.*",
+    "cross_attn.q_linear.*": "attn2.to_q.*",
+    "cross_attn.kv_linear.*": ("attn2.to_k.*", "attn2.to_v.*"),
+    "cross_attn.q_norm.*": "attn2.norm_q.*",
+    "cross_attn.k_norm.*": "attn2.norm_k.*",
+    "cross_attn.proj.*": "attn2.to_out.0.*",
+    "mlp.inverted_conv.conv.*": "ff.conv_inverted.*",
+    "mlp.depth_conv.conv.*": "ff.conv_depth.*",
+    "mlp.point_conv.conv.*": "ff.conv_point.*",
+}
+HEADER_TENSOR = "sana_header"  # bytes that `checkpoint.header_tensor` wrote
+# Buffers and training-only tensors of official files.
+DROPPED = (HEADER_TENSOR, "pos_embed", "y_embedder.y_embedding", "logvar_linear.weight", "logvar_linear.bias")
+
+EARLY_DIFFUSERS = {
+    "pos_embed.proj.": "patch_embed.proj.",
+    "adaln_single.": "time_embed.",
+    ".ff.inverted_conv.conv.": ".ff.conv_inverted.",
+    ".ff.depth_conv.conv.": ".ff.conv_depth.",
+    ".ff.point_conv.conv.": ".ff.conv_point.",
+}
+
+# Substring replacements for the autoencoder, applied in this order.
+AUTOENCODER_STEPS = (
+    ("main.", ""),
+    ("op_list.", ""),
+    ("context_module", "attn"),
+    ("local_module", "conv_out"),
+    ("aggreg.0.0", "to_qkv_multiscale.0.proj_in"),
+    ("aggreg.0.1", "to_qkv_multiscale.0.proj_out"),
+    ("depth_conv.conv", "conv_depth"),
+    ("inverted_conv.conv", "conv_inverted"),
+    ("point_conv.conv", "conv_point"),
+    ("point_conv.norm", "norm"),
+    ("conv.conv.", "conv."),
+    ("conv1.conv", "conv1"),
+    ("conv2.conv", "conv2"),
+    ("conv2.norm", "norm"),
+    ("proj.norm", "norm_out"),
+    ("encoder.project_in.conv", "encoder.conv_in"),
+    ("encoder.project_out.0.conv", "encoder.conv_out"),
+    ("encoder.stages", "encoder.down_blocks"),
+    ("decoder.project_in.conv", "decoder.conv_in"),
+    ("decoder.project_out.0", "decoder.norm_out"),
+    ("decoder.project_out.2.conv", "decoder.conv_out"),
+    ("decoder.stages", "decoder.up_blocks"),
+)
+
+
+def dialect_prefix(names: Mapping[str, object], mark: str) -> str | None:
+    """What stands before `mark` in a file that has it; None: the file does not have it."""
+    return next((name.removesuffix(mark) for name in names if name == mark or name.endswith("." + mark)), None)
+
+
+def is_transformer(names: Mapping[str, object]) -> bool:
+    marks = (OFFICIAL_MARK, DIFFUSERS_MARK, EARLY_DIFFUSERS_MARK)
+    return CONTROL_MARK not in names and any(dialect_prefix(names, mark) is not None for mark in marks)
+
+
+def is_autoencoder(names: Mapping[str, object]) -> bool:
+    return any(dialect_prefix(names, mark) is not None for mark in AUTOENCODER_MARKS)
+
+
+def to_transformer_names(tensors: Tensors) -> Tensors:
+    """The transformer of a file in any dialect, in our names; a ControlNet's own part is left out."""
+    for mark, rename in (
+        (OFFICIAL_MARK, _from_official),
+        (DIFFUSERS_MARK, dict),
+        (EARLY_DIFFUSERS_MARK, _from_early_diffusers),
+    ):
+        if dialect_prefix(tensors, mark) is not None:
+            found = rename(_without_prefix(tensors, mark))
+            return {name: _as_linear(name, tensor) for name, tensor in found.items() if name not in DROPPED}
+    raise AssertionError("the caller has not asked is_transformer")
+
+
+def to_control_names(tensors: Tensors) -> Tensors:
+    """The ControlNet part of an official file, with its own copy of the embeddings, in our names."""
+    found = {}
+    for name, tensor in tensors.items():
+        match = re.match(r"controlnet\.(\d+)\.(before_proj|after_proj|copied_block)\.(.+)", name)
+        if match is None:
+            if not name.startswith(("blocks.", "final_layer.")) and name not in DROPPED:
+                found.update(_apply(name, tensor, OUTSIDE))
+            continue
+        index, part, rest = match.groups()
+        if part == "copied_block":
+            found.update(_apply(rest, tensor, IN_BLOCK, f"transformer_blocks.{index}."))
+        else:
+            target = "input_block" if part == "before_proj" else f"controlnet_blocks.{index}"
+            found[f"{target}.{rest}"] = tensor
+    return {name: _as_linear(name, tensor) for name, tensor in found.items()}
+
+
+def to_autoencoder_names(tensors: Tensors) -> Tensors:
+    """The DC-AE of a file in original (mit-han-lab) or diffusers names, in our names."""
+    mark = next(mark for mark in AUTOENCODER_MARKS if dialect_prefix(tensors, mark) is not None)
+    tensors = _without_prefix(tensors, mark)
+    if ".op_list." not in mark:
+        return tensors
+    empty = {side: not any(f"{side}.stages.0." in name for name in tensors) for side in ("encoder", "decoder")}
+    found = {}
+    for name, tensor in tensors.items():
+        for old, new in AUTOENCODER_STEPS:
+            name = name.replace(old, new)
+        for side, conv in (("encoder", "conv_in"), ("decoder", "conv_out")):
+            if empty[side]:  # a first or last convolution that also changes the resolution is a module of its own
+                name = name.replace(f"{side}.{conv}.", f"{side}.{conv}.conv.").replace(".conv.conv.", ".conv.")
+        if name.endswith(".attn.qkv.conv.weight") and tensor.ndim == 4:
+            stem = name.removesuffix("qkv.conv.weight")
+            parts = tensor.flatten(1).tensor_split(3)
+            found.update(
+                {f"{stem}{key}.weight": part for key, part in zip(("to_q", "to_k", "to_v"), parts, strict=True)}
+            )
+        elif name.endswith(".attn.proj.conv.weight") and tensor.ndim == 4:
+            found[name.replace("proj.conv", "to_out")] = tensor.flatten(1)
+        else:
+            found[name] = tensor
+    return found
+
+
+def with_convolutions(tensors: Tensors) -> Tensors:
+    """A transformer in our names, with the shapes diffusers gives its 1x1 convolutions."""
+    return {
+        name: tensor[..., None, None] if name.endswith(POINTWISE) and tensor.ndim == 2 else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _without_prefix(tensors: Tensors, mark: str) -> Tensors:
+    prefix = dialect_prefix(tensors, mark)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _from_official(tensors: Tensors) -> Tensors:
+    outside = OUTSIDE_SPRINT if any(name.startswith("cfg_embedder.") for name in tensors) else OUTSIDE
+    found = {}
+    for name, tensor in tensors.items():
+        match = re.match(r"blocks\.(\d+)\.(.+)", name)
+        if match:
+            found.update(_apply(match[2], tensor, IN_BLOCK, f"transformer_blocks.{match[1]}."))
+        elif not name.startswith("controlnet.") and name not in DROPPED:
+            found.update(_apply(name, tensor, outside))
+    return found
+
+
+def _from_early_diffusers(tensors: Tensors) -> Tensors:
+    found = {}
+    for name, tensor in tensors.items():
+        for old, new in EARLY_DIFFUSERS.items():
+            name = name.replace(old, new)
+        found[name] = tensor
+    return found
+
+
+def _apply(name: str, tensor: Tensor, table: Mapping[str, str | tuple[str, ...]], prefix: str = "") -> Tensors:
+    """One tensor in our names. A name that is not in the table keeps its own, so that a strict load reports it."""
+    stem, _, leaf = name.rpartition(".")
+    targets = table.get(name) or table.get(f"{stem}.*") or name
+    if isinstance(targets, str):
+        return {prefix + targets.replace("*", leaf): tensor}
+    # What accompanies a quantised weight, such as its scale, belongs to every part of it.
+    whole = leaf not in ("weight", "bias") or not tensor.ndim
+    parts = (tensor,) * len(targets) if whole else tensor.tensor_split(len(targets))
+    return {prefix + target.replace("*", leaf): part for target, part in zip(targets, parts, strict=True)}
+
+
+def _as_linear(name: str, tensor: Tensor) -> Tensor:
+    """1x1 convolutions of the transformer are matrices here."""
+    return tensor.flatten(1) if name.endswith(POINTWISE) and tensor.ndim == 4 else tensor
