@@ -1,0 +1,107 @@
+"""Gemma-2 text encoders from files: a Hugging Face folder, or one safetensors file with the tokenizer in it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import describe, fill
+from .files import CheckpointError, TensorFile, read_tensors
+from .key_map import dialect_prefix
+from .text_encoder import GemmaTextEncoder, JsonTokenizer, SentencePieceTokenizer, Tokenizer, build_gemma
+
+MARK = "layers.0.post_feedforward_layernorm.weight"
+GEMMA_2_2B_WIDTH = 2304  # the one encoder whose attention heads need not be written down
+# Tensors of bytes in single-file encoders: the tokenizer (the first is the host's convention) and the configuration.
+TOKENIZERS = {"spiece_model": SentencePieceTokenizer, "tokenizer_json": JsonTokenizer}
+CONFIG = "gemma_config"
+SOURCE = "Efficient-Large-Model/gemma-2-2b-it"
+
+
+def load_text_encoder(
+    path: Path | str,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    operations: type | ModuleType = nn,
+) -> GemmaTextEncoder:
+    """Gemma-2 and its tokenizer from a Hugging Face folder, a pipeline folder, or a single safetensors file.
+
+    The tokenizer is `tokenizer.json` or `tokenizer.model` beside the weights or in a sibling folder `tokenizer`, or the
+    tensor `spiece_model`. dtype: of the weights, float32 or bfloat16 (float16 overflows); None: as in the file.
+    Raises CheckpointError if the file is no Gemma-2, lacks tensors, or has no tokenizer.
+    """
+    file = read_tensors(path, "text_encoder")
+    tensors = gemma_tensors(file)
+    tokenizer = find_tokenizer(file)
+    model = build_gemma(gemma_config(tensors, file), operations=operations, dtype=dtype, device=device)
+    return GemmaTextEncoder(fill(model, tensors, file.path.name, dtype, device), tokenizer)
+
+
+def is_gemma(names: Mapping[str, object]) -> bool:
+    """Whether tensors of these names are a Gemma-2: later generations normalise queries as well."""
+    prefix = dialect_prefix(names, MARK)
+    return prefix is not None and f"{prefix}layers.0.self_attn.q_norm.weight" not in names
+
+
+def gemma_tensors(file: TensorFile) -> dict[str, Tensor]:
+    """The network in a file, in the names of transformers' `Gemma2Model`. Raises CheckpointError if there is none."""
+    prefix = dialect_prefix(file.tensors, MARK)
+    if not is_gemma(file.tensors):
+        kind = describe(file.tensors) if prefix is None else "a Gemma of another generation"
+        raise CheckpointError(f"{file.path.name} is {kind}; give a Gemma-2-2b-it, such as {SOURCE}")
+    found = {name.removeprefix(prefix): tensor for name, tensor in file.tensors.items() if name.startswith(prefix)}
+    return {name: tensor for name, tensor in found.items() if name.startswith(("layers.", "embed_tokens.", "norm."))}
+
+
+def gemma_config(tensors: dict[str, Tensor], file: TensorFile) -> dict[str, object]:
+    """The configuration beside or in the file, or that of Gemma-2-2b. Raises CheckpointError for other sizes."""
+    stored = _stored_bytes(file, CONFIG)
+    if stored is not None:
+        return json.loads(stored)
+    if file.config.get("model_type") == "gemma2":
+        return file.config
+    if tensors["norm.weight"].shape[0] == GEMMA_2_2B_WIDTH:
+        return {}  # the defaults of transformers' Gemma2Config
+    raise CheckpointError(
+        f"{file.path.name} has width {tensors['norm.weight'].shape[0]}, not that of Gemma-2-2b; put its config.json beside it"
+    )
+
+
+def find_tokenizer(file: TensorFile) -> Tokenizer:
+    """The tokenizer in or beside an encoder file. Raises CheckpointError if there is none."""
+    for name, kind in TOKENIZERS.items():
+        stored = _stored_bytes(file, name)
+        if stored is not None:
+            return _tokenizer(kind, stored, f"{name} of {file.path.name}")
+    folder = file.path if file.path.is_dir() else file.path.parent
+    for place in (folder, folder.parent / "tokenizer"):
+        for name, kind in (("tokenizer.json", JsonTokenizer), ("tokenizer.model", SentencePieceTokenizer)):
+            if (place / name).is_file():
+                return _tokenizer(kind, (place / name).read_bytes(), str(place / name))
+    raise CheckpointError(
+        f"{file.path.name} has no tokenizer; put tokenizer.json or tokenizer.model of {SOURCE} beside it"
+    )
+
+
+def _tokenizer(kind: type[JsonTokenizer | SentencePieceTokenizer], source: bytes, name: str) -> Tokenizer:
+    try:
+        return kind(source)
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{name} is not a readable tokenizer ({error}); download it again") from error
+
+
+def stored_companions(tokenizer: Tokenizer, config: dict[str, object]) -> dict[str, Tensor]:
+    """A tokenizer and a configuration as tensors of bytes, for files that hold nothing else."""
+    name = next(name for name, kind in TOKENIZERS.items() if isinstance(tokenizer, kind))
+    parts = {name: tokenizer.source, CONFIG: json.dumps(config).encode()}
+    return {name: torch.frombuffer(bytearray(part), dtype=torch.uint8) for name, part in parts.items()}
+
+
+def _stored_bytes(file: TensorFile, name: str) -> bytes | None:
+    """What a tensor of bytes holds, under whatever prefix."""
+    tensor = next((tensor for key, tensor in file.tensors.items() if key == name or key.endswith("." + name)), None)
+    return None if tensor is None else tensor.contiguous().cpu().numpy().tobytes()
