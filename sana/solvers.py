@@ -1,0 +1,106 @@
+"""Solvers of the sampling equation: from noise to a clean latent, by asking a denoiser at a falling series of noise levels.
+
+A solver is a function of a denoiser. It knows no network, draws no progress and remembers nothing between calls.
+Arithmetic is in the dtype of x, which should be float32.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .schedule import half_log_snr
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x (B, C, H, W), sigma ()) -> denoised (B, C, H, W)
+AngleDenoiser = Callable[[Tensor, Tensor], Tensor]  # the same at an angle () in radians
+OnStep = Callable[[int, Tensor, Tensor], None]  # (step, x before it, denoised)
+Noise = Callable[[Tensor], Tensor]  # a latent -> fresh standard normal noise of its shape
+
+SCM_DEVIATION = 0.5  # sigma_d: standard deviation of data and noise in Sprint's flow, arXiv 2503.09641
+
+
+class Step(NamedTuple):
+    """What a solver yields after each step."""
+
+    index: int
+    x: Tensor  # at the step's first noise level
+    denoised: Tensor
+    next_x: Tensor  # at its last
+
+
+def flow_dpm_steps(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
+    """`flow_dpm_solver`, step by step."""
+    previous = None
+    for i in range(len(sigmas) - 1):
+        sigma, sigma_next = sigmas[i], sigmas[i + 1]
+        denoised = denoise(x, sigma)
+        estimate = denoised
+        if previous is not None and sigma_next > 0:
+            last_h = half_log_snr(sigma) - half_log_snr(sigmas[i - 1])
+            h = half_log_snr(sigma_next) - half_log_snr(sigma)
+            estimate = denoised + (denoised - previous) * float(h / (2 * last_h))
+        next_x = torch.lerp(estimate, x, float(sigma_next / sigma))
+        yield Step(i, x, denoised, next_x)
+        x, previous = next_x, denoised
+
+
+def flow_euler_steps(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
+    """`flow_euler`, step by step."""
+    for i in range(len(sigmas) - 1):
+        denoised = denoise(x, sigmas[i])
+        next_x = torch.lerp(denoised, x, float(sigmas[i + 1] / sigmas[i]))
+        yield Step(i, x, denoised, next_x)
+        x = next_x
+
+
+def scm_steps(denoise: AngleDenoiser, x: Tensor, angles: Tensor, noise: Noise) -> Iterator[Step]:
+    """`scm_solver`, step by step."""
+    for i in range(len(angles) - 1):
+        denoised = denoise(x, angles[i])
+        fresh = noise(x) * SCM_DEVIATION
+        next_x = math.cos(angles[i + 1]) * denoised + math.sin(angles[i + 1]) * fresh
+        yield Step(i, x, denoised, next_x)
+        x = next_x
+
+
+def flow_dpm_solver(denoise: Denoiser, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:
+    """Flow-DPM-Solver: DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2) with alpha = 1 - sigma.
+
+    x: (B, C, H, W) at sigmas[0]; sigmas: (steps + 1,), falling. on_step sees each step as it ends. Returns x at sigmas[-1].
+    The first step is of first order, and so is one that ends at 0. A schedule may start at sigma 1, where the second step
+    becomes first order as well, because half_log_snr is infinite there.
+    """
+    return _last(flow_dpm_steps(denoise, x, sigmas), x, on_step)
+
+
+def flow_euler(denoise: Denoiser, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:
+    """Euler steps along the velocity (arXiv 2403.03206, section 2). Arguments as for `flow_dpm_solver`."""
+    return _last(flow_euler_steps(denoise, x, sigmas), x, on_step)
+
+
+def scm_solver(
+    denoise: AngleDenoiser, x: Tensor, angles: Tensor, on_step: OnStep | None = None, *, noise: Noise = torch.randn_like
+) -> Tensor:
+    """Multi-step sampling of a continuous-time consistency model, for Sprint (arXiv 2503.09641, algorithm 2).
+
+    x: (B, C, H, W), 0.5 times standard normal noise; angles: (steps + 1,), falling to 0; noise: called once a step, at the
+    last one too, as the references do. Returns the clean latent, still times 0.5.
+    """
+    return _last(scm_steps(denoise, x, angles, noise), x, on_step)
+
+
+# Solvers that take a flow schedule, by the name the shell and the host show.
+SOLVERS: dict[str, Callable[[Denoiser, Tensor, Tensor], Iterator[Step]]] = {
+    "flow_dpm": flow_dpm_steps,
+    "flow_euler": flow_euler_steps,
+}
+
+
+def _last(steps: Iterator[Step], x: Tensor, on_step: OnStep | None) -> Tensor:
+    for step in steps:
+        if on_step is not None:
+            on_step(step.index, step.x, step.denoised)
+        x = step.next_x
+    return x
