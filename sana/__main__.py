@@ -1,0 +1,253 @@
+"""The shell: python -m sana generate PROMPT, python -m sana info PATH, python -m sana convert SRC DST."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from .config import VARIANTS
+from .inspection import convert, describe_file
+from .pipeline import SanaPipeline, Settings
+from .prompt import INSTRUCTION
+from .solvers import SOLVERS
+
+DTYPES = ("float32", "bfloat16", "float16")
+INTERRUPTED = 130  # exit code after Ctrl-C
+
+
+class Job(NamedTuple):
+    """Pictures of one prompt that are sampled together; the k-th has seed + k."""
+
+    prompt: str
+    seed: int
+    paths: list[Path]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit code."""
+    logging.basicConfig(format="%(message)s")
+    options = parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("\nStopped; finished pictures are kept.", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m sana", description="SANA text to image.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    add_generate(commands.add_parser("generate", help="draw a prompt"))
+    info = commands.add_parser("info", help="say what a checkpoint is")
+    info.add_argument("path", type=Path)
+    info.set_defaults(run=run_info)
+    conversion = commands.add_parser("convert", help="write a transformer or autoencoder as one safetensors file")
+    conversion.add_argument("source", type=Path)
+    conversion.add_argument("target", type=Path)
+    conversion.add_argument("--variant", choices=tuple(VARIANTS), help="for a file that cannot tell 1K from 2K or 4K")
+    conversion.add_argument("--dtype", choices=DTYPES, help="default: as in the source")
+    conversion.set_defaults(run=run_convert)
+    return top
+
+
+def add_generate(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("prompt", nargs="?", help="what to draw")
+    add("--prompts", type=Path, metavar="FILE", help="draw every line of a text file instead")
+    add(
+        "--out",
+        type=Path,
+        default=Path("sana.png"),
+        help="PNG to write; several pictures get a number (default: sana.png)",
+    )
+    add("--resume", action="store_true", help="skip pictures that exist already")
+    add("--model", default="demo", help='"demo", a diffusers folder, or a transformer file (default: demo)')
+    add("--autoencoder", help="for a transformer file: file or folder of its DC-AE")
+    add("--text-encoder", help="for a transformer file: file or folder of Gemma-2-2b-it")
+    add("--variant", choices=tuple(VARIANTS), help="for a file that cannot tell 1K from 2K or 4K")
+    add("--negative", default="", help="what to avoid")
+    add("--height", type=int, help="pixels, a multiple of 32 (default: the model's)")
+    add("--width", type=int, help="pixels, a multiple of 32 (default: the model's)")
+    add("--steps", type=int, help="evaluations of the model (default: 20; Sprint: 2)")
+    add("--guidance-scale", type=float, default=4.5, help="1 is off (default: 4.5)")
+    add(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        default=(0.0, 1.0),
+        metavar=("LOW", "HIGH"),
+        help="noise levels it acts at",
+    )
+    add("--pag-scale", type=float, default=0.0, help="perturbed-attention guidance; 0 is off (default: 0)")
+    add("--flow-shift", type=float, help="default: the model's")
+    add("--solver", choices=tuple(SOLVERS), default="flow_dpm")
+    add(
+        "--reference", choices=("nvlabs", "diffusers"), default="nvlabs", help="whose rules to follow where they differ"
+    )
+    add("--instruction", default=INSTRUCTION, help="text before the prompt; '' for none (default: NVIDIA's)")
+    add("--seed", type=int, default=0, help="of the first picture; the k-th has seed + k (default: 0)")
+    add("--batch-size", type=int, default=1, help="pictures of each prompt (default: 1)")
+    add("--image", type=Path, help="picture to start from")
+    add("--mask", type=Path, help="of --image: white is painted anew, black is kept")
+    add("--strength", type=float, default=1.0, help="share of the noise put on --image, in (0, 1] (default: 1)")
+    add("--max-bytes", type=int, help="bound on the working memory of the autoencoder")
+    add("--dtype", choices=DTYPES, help="default: float32 on a CPU, else that of the release")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--compile", action="store_true", help="compile the transformer first; pays for many pictures of one size")
+    command.set_defaults(run=run_generate)
+
+
+def run_generate(options: argparse.Namespace) -> int:
+    check_device(options.device)
+    jobs = list(pending_jobs(options))
+    if not jobs:
+        print("Every picture exists already.")
+        return 0
+    settings = Settings(
+        negative=options.negative,
+        height=options.height,
+        width=options.width,
+        steps=options.steps,
+        guidance_scale=options.guidance_scale,
+        guidance_interval=tuple(options.guidance_interval),
+        pag_scale=options.pag_scale,
+        reference=options.reference,
+        solver=options.solver,
+        flow_shift=options.flow_shift,
+        instruction=options.instruction or None,
+        image=read_picture(options.image),
+        mask=read_picture(options.mask),
+        strength=options.strength,
+        max_bytes=options.max_bytes,
+    )
+    pipeline = SanaPipeline.load(
+        options.model,
+        autoencoder=options.autoencoder,
+        text_encoder=options.text_encoder,
+        variant=options.variant,
+        dtype=getattr(torch, options.dtype) if options.dtype else None,
+        device=options.device,
+        compiled=options.compile,
+    )
+    for job in jobs:
+        draw(pipeline, job, replace(settings, seed=job.seed))
+    return 0
+
+
+def draw(pipeline: SanaPipeline, job: Job, settings: Settings) -> None:
+    """Sample the pictures of a job, with a progress bar, and write them."""
+    with tqdm(total=pipeline.step_count(settings), desc=job.prompt[:40], unit="step") as bar:
+        for step in pipeline.sample(job.prompt, settings, batch_size=len(job.paths)):
+            latent = step.next_x
+            bar.update()
+    pictures = pipeline.pictures(latent, settings.max_bytes)
+    for k, (picture, path) in enumerate(zip(pictures, job.paths, strict=True)):
+        write_png(picture, path, pipeline.record(job.prompt, replace(settings, seed=settings.seed + k)))
+        print(path)
+
+
+def pending_jobs(options: argparse.Namespace) -> Iterator[Job]:
+    """What is to be drawn. With --resume, pictures that exist are left out. Raises ValueError for unusable options."""
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size is {options.batch_size}; at least 1 is needed")
+    check_output(options.out)
+    prompts = read_prompts(options)
+    count = len(prompts) * options.batch_size
+    paths = [numbered(options.out, k) for k in range(count)] if count > 1 else [options.out]
+    for i, prompt in enumerate(prompts):
+        seeds = range(options.seed, options.seed + options.batch_size)
+        wanted = list(zip(seeds, paths[i * options.batch_size : (i + 1) * options.batch_size], strict=True))
+        missing = [(seed, path) for seed, path in wanted if not (options.resume and path.exists())]
+        if len(missing) == len(wanted):
+            yield Job(prompt, options.seed, [path for _, path in wanted])
+        else:
+            yield from (Job(prompt, seed, [path]) for seed, path in missing)
+
+
+def read_prompts(options: argparse.Namespace) -> list[str]:
+    """The prompt, or the lines of the prompt file that are not blank. Raises ValueError unless exactly one of them is given."""
+    if (options.prompt is None) == (options.prompts is None):
+        raise ValueError("give either a prompt or --prompts FILE")
+    if options.prompt is not None:
+        return [options.prompt]
+    try:
+        text = options.prompts.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{options.prompts} is not a text in UTF-8; write one prompt on each line") from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{options.prompts} holds no prompt; write one on each line")
+    return prompts
+
+
+def numbered(path: Path, k: int) -> Path:
+    return path.with_stem(f"{path.stem}-{k + 1:04d}")
+
+
+def check_device(name: str) -> None:
+    """Raises ValueError for a GPU that is not there."""
+    device, count = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device {name} is not there: PyTorch finds {count} CUDA devices; use another or cpu")
+
+
+def check_output(path: Path) -> None:
+    """Raises ValueError for an output that could not be written, before anything is computed."""
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--out is {path}; give the name of a PNG file, such as {path.with_suffix('.png')}")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--out {path} cannot be written; give a file in a folder that exists and is yours to write")
+
+
+def read_picture(path: Path | None) -> Image.Image | None:
+    """A picture from a file. Raises ValueError if it is none."""
+    if path is None:
+        return None
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not a picture; give a PNG or JPEG file") from error
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as a picture ({error}); give another file") from error
+
+
+def write_png(picture: Image.Image, path: Path, record: dict[str, object]) -> None:
+    """Write a picture with its record, as a whole or not at all."""
+    text = PngInfo()
+    text.add_text("sana", json.dumps(record, ensure_ascii=False))
+    unfinished = path.with_suffix(".part")
+    try:
+        picture.save(unfinished, format="PNG", pnginfo=text)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def run_info(options: argparse.Namespace) -> int:
+    print(describe_file(options.path))
+    return 0
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    print(convert(options.source, options.target, dtype=dtype, variant=options.variant))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

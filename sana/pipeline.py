@@ -1,0 +1,294 @@
+"""From a prompt to pictures: the parts of this package put together, without a host."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+from .autoencoder import DCAutoencoder
+from .checkpoint import TransformerIdentity, build_transformer, identify_transformer, load_autoencoder
+from .files import read_tensors
+from .guidance import Condition, Guidance, Reference, guided_denoiser, inpainting_denoiser, scm_denoiser
+from .prompt import DIFFUSERS_INSTRUCTION, INSTRUCTION
+from .resolution import check_size
+from .schedule import flow_euler_sigmas, partial_sigmas, scm_angles
+from .solvers import SCM_DEVIATION, SOLVERS, Step, scm_steps
+from .text_checkpoint import load_text_encoder
+from .text_encoder import GemmaTextEncoder
+from .transformer import SanaTransformer
+
+MODELS = {"demo": Path(__file__).parent / "demo" / "checkpoint"}  # names that stand for a folder
+DEFAULT_STEPS, SPRINT_STEPS = 20, 2
+
+
+class SamplingError(RuntimeError):
+    """Sampling went wrong. The message names the likely cause."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a batch of pictures, beside the model and the prompts. None: what the model or the rest suggest.
+
+    Raises ValueError for an unknown solver, a strength outside (0, 1], and a mask or a strength below 1 without an image;
+    sizes, steps and scales are checked when used.
+    """
+
+    negative: str = ""
+    height: int | None = None  # pixels
+    width: int | None = None
+    steps: int | None = None
+    seed: int = 0  # of the first picture; the k-th has seed + k, so that the size of a batch changes no picture
+    guidance_scale: float = 4.5
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    pag_scale: float = 0.0
+    pag_blocks: Sequence[int] | None = None
+    reference: Reference = "nvlabs"
+    solver: str = "flow_dpm"
+    flow_shift: float | None = None
+    instruction: str | None = INSTRUCTION  # None: none
+    image: Image.Image | None = None  # to start from; cut to the size of the picture
+    mask: Image.Image | None = None  # of `image`: white is painted anew, black is kept
+    strength: float = 1.0  # share of the noise schedule to run, in (0, 1]; 1 keeps nothing of an image outside a mask
+    max_bytes: int | None = None  # bound on the working memory of the autoencoder
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver {self.solver!r} is unknown; use one of {', '.join(SOLVERS)}")
+        if self.mask is not None and self.image is None:
+            raise ValueError("a mask needs the image that it is a mask of; give both")
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"strength is {self.strength}; it must be above 0 and at most 1")
+        if self.strength != 1 and self.image is None:
+            raise ValueError(f"strength {self.strength} needs an image to start from; give both")
+
+
+class SanaPipeline:
+    """A SANA transformer with its autoencoder and its text encoder."""
+
+    def __init__(
+        self,
+        transformer: SanaTransformer,
+        autoencoder: DCAutoencoder,
+        text_encoder: GemmaTextEncoder,
+        identity: TransformerIdentity,
+        *,
+        compiled: bool = False,
+    ) -> None:
+        self.transformer = transformer
+        self.autoencoder = autoencoder
+        self.text_encoder = text_encoder
+        self.identity = identity
+        self.velocity = torch.compile(transformer.velocity) if compiled else transformer.velocity
+
+    @classmethod
+    def load(
+        cls,
+        model: Path | str = "demo",
+        *,
+        autoencoder: Path | str | None = None,
+        text_encoder: Path | str | None = None,
+        variant: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        compiled: bool = False,
+    ) -> "SanaPipeline":
+        """model: "demo", a diffusers folder, or a transformer file, which needs autoencoder and text_encoder as well.
+
+        variant: a name from VARIANTS, for files that cannot tell. dtype: of all parts, but float16, which overflows elsewhere,
+        of the transformer only; None: float32 on a CPU, else that of the release for the transformer and bfloat16 for the
+        rest. compiled: run the transformer through torch.compile.
+        Raises CheckpointError for files that are something else, and FileNotFoundError.
+        """
+        model = MODELS.get(str(model), model)
+        file = read_tensors(model, "transformer")
+        identity = identify_transformer(file, variant)
+        on_cpu = torch.device(device).type == "cpu"
+        own = dtype or (torch.float32 if on_cpu else getattr(torch, identity.dtype))
+        safe = torch.float32 if on_cpu else torch.bfloat16
+        others = safe if dtype in (None, torch.float16) else dtype
+        return cls(
+            build_transformer(file, identity.config, own, device),
+            load_autoencoder(autoencoder or model, others, device),
+            load_text_encoder(text_encoder or model, others, device),
+            identity,
+            compiled=compiled,
+        )
+
+    def __call__(self, prompt: str | Sequence[str], *, batch_size: int = 1, **options: object) -> list[Image.Image]:
+        """Pictures of a prompt: batch_size of them, or one for each of several prompts.
+
+        options: fields of `Settings`, as in `pipeline("a cat", height=512, width=512, seed=1)`.
+        Raises ValueError for values out of range, and SamplingError if the network's numbers break.
+        """
+        settings = Settings(**options)
+        for step in self.sample(prompt, settings, batch_size=batch_size):
+            latent = step.next_x
+        return self.pictures(latent, settings.max_bytes)
+
+    @torch.no_grad()
+    def sample(self, prompt: str | Sequence[str], settings: Settings, *, batch_size: int = 1) -> Iterator[Step]:
+        """The steps of sampling one by one, for a caller to watch, to cancel, or to stop early.
+
+        The last step's `next_x`, or any step's `denoised`, is a latent (B, 32, H, W) for `pictures`. Raises as `__call__`.
+        """
+        prompts = [prompt] * batch_size if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise ValueError("there is no picture to draw; ask for at least one")
+        sprint = self.identity.config.guidance_embed
+        for step in self._sprint_steps(prompts, settings) if sprint else self._flow_steps(prompts, settings):
+            if not bool(torch.isfinite(step.next_x).all()):
+                computing, released = self.transformer.dtype, self.identity.dtype
+                exact = computing == torch.float32
+                raise SamplingError(
+                    f"step {step.index + 1} gave numbers that are not finite, computing in {computing}; "
+                    + (
+                        "the checkpoint is damaged"
+                        if exact
+                        else f"the model was released in {released}, so use that or float32"
+                    )
+                )
+            yield step
+
+    @torch.no_grad()
+    def pictures(self, latent: Tensor, max_bytes: int | None = None) -> list[Image.Image]:
+        """Decode a latent (B, 32, H, W), one picture at a time."""
+        scale = self.autoencoder.config.latent_scale
+        return [to_picture(self.autoencoder.decode(part / scale, max_bytes)[0]) for part in latent.split(1)]
+
+    def step_count(self, settings: Settings) -> int:
+        """How many steps `sample` takes. Raises ValueError for a schedule that cannot be."""
+        return len(self._angles(settings) if self.identity.config.guidance_embed else self._sigmas(settings)) - 1
+
+    def record(self, prompt: str, settings: Settings) -> dict[str, object]:
+        """Everything needed to draw a picture again, as JSON values; only what differs from the defaults of `Settings`."""
+        height, width = self.size(settings)
+        given = {field.name: getattr(settings, field.name) for field in fields(settings)}
+        changed = {field.name: given[field.name] for field in fields(settings) if given[field.name] != field.default}
+        plain = {name: value for name, value in changed.items() if name not in ("image", "mask", "max_bytes")}
+        started = {"image": "given"} if settings.image is not None else {}
+        model = {"model": self.identity.variant, "steps": self.step_count(settings)}
+        return {"prompt": prompt, "seed": settings.seed, **model, **plain, **started, "height": height, "width": width}
+
+    def size(self, settings: Settings) -> tuple[int, int]:
+        """Height and width of the pictures, px. Raises ValueError for sizes no model takes."""
+        factor = self.autoencoder.config.downsample
+        suggested = (self.identity.base_size, self.identity.base_size)
+        if settings.image is not None:
+            suggested = tuple(max(factor, side // factor * factor) for side in reversed(settings.image.size))
+        height = suggested[0] if settings.height is None else settings.height
+        width = suggested[1] if settings.width is None else settings.width
+        check_size(height, width, factor)
+        return height, width
+
+    def _guidance(self, settings: Settings) -> Guidance:
+        blocks = (self.transformer.config.perturbed_block,) if settings.pag_blocks is None else settings.pag_blocks
+        return Guidance(
+            settings.guidance_scale,
+            settings.guidance_interval,
+            settings.pag_scale,
+            frozenset(blocks),
+            settings.reference,
+        )
+
+    def _flow_steps(self, prompts: list[str], settings: Settings) -> Iterator[Step]:
+        guidance = self._guidance(settings)
+        noise = self._noise(len(prompts), settings)
+        sigmas = self._sigmas(settings)
+        cond, uncond = self._encode(prompts, settings)
+        denoise = guided_denoiser(self.transformer, cond, uncond, guidance, sigmas=sigmas, velocity=self.velocity)
+        x = noise
+        if settings.image is not None:
+            clean = self._encode_image(settings).expand_as(noise)
+            x = torch.lerp(clean, noise, float(sigmas[0]))
+            if settings.mask is not None:
+                denoise = inpainting_denoiser(denoise, clean, noise, self._latent_mask(settings, noise))
+        yield from SOLVERS[settings.solver](denoise, x, sigmas)
+
+    def _sprint_steps(self, prompts: list[str], settings: Settings) -> Iterator[Step]:
+        if settings.negative or settings.mask is not None:
+            raise ValueError("Sprint models take neither a negative prompt nor a mask; use another SANA model for them")
+        angles = self._angles(settings)
+        generators = self._generators(len(prompts), settings)
+        noise = torch.cat([self._draw(generator, settings) for generator in generators]) * SCM_DEVIATION
+        x = noise
+        if settings.image is not None:
+            clean = self._encode_image(settings) * SCM_DEVIATION
+            x = torch.cos(angles[0]).to(noise) * clean + torch.sin(angles[0]).to(noise) * noise
+        cond = self._encode_prompts(prompts, settings)
+        denoise = scm_denoiser(self.transformer, cond, self._guidance(settings).scale, velocity=self.velocity)
+
+        def fresh(like: Tensor) -> Tensor:
+            return torch.cat([self._draw(generator, settings) for generator in generators]).to(like)
+
+        for step in scm_steps(denoise, x, angles, fresh):
+            yield step._replace(denoised=step.denoised / SCM_DEVIATION, next_x=step.next_x / SCM_DEVIATION)
+
+    def _angles(self, settings: Settings) -> Tensor:
+        """Angles for Sprint. With an image, the first ones are left out: pipeline_sana_sprint_img2img.py of diffusers."""
+        angles = scm_angles(SPRINT_STEPS if settings.steps is None else settings.steps)
+        steps = len(angles) - 1
+        return angles if settings.image is None else angles[int(max(steps - steps * settings.strength, 0)) :]
+
+    def _sigmas(self, settings: Settings) -> Tensor:
+        steps = DEFAULT_STEPS if settings.steps is None else settings.steps
+        flow_shift = self.identity.flow_shift if settings.flow_shift is None else settings.flow_shift
+        if settings.solver == "flow_euler" and settings.strength == 1:
+            return flow_euler_sigmas(steps, flow_shift)
+        return partial_sigmas(steps, flow_shift, settings.strength)
+
+    def _encode(self, prompts: list[str], settings: Settings) -> tuple[Condition, Condition | None]:
+        cond = self._encode_prompts(prompts, settings)
+        if settings.guidance_scale == 1:
+            return cond, None
+        negative = settings.negative.lower() if settings.reference == "diffusers" else settings.negative
+        text, text_mask = self.text_encoder([negative], None)
+        return cond, Condition(text.expand_as(cond.text), text_mask.expand_as(cond.text_mask))
+
+    def _encode_prompts(self, prompts: list[str], settings: Settings) -> Condition:
+        instruction = settings.instruction
+        if settings.reference == "diffusers":
+            prompts = [prompt.lower() for prompt in prompts]
+            instruction = DIFFUSERS_INSTRUCTION if instruction == INSTRUCTION else instruction
+        return Condition(*self.text_encoder(prompts, instruction))
+
+    def _noise(self, count: int, settings: Settings) -> Tensor:
+        return torch.cat([self._draw(generator, settings) for generator in self._generators(count, settings)])
+
+    def _generators(self, count: int, settings: Settings) -> list[torch.Generator]:
+        for seed in (settings.seed, settings.seed + count - 1):
+            if not -(2**63) <= seed < 2**64:
+                raise ValueError(f"seed {seed} does not fit into 64 bits; use a smaller one")
+        return [torch.Generator().manual_seed(settings.seed + k) for k in range(count)]
+
+    def _draw(self, generator: torch.Generator, settings: Settings) -> Tensor:
+        """Standard normal noise for one picture, drawn on the CPU so that a seed means the same everywhere."""
+        factor = self.autoencoder.config.downsample
+        height, width = self.size(settings)
+        shape = (1, self.transformer.config.channels, height // factor, width // factor)
+        return torch.randn(shape, generator=generator).to(self.transformer.scale_shift_table.device)
+
+    def _encode_image(self, settings: Settings) -> Tensor:
+        """The latent (1, 32, H, W) of the image to start from."""
+        height, width = self.size(settings)
+        pixels = np.asarray(ImageOps.fit(settings.image.convert("RGB"), (width, height), Image.Resampling.LANCZOS))
+        image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float().div(127.5).sub(1)
+        image = image.to(self.transformer.scale_shift_table.device)
+        return self.autoencoder.encode(image, settings.max_bytes) * self.autoencoder.config.latent_scale
+
+    def _latent_mask(self, settings: Settings, like: Tensor) -> Tensor:
+        """The mask at the size of a latent: (1, 1, H, W) in [0, 1]."""
+        height, width = self.size(settings)
+        pixels = np.asarray(ImageOps.fit(settings.mask.convert("L"), (width, height), Image.Resampling.NEAREST))
+        mask = torch.from_numpy(pixels.copy())[None, None].float().div(255)
+        return F.interpolate(mask, size=like.shape[-2:], mode="bilinear").to(like)
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """A decoded image (3, height, width), near [-1, 1], as an 8-bit picture."""
+    pixels = image.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())

@@ -1,0 +1,148 @@
+"""Whole tiny models with random weights, large enough that the text shows in a picture, and the files they come in."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from sentencepiece import SentencePieceTrainer
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor, nn
+from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer, PreTrainedTokenizerFast
+
+from sana.autoencoder import DCAutoencoder
+from sana.config import TransformerConfig
+from sana.prompt import INSTRUCTION
+from sana.text_encoder import BOS, GemmaTextEncoder, JsonTokenizer
+from sana.training.export import write_pipeline
+from sana.training.tokenizer import train_tokenizer
+from sana.transformer import SanaTransformer
+from tests.sana.networks import randomise, tiny_autoencoder_config, tiny_config
+
+TEXT_WIDTH = 64
+PROMPTS = (
+    "A red circle left of a blue square.",
+    'a "neon sign" above the door, two  spaces',
+    "一只穿着宇航服的猫在月球上",
+    "🐱👩‍🚀 a cat with an astronaut",
+    "ein Mädchen, 夕阳, sunset 🌅, déjà vu",
+)
+GEMMA = {
+    "model_type": "gemma2",
+    "vocab_size": 600,
+    "hidden_size": TEXT_WIDTH,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "attn_logit_softcapping": 10.0,
+    "sliding_window": 4096,
+}
+TRANSFORMER = replace(tiny_config("sana-0.6b-1024px"), text_width=TEXT_WIDTH)
+SPRINT = replace(tiny_config("sana-sprint-0.6b-1024px"), text_width=TEXT_WIDTH)
+
+
+def gemma(**changes: object) -> Gemma2Model:
+    """transformers' own network, with attention logits so large that soft-capping matters."""
+    torch.manual_seed(0)
+    model = Gemma2Model(Gemma2Config(**{**GEMMA, **changes}, attn_implementation="eager"))
+    for name, parameter in model.named_parameters():
+        gain = 2.0 if "q_proj" in name or "k_proj" in name else 1.0
+        # Gemma's norms multiply by 1 + weight
+        nn.init.normal_(parameter, std=0.1 if parameter.ndim == 1 else gain / parameter.shape[1] ** 0.5)
+    return model.eval().requires_grad_(False)
+
+
+def transformer(config: TransformerConfig = TRANSFORMER) -> SanaTransformer:
+    torch.manual_seed(0)
+    return randomise(SanaTransformer(config))
+
+
+def autoencoder() -> DCAutoencoder:
+    torch.manual_seed(0)
+    return randomise(DCAutoencoder(tiny_autoencoder_config("dc-ae-f32c32-sana-1.1", depth=1)))
+
+
+def write_model(folder: Path, config: TransformerConfig = TRANSFORMER) -> Path:
+    """A whole model in the layout of a diffusers pipeline. A Sprint one has the scheduler of another, which is not read."""
+    tokenizer = folder / "trained.json"
+    tokenizer.write_bytes(tokenizer_json())
+    write_pipeline(
+        folder,
+        transformer(config),
+        autoencoder(),
+        GemmaTextEncoder(gemma(), JsonTokenizer(tokenizer_json())),
+        gemma_config=GEMMA,
+        tokenizer=tokenizer,
+        base_size=64,
+        flow_shift=2.0,
+    )
+    return folder
+
+
+@cache
+def tokenizer_json() -> bytes:
+    """A `tokenizer.json` of the tokenizers library."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "tokenizer.json")
+        train_tokenizer(_corpus(), GEMMA["vocab_size"], path)
+        return path.read_bytes()
+
+
+@cache
+def tokenizer_model() -> bytes:
+    """A `tokenizer.model` of sentencepiece, trained with the settings of Gemma's."""
+    model, specials = io.BytesIO(), ("pad", "eos", "bos", "unk")
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(_corpus()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=GEMMA["vocab_size"],
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        user_defined_symbols=["\n"],
+        minloglevel=2,
+        **{f"{name}_id": i for i, name in enumerate(specials)},
+        **{f"{name}_piece": f"<{name}>" for name in specials},
+    )
+    return model.getvalue()
+
+
+def reference_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """transformers' tokenizer of a folder with a `tokenizer.json` or a `tokenizer.model`, set as Gemma's configuration sets it."""
+    if (folder / "tokenizer.json").exists():
+        specials = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **specials)
+    else:
+        tokenizer = GemmaTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<bos> $A", special_tokens=[("<bos>", BOS)])
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+@torch.no_grad()
+def reference_text(
+    model: Gemma2Model, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], instruction: str | None
+) -> tuple[Tensor, Tensor]:
+    """NVlabs/Sana app/sana_pipeline.py: pairs padded to n + 298 and run in full; the first row and the last 299 are kept.
+
+    Without instruction, prompts are padded to 300. Returns text (B, 300, C) and text_mask (B, 300).
+    """
+    length = len(tokenizer.encode(instruction)) + 300 - 2 if instruction else 300
+    pairs = [(instruction or "") + prompt.strip() for prompt in prompts]
+    tokens = tokenizer(pairs, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    rows = [0, *range(-299, 0)]
+    mask = tokens.attention_mask
+    return model(tokens.input_ids, attention_mask=mask)[0][:, rows], mask[:, rows].bool()
+
+
+def _corpus() -> list[str]:
+    return [line for text in (INSTRUCTION, *PROMPTS) for line in text.splitlines()] * 2

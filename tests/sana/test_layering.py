@@ -1,0 +1,255 @@
+"""Who may import whom, what may be global, and what is public: the rules that keep the package standalone."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import sana
+
+ROOT = Path(sana.__file__).parent.parent
+SANA = sorted((ROOT / "sana").rglob("*.py"))
+NODES = sorted((ROOT / "nodes").rglob("*.py"))
+HOST = sorted((ROOT / "nodes" / "host").rglob("*.py"))
+LIBRARY = sorted((ROOT / "sana").glob("*.py"))
+
+HOST_PUBLIC = {"comfy_api", "folder_paths"}
+HOST_INTERNAL = {"comfy", "comfy_extras", "execution", "latent_preview", "nodes", "server"}
+# What ComfyUI installs, and what these install.
+RUNTIME = {"torch", "safetensors", "transformers", "einops", "numpy", "PIL", "tqdm", "tokenizers", "sentencepiece"}
+# Modules of sana/ and what each must not know, itself or by what it imports.
+STRANGERS = {
+    "config": {"*"},
+    "prompt": {"*", "-config"},
+    "schedule": {"*"},
+    "solvers": {"*", "-schedule"},
+    "resolution": {"*", "-config"},
+    "files": {"*"},
+    "key_map": {"*"},
+    "layers": {"*", "-config"},
+    "transformer": {"*", "-config", "-layers"},
+    "autoencoder": {"*", "-config", "-layers", "-streaming"},
+    "streaming": {"*", "-config", "-layers", "-autoencoder"},
+    "text_encoder": {"*", "-config", "-prompt"},
+    "guidance": {"files", "key_map", "checkpoint", "autoencoder", "text_encoder", "pipeline"},
+    "checkpoint": {"schedule", "solvers", "guidance", "text_encoder", "pipeline"},
+    "pipeline": {"__main__", "inspection"},
+}
+MUTATORS = {"append", "extend", "insert", "update", "setdefault", "pop", "popitem", "remove", "discard", "add", "clear"}
+PUBLIC = {
+    "INSTRUCTION",
+    "VARIANTS",
+    "CheckpointError",
+    "SamplingError",
+    "SanaPipeline",
+    "Settings",
+    "flow_dpm_solver",
+    "flow_euler",
+    "flow_sigmas",
+    "load_autoencoder",
+    "load_text_encoder",
+    "load_transformer",
+    "scm_solver",
+}
+
+
+class Import(NamedTuple):
+    name: str  # dotted; from the root of the pack and after "./" if it is of the pack
+    line: int
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path: Path) -> Iterator[Import]:
+    """Everything a file imports, wherever it stands in it; relative imports as names from the root of the pack."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield Import(node.module, node.lineno)
+        elif isinstance(node, ast.ImportFrom):
+            parts = path.relative_to(ROOT).parts
+            assert node.level <= len(parts), f"{path}, line {node.lineno}, reaches outside the pack"
+            stem = [*parts[: -node.level], *([node.module] if node.module else [])]
+            names = [stem] if node.module else [[*stem, alias.name] for alias in node.names]
+            yield from (Import("./" + ".".join(name), node.lineno) for name in names)
+
+
+def foreign(path: Path) -> set[str]:
+    """Top-level packages that a file imports from outside the pack, without the standard library."""
+    tops = {found.name.split(".")[0] for found in imports(path) if not found.name.startswith("./")}
+    return tops - sys.stdlib_module_names
+
+
+def own(path: Path) -> set[str]:
+    """Modules of the pack that a file imports, dotted from the root."""
+    return {found.name.removeprefix("./") for found in imports(path) if found.name.startswith("./")}
+
+
+def label(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+# Imports
+
+
+@pytest.mark.parametrize("path", SANA, ids=label)
+def test_sana_knows_no_host(path: Path) -> None:
+    assert not foreign(path) & (HOST_PUBLIC | HOST_INTERNAL)
+    assert all(name.split(".")[0] == "sana" for name in own(path))
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=label)
+def test_the_library_needs_nothing_that_the_host_does_not_install(path: Path) -> None:
+    assert foreign(path) <= RUNTIME
+
+
+@pytest.mark.parametrize("path", sorted({*NODES} - {*HOST}), ids=label)
+def test_nodes_use_what_the_host_offers_and_not_its_internals(path: Path) -> None:
+    assert foreign(path) <= RUNTIME | HOST_PUBLIC
+
+
+def test_only_nodes_import_the_host() -> None:
+    """Of the files that are part of the pack or of its benchmarks."""
+    others = [ROOT / "__init__.py", *sorted((ROOT / "bench").rglob("*.py"))]
+    for path in others:
+        assert not foreign(path) & (HOST_PUBLIC | HOST_INTERNAL), path
+    assert own(ROOT / "__init__.py") == {"nodes"}
+
+
+def test_the_host_is_reached_in_one_folder() -> None:
+    assert {path.parent for path in NODES if foreign(path) & HOST_INTERNAL} == {ROOT / "nodes" / "host"}
+
+
+@pytest.mark.parametrize("path", [path for path in LIBRARY if path.stem != "__main__"], ids=label)
+def test_the_library_knows_no_program(path: Path) -> None:
+    """Neither training nor the demo nor the shell."""
+    assert not {name for name in own(path) if name.startswith(("sana.training", "sana.demo", "sana.__main__"))}
+
+
+def reached(module: str) -> set[str]:
+    """Modules of sana/ that a module imports, itself or by others."""
+    found, waiting = set(), [module]
+    while waiting:
+        for name in own(ROOT / "sana" / f"{waiting.pop()}.py"):
+            known = name.split(".")[1]
+            if known not in found:
+                found.add(known)
+                waiting.append(known)
+    return found - {module}
+
+
+@pytest.mark.parametrize("module", STRANGERS)
+def test_modules_do_not_know_their_strangers(module: str) -> None:
+    """Solvers know no network, the transformer no schedule, and the transformer and the autoencoder not each other."""
+    strangers = STRANGERS[module]
+    if "*" in strangers:
+        assert reached(module) <= {name[1:] for name in strangers if name != "*"}
+    else:
+        assert not reached(module) & strangers
+
+
+def test_imports_are_seen_wherever_they_stand() -> None:
+    assert reached("pipeline") >= {"transformer", "autoencoder", "streaming", "text_encoder", "solvers", "schedule"}
+    assert foreign(ROOT / "sana" / "text_encoder.py") == {"torch", "tokenizers", "sentencepiece", "transformers"}
+    assert foreign(ROOT / "nodes" / "models.py") == {"folder_paths"}
+
+
+def test_importing_sana_imports_no_host_and_nothing_heavy() -> None:
+    heavy = {"transformers", "diffusers", "tokenizers", "sentencepiece", "accelerate"}
+    code = "import sys, sana; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {*run.stdout.split()} & (heavy | HOST_PUBLIC | HOST_INTERNAL)
+
+
+# State
+
+
+@pytest.mark.parametrize("path", [*SANA, *NODES], ids=label)
+def test_nothing_changes_a_global(path: Path) -> None:
+    """Containers at module level are tables with names in capitals; no function binds or changes one."""
+    tables = set()
+    for node in tree(path).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names = [target.id for target in targets if isinstance(target, ast.Name)]
+        if isinstance(getattr(node, "value", None), ast.Dict | ast.List | ast.Set | ast.DictComp | ast.ListComp):
+            assert all(re.fullmatch(r"[A-Z][A-Z0-9_]*|__all__", name) for name in names), names
+        tables.update(names)
+    for node in ast.walk(tree(path)):
+        assert not isinstance(node, ast.Global)
+        for target in changed(node):
+            assert not (isinstance(target, ast.Name) and target.id in tables), f"{target.id}, line {node.lineno}"
+
+
+def changed(node: ast.AST) -> list[ast.AST]:
+    """What a statement or a call changes in place."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MUTATORS:
+        return [node.func.value]
+    targets = node.targets if isinstance(node, ast.Assign | ast.Delete) else [getattr(node, "target", None)]
+    targets = targets if isinstance(node, ast.Assign | ast.Delete | ast.AugAssign) else []
+    return [target.value for target in targets if isinstance(target, ast.Subscript | ast.Attribute)] + [
+        target for target in targets if isinstance(node, ast.AugAssign)
+    ]
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=label)
+def test_the_library_follows_the_device_of_its_input(path: Path) -> None:
+    """The shell alone asks what devices there are, and nothing sets a flag of PyTorch."""
+    text = path.read_text(encoding="utf-8")
+    assert path.stem == "__main__" or not re.search(r"torch\.cuda|\.cuda\(", text)
+    assert not re.search(r"torch\.(backends|set_|use_deterministic)", text)
+
+
+# Style
+
+
+@pytest.mark.parametrize("path", [*SANA, *NODES], ids=label)
+def test_functions_say_what_they_take_and_return(path: Path) -> None:
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            bare = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
+            assert not bare and node.returns is not None, f"{node.name}, line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", [*SANA, *NODES], ids=label)
+def test_files_have_a_topic(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert path.stem not in ("utils", "common", "helpers", "misc", "base")
+    assert not text.strip() or ast.get_docstring(tree(path))
+    assert not re.search(r"\b(TODO|FIXME|XXX)\b", text)
+
+
+# Public names
+
+
+def test_the_public_names() -> None:
+    assert {*sana.__all__} == PUBLIC
+    assert all(hasattr(sana, name) for name in PUBLIC)
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments"),
+    [
+        ("load_transformer", "path dtype device"),
+        ("load_autoencoder", "path dtype device"),
+        ("load_text_encoder", "path dtype device"),
+        ("flow_sigmas", "steps flow_shift"),
+        ("flow_dpm_solver", "denoise x sigmas on_step"),
+        ("flow_euler", "denoise x sigmas on_step"),
+        ("scm_solver", "denoise x angles on_step"),
+    ],
+)
+def test_what_public_functions_take_in_order(call: str, arguments: str) -> None:
+    parameters = inspect.signature(getattr(sana, call)).parameters.values()
+    assert [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD] == arguments.split()
