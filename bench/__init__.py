@@ -1,0 +1,1 @@
+"""Benchmarks and measurements. Nothing in sana/ or nodes/ imports them."""
