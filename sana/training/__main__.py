@@ -1,0 +1,68 @@
+"""Training from the shell: python -m sana.training demo --out FOLDER, or finetune --data FOLDER --out FOLDER."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .demo import DemoConfig, train_demo
+from .finetune import FinetuneConfig, finetune
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("\nStopped; the same command goes on from the last saved step.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m sana.training", description="Train SANA models.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    demo = commands.add_parser("demo", help="train the demo model from nothing")
+    demo.add_argument(
+        "--out", type=Path, required=True, help="work folder; the model appears in its subfolder checkpoint"
+    )
+    demo.add_argument("--start", type=Path, help="demo checkpoint to train further (default: none, from nothing)")
+    for name, value in vars(DemoConfig()).items():
+        demo.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"default: {value}")
+    demo.set_defaults(run=run_demo)
+    tune = commands.add_parser("finetune", help="train a SANA transformer on a folder of pictures with captions")
+    tune.add_argument("--data", type=Path, required=True, help="pictures, each with a .txt file of its name")
+    tune.add_argument(
+        "--out", type=Path, required=True, help="work folder; the result appears in its subfolder transformer"
+    )
+    tune.add_argument(
+        "--model", default="demo", help='"demo", a diffusers folder, or a transformer file (default: demo)'
+    )
+    tune.add_argument("--autoencoder", help="for a transformer file: file or folder of its DC-AE")
+    tune.add_argument("--text-encoder", help="for a transformer file: file or folder of Gemma-2-2b-it")
+    tune.add_argument("--steps", type=int, default=1000, help="default: 1000")
+    tune.add_argument("--batch-size", type=int, default=4, help="pictures a step and process (default: 4)")
+    tune.add_argument("--learning-rate", type=float, default=1e-5, help="default: 1e-5")
+    tune.add_argument("--recompute", action="store_true", help="less memory, a third more work")
+    tune.set_defaults(run=run_finetune)
+    return top
+
+
+def run_finetune(options: argparse.Namespace) -> int:
+    config = FinetuneConfig(options.steps, options.batch_size, options.learning_rate, options.recompute)
+    parts = {"model": options.model, "autoencoder": options.autoencoder, "text_encoder": options.text_encoder}
+    print(finetune(options.out, options.data, config, **parts))
+    return 0
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    given = {name: getattr(options, name) for name in vars(DemoConfig())}
+    print(train_demo(options.out, DemoConfig(**given), options.start))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

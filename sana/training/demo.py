@@ -1,0 +1,181 @@
+"""The demo model from nothing: tokenizer, autoencoder, latents, then transformer and text encoder together, and its folder.
+
+Every stage keeps its state in the work folder, so that the command can be stopped and repeated. Nothing is downloaded: the
+pictures are drawn by `scenes.py`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..autoencoder import DCAutoencoder
+from ..checkpoint import TransformerIdentity, load_autoencoder, load_transformer
+from ..config import AutoencoderConfig, StageConfig, TransformerConfig
+from ..pipeline import SanaPipeline
+from ..prompt import INSTRUCTION
+from ..text_checkpoint import load_text_encoder
+from ..text_encoder import BOS, PAD, GemmaTextEncoder, JsonTokenizer, build_gemma
+from ..transformer import SanaTransformer
+from .autoencoder import ReconstructionObjective, initialise, reconstruction_sheet, scene_crops, whole_scenes
+from .export import write_pipeline
+from .flow import FlowObjective, initialise_transformer
+from .latents import SceneLatents
+from .loop import TrainingConfig, train
+from .scenes import caption, held_out_scenes, sample_scene
+from .tokenizer import train_tokenizer
+
+SIDE = 256  # pixels of the square among the sizes
+FLOW_SHIFT = 3.0
+SEED = 1
+
+WIDTHS, DEPTHS = (16, 32, 64, 64, 128, 128), (0, 1, 1, 1, 1, 1)
+STAGES = tuple(
+    StageConfig(width, depth, attention=i >= 3, scales=(5,) if i >= 3 else ())
+    for i, (width, depth) in enumerate(zip(WIDTHS, DEPTHS, strict=True))
+)
+AUTOENCODER = AutoencoderConfig(STAGES, STAGES, strided_down=False, nearest_up=False)
+TRANSFORMER = TransformerConfig(hidden_size=192, depth=8, cross_heads=3, text_width=192, ff_width=480, qk_norm=True)
+GEMMA: dict[str, object] = {
+    "model_type": "gemma2",
+    "vocab_size": 768,
+    "hidden_size": 192,
+    "intermediate_size": 576,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "query_pre_attn_scalar": 64,
+    "max_position_embeddings": 1024,
+    "pad_token_id": PAD,
+    "eos_token_id": 1,
+    "bos_token_id": BOS,
+}
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """How much work to put into the demo model. The defaults are those of the one in this package."""
+
+    autoencoder_steps: int = 5000
+    decoder_steps: int = 3200
+    transformer_steps: int = 4000
+    scenes: int = 4000  # of each resolution
+    batch_size: int = 48
+
+
+def train_demo(folder: Path, config: DemoConfig, start: Path | None = None) -> Path:
+    """Train the demo model in a work folder. Returns the folder of the finished checkpoint.
+
+    start: a demo checkpoint whose transformer and text encoder to train further, with its autoencoder as it is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if start is None:
+        tokenizer = make_tokenizer(folder / "tokenizer.json")
+        autoencoder = train_autoencoder(folder / "autoencoder", config.autoencoder_steps)
+        autoencoder = refine_decoder(folder / "decoder", autoencoder, config.decoder_steps)
+        transformer, text_encoder = new_transformer(), new_text_encoder(tokenizer)
+    else:
+        tokenizer = start / "tokenizer" / "tokenizer.json"
+        autoencoder = load_autoencoder(start).eval().requires_grad_(False)
+        transformer = load_transformer(start).train().requires_grad_(True)
+        text_encoder = load_text_encoder(start).train().requires_grad_(True)
+    device = next(autoencoder.parameters()).device
+    latents = SceneLatents.prepare(
+        autoencoder, folder / "latents.safetensors", count=config.scenes, seed=SEED, device=device
+    )
+    objective = FlowObjective(transformer, text_encoder, flow_shift=FLOW_SHIFT)
+    objective = train(
+        objective,
+        partial(latents.batch, size=config.batch_size),
+        TrainingConfig(config.transformer_steps, learning_rate=1.5e-3, warmup=200, cooldown=0.4, ema_decay=0.998),
+        folder / "transformer",
+        partial(prompt_sheet, autoencoder=autoencoder),
+        objective.matrices(),
+    )
+    write_pipeline(
+        folder / "checkpoint",
+        objective.transformer,
+        autoencoder,
+        objective.text_encoder,
+        gemma_config=GEMMA,
+        tokenizer=tokenizer,
+        base_size=SIDE,
+        flow_shift=FLOW_SHIFT,
+    )
+    return folder / "checkpoint"
+
+
+def make_tokenizer(path: Path) -> Path:
+    """A tokenizer that has seen the instruction and captions of training scenes."""
+    if not path.exists():
+        train_tokenizer(_texts(), int(GEMMA["vocab_size"]), path)
+    return path
+
+
+def _texts() -> Iterator[str]:
+    rng = np.random.default_rng(SEED)
+    yield from [INSTRUCTION] * 40
+    for _ in range(4000):
+        yield caption(sample_scene(rng, "train", SIDE, SIDE), rng)
+
+
+def train_autoencoder(folder: Path, steps: int) -> DCAutoencoder:
+    """Encoder and decoder together."""
+    autoencoder = DCAutoencoder(AUTOENCODER)
+    initialise(autoencoder, seed=0)
+    return _reconstruct(folder, autoencoder, TrainingConfig(steps, learning_rate=2e-3, cooldown=0.4))
+
+
+def refine_decoder(folder: Path, autoencoder: DCAutoencoder, steps: int) -> DCAutoencoder:
+    """The decoder alone, for sharper edges. Latents stay what they were."""
+    autoencoder.decoder.train().requires_grad_(True)
+    return _reconstruct(folder, autoencoder, TrainingConfig(steps, learning_rate=1e-3, cooldown=0.5))
+
+
+def _reconstruct(folder: Path, autoencoder: DCAutoencoder, config: TrainingConfig) -> DCAutoencoder:
+    """Crops around things first, which carry all the detail; whole scenes for the last eighth."""
+    examples = whole_scenes(10**7, 0, size=6)
+
+    def batches(step: int, process: int) -> object:
+        if step < 0.875 * config.steps:
+            return scene_crops(step, process, size=8, side=96)
+        return whole_scenes(step, process, size=2)
+
+    sheet = partial(reconstruction_sheet, batch=examples)
+    objective = train(ReconstructionObjective(autoencoder), batches, config, folder, sheet)
+    return objective.autoencoder.eval().requires_grad_(False)
+
+
+def new_transformer() -> SanaTransformer:
+    transformer = SanaTransformer(TRANSFORMER)
+    initialise_transformer(transformer, seed=0)
+    return transformer
+
+
+def new_text_encoder(tokenizer: Path) -> GemmaTextEncoder:
+    """A Gemma-2 of the demo's size with random weights; norms add one to theirs, so zeros are the identity."""
+    model = build_gemma(GEMMA)
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, parameter in model.named_parameters():
+        spread = 0.0 if "norm" in name else parameter.shape[-1] ** -0.5
+        weights[name] = torch.randn(parameter.shape, generator=generator) * spread
+    model.load_state_dict(weights, assign=True)
+    return GemmaTextEncoder(model.train().requires_grad_(True), JsonTokenizer(tokenizer.read_bytes()))
+
+
+def prompt_sheet(objective: FlowObjective, autoencoder: DCAutoencoder) -> Image.Image:
+    """Held-out captions drawn by the weights at hand, six in a row."""
+    identity = TransformerIdentity(TRANSFORMER, "custom", SIDE, FLOW_SHIFT, "float32", "training")
+    pipeline = SanaPipeline(objective.transformer, autoencoder, objective.text_encoder, identity)
+    prompts = [item.caption for item in held_out_scenes(18, seed=0)]
+    pictures = pipeline(prompts, seed=0, steps=14)
+    sheet = Image.new("RGB", (6 * SIDE, 3 * SIDE))
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % 6 * SIDE, i // 6 * SIDE))
+    return sheet

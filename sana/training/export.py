@@ -1,0 +1,124 @@
+"""Trained networks as files: a folder in the layout of a diffusers pipeline, which the ordinary loaders read."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..autoencoder import DCAutoencoder
+from ..config import DOWNSAMPLE, HEAD_WIDTH, AutoencoderConfig, StageConfig, TransformerConfig
+from ..key_map import with_convolutions
+from ..text_encoder import GemmaTextEncoder
+from ..transformer import SanaTransformer
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def write_pipeline(
+    folder: Path,
+    transformer: SanaTransformer,
+    autoencoder: DCAutoencoder,
+    text_encoder: GemmaTextEncoder,
+    *,
+    gemma_config: dict[str, object],
+    tokenizer: Path,
+    base_size: int,
+    flow_shift: float,
+) -> None:
+    """Write a whole model. The transformer and the autoencoder are stored as float16, the text encoder as float32."""
+    write_transformer(folder / "transformer", transformer, base_size, torch.float16)
+    vae = {"_class_name": "AutoencoderDC", **autoencoder_json(autoencoder.config)}
+    _write(folder / "vae", WEIGHTS, autoencoder.state_dict(), vae, torch.float16)
+    gemma = {"architectures": ["Gemma2Model"], **gemma_config}
+    _write(folder / "text_encoder", "model.safetensors", text_encoder.model.state_dict(), gemma, torch.float32)
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(flow_shift))
+    _write_json(folder / "tokenizer" / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+    (folder / "tokenizer" / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+    _write_json(folder / "model_index.json", INDEX)
+
+
+def write_transformer(folder: Path, transformer: SanaTransformer, base_size: int, dtype: torch.dtype) -> None:
+    """Write a transformer alone, as the folder `transformer` of a pipeline."""
+    config = {"_class_name": "SanaTransformer2DModel", **transformer_json(transformer.config, base_size)}
+    _write(folder, WEIGHTS, with_convolutions(transformer.state_dict()), config, dtype)
+
+
+def transformer_json(config: TransformerConfig, base_size: int) -> dict[str, object]:
+    """The configuration of diffusers' SanaTransformer2DModel."""
+    return {
+        "in_channels": config.channels,
+        "out_channels": config.channels,
+        "num_attention_heads": config.self_heads,
+        "attention_head_dim": HEAD_WIDTH,
+        "num_layers": config.depth,
+        "num_cross_attention_heads": config.cross_heads,
+        "cross_attention_head_dim": config.hidden_size // config.cross_heads,
+        "cross_attention_dim": config.hidden_size,
+        "caption_channels": config.text_width,
+        "mlp_ratio": config.ff_width / config.hidden_size,
+        "sample_size": base_size // DOWNSAMPLE,
+        "interpolation_scale": config.position_interpolation if config.position_base else None,
+        "guidance_embeds": config.guidance_embed,
+        "qk_norm": "rms_norm_across_heads" if config.qk_norm else None,
+    }
+
+
+def autoencoder_json(config: AutoencoderConfig) -> dict[str, object]:
+    """The configuration of diffusers' AutoencoderDC."""
+    return {
+        "latent_channels": config.latent_channels,
+        "attention_head_dim": HEAD_WIDTH,
+        **_stages_json("encoder", config.encoder),
+        **_stages_json("decoder", config.decoder),
+        "decoder_norm_types": ["batch_norm" if stage.batch_norm else "rms_norm" for stage in config.decoder],
+        "decoder_act_fns": [stage.activation for stage in config.decoder],
+        "downsample_block_type": "conv" if config.strided_down else "pixel_unshuffle",
+        "upsample_block_type": "interpolate" if config.nearest_up else "pixel_shuffle",
+        "encoder_out_shortcut": config.shortcuts,
+        "decoder_in_shortcut": config.shortcuts,
+        "decoder_conv_act_fn": config.out_activation,
+        "scaling_factor": config.latent_scale,
+    }
+
+
+def _stages_json(side: str, stages: tuple[StageConfig, ...]) -> dict[str, object]:
+    return {
+        f"{side}_block_types": ["EfficientViTBlock" if stage.attention else "ResBlock" for stage in stages],
+        f"{side}_block_out_channels": [stage.width for stage in stages],
+        f"{side}_layers_per_block": [stage.depth for stage in stages],
+        f"{side}_qkv_multiscales": [list(stage.scales) for stage in stages],
+    }
+
+
+def scheduler_json(flow_shift: float) -> dict[str, object]:
+    """The configuration of diffusers' DPMSolverMultistepScheduler that is Flow-DPM-Solver."""
+    return {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": flow_shift,
+    }
+
+
+INDEX = {
+    "_class_name": "SanaPipeline",
+    "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+    "text_encoder": ["transformers", "Gemma2Model"],
+    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+    "transformer": ["diffusers", "SanaTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderDC"],
+}
+
+
+def _write(folder: Path, name: str, tensors: dict[str, Tensor], config: dict[str, object], dtype: torch.dtype) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = {key: tensor.detach().cpu().to(dtype).contiguous() for key, tensor in tensors.items()}
+    save_file(stored, folder / name, {"format": "pt"})
+    _write_json(folder / "config.json", config)
+
+
+def _write_json(path: Path, value: dict[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

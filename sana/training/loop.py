@@ -1,0 +1,166 @@
+"""The training loop: any objective, on one CPU, one GPU or many, stopped and resumed at will.
+
+A step depends on nothing but the weights, the optimiser and the step number, which also seeds its batch and its noise. So a
+run that was killed and resumed ends with the same weights as one that was not.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+Batches = Callable[[int, int], object]  # (step, process) -> what the objective's `forward` takes
+Sheet = Callable[[nn.Module], Image.Image]  # objective with averaged weights -> pictures to look at
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long and how fast to train. Intervals are in steps."""
+
+    steps: int
+    learning_rate: float
+    warmup: int = 200  # the rate rises linearly over the first, ...
+    cooldown: float = 0.3  # ... and falls linearly to zero over the last share of the steps
+    ema_decay: float = 0.999
+    clip: float = 1.0  # largest norm of the gradient
+    weight_decay: float = 0.01
+    save_every: int = 500
+    sheet_every: int = 1000
+
+    def rate(self, step: int) -> float:
+        """Share of the learning rate at a step."""
+        falling = (self.steps - step) / max(1.0, self.cooldown * self.steps)
+        return min(1.0, (step + 1) / max(1, self.warmup), falling)
+
+
+def train(
+    objective: nn.Module,
+    batches: Batches,
+    config: TrainingConfig,
+    folder: Path,
+    sheet: Sheet | None = None,
+    matrices: Iterable[nn.Parameter] = (),
+) -> nn.Module:
+    """Minimise `objective(batch)`, a scalar, and return the objective with averaged weights.
+
+    matrices: two-dimensional weights for Muon to update (see `optimizers`). folder: receives `state.pt` (resumed from if it is there), `log.csv` (step, loss, images per second) and sheets as PNG.
+    A batch needs a length, the number of its images.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16")
+    average = AveragedModel(objective, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+    average.to(accelerator.device)
+    wrapped, *updates = accelerator.prepare(objective, *optimizers(objective, config, matrices))
+    state = TrainingState(folder / "state.pt", accelerator.unwrap_model(wrapped), average, updates)
+    first = state.resume()
+
+    for step, meter in _progress(first, config.steps, accelerator.is_main_process):
+        for group in (group for update in updates for group in update.param_groups):
+            group["lr"] = config.learning_rate * config.rate(step)
+        batch = batches(step, accelerator.process_index)
+        loss = wrapped(batch)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(wrapped.parameters(), config.clip)
+        for update in updates:
+            update.step()
+            update.zero_grad()
+        average.update_parameters(state.objective)
+
+        if not accelerator.is_main_process:
+            continue
+        meter.note(float(loss.detach()), len(batch) * accelerator.num_processes)
+        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+            state.save(step + 1)
+            meter.write(folder / "log.csv", step + 1)
+        if sheet is not None and ((step + 1) % config.sheet_every == 0 or step + 1 == config.steps):
+            sheet(average.module).save(folder / f"sheet-{step + 1:06d}.png")
+    return average.module
+
+
+def optimizers(
+    objective: nn.Module, config: TrainingConfig, matrices: Iterable[nn.Parameter]
+) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon (arXiv 2502.16982) for the matrices, scaled to steps of the size AdamW takes."""
+    chosen = list(matrices)
+    known = {id(matrix) for matrix in chosen}
+    others = [p for p in objective.parameters() if p.requires_grad and id(p) not in known]
+    common = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    found = [torch.optim.AdamW(others, betas=(0.9, 0.99), **common)]
+    if chosen:
+        found.append(torch.optim.Muon(chosen, adjust_lr_fn="match_rms_adamw", **common))
+    return found
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything that a run needs to go on, in one file that is replaced as a whole."""
+
+    path: Path
+    objective: nn.Module
+    average: AveragedModel
+    updates: Sequence[torch.optim.Optimizer]
+
+    def save(self, step: int) -> None:
+        parts = {"objective": self.objective, "average": self.average}
+        states = {name: part.state_dict() for name, part in parts.items()}
+        unfinished = self.path.with_suffix(".part")
+        torch.save({"step": step, **states, "updates": [update.state_dict() for update in self.updates]}, unfinished)
+        os.replace(unfinished, self.path)
+
+    def resume(self) -> int:
+        """Read the file if there is one. Returns the step to go on with."""
+        if not self.path.exists():
+            return 0
+        saved = torch.load(self.path, map_location="cpu", weights_only=True)
+        self.objective.load_state_dict(saved["objective"])
+        self.average.load_state_dict(saved["average"])
+        for update, state in zip(self.updates, saved["updates"], strict=True):
+            update.load_state_dict(state)
+        return int(saved["step"])
+
+
+class Meter:
+    """Loss and speed, on a progress bar and in a file."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self.bar = bar
+        self.losses: list[float] = []
+        self.images = 0
+        self.since = time.monotonic()
+
+    def note(self, loss: float, images: int) -> None:
+        self.losses.append(loss)
+        self.images += images
+        self.bar.set_postfix(loss=f"{self.mean_loss():.4f}", images_per_s=f"{self.speed():.1f}", refresh=False)
+
+    def mean_loss(self) -> float:
+        return sum(self.losses) / len(self.losses)
+
+    def speed(self) -> float:
+        return self.images / max(1e-9, time.monotonic() - self.since)
+
+    def write(self, path: Path, step: int) -> None:
+        """Append the means since the last call."""
+        with path.open("a") as log:
+            log.write(f"{step},{self.mean_loss():.6f},{self.speed():.2f}\n")
+        self.losses, self.images, self.since = [], 0, time.monotonic()
+
+
+def _progress(first: int, steps: int, visible: bool) -> Iterator[tuple[int, Meter]]:
+    with tqdm(range(first, steps), initial=first, total=steps, disable=not visible) as bar:
+        meter = Meter(bar)
+        for step in bar:
+            yield step, meter
+
+
+def step_generator(seed: int, step: int, process: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Randomness of one step of one process."""
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 1009 + process)
