@@ -1,0 +1,19 @@
+"""The nodes of ComfyUI-Sana: a thin layer that connects `sana/` to ComfyUI."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import autoencoder, controlnet, latent, loaders, sampling, text
+from .host.register import register
+
+NODES = (*loaders.NODES, *text.NODES, *latent.NODES, *sampling.NODES, *autoencoder.NODES, *controlnet.NODES)
+
+
+class SanaExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return list(NODES)
+
+
+async def comfy_entrypoint() -> SanaExtension:
+    """Called by the host once, when it loads the pack."""
+    register()
+    return SanaExtension()

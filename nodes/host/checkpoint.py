@@ -1,0 +1,71 @@
+"""Checkpoint files to MODEL, CLIP and VAE."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import comfy.patcher_extension
+import comfy.sd
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ...sana.checkpoint import identify_transformer, transformer_header
+from ...sana.files import CheckpointError, read_tensors
+from .model import UNNAMED, SanaModel
+from .run import follow_runs
+
+TABLE = "scale_shift_table"  # the parameters that blocks hold beside their layers
+
+
+def load_model(
+    path: Path, variant: str | None = None, dtype: torch.dtype | None = None, disable_dynamic: bool = False
+) -> ModelPatcher:
+    """The SANA transformer in a file or folder as a MODEL.
+
+    variant: a name from `sana.VARIANTS`, for a file that cannot tell. dtype: of the weights; None: what the host prefers of
+    what the model was released in. Raises CheckpointError for files that are something else.
+    """
+    file = read_tensors(path, "transformer")
+    header = transformer_header(identify_transformer(file, variant))
+    try:
+        patcher = comfy.sd.load_diffusion_model_state_dict(
+            dict(file.tensors),
+            model_options={"dtype": dtype} if dtype else {},
+            metadata=header,
+            disable_dynamic=disable_dynamic,
+        )
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace(UNNAMED, file.path.name, 1)) from error
+    patcher.cached_patcher_init = (load_model, (path, variant, dtype))
+    return patcher
+
+
+def extend_loading() -> None:
+    """Let every MODEL of ours that the host loads, by whatever node, know its runs and patch its tables."""
+    _prepare_result("load_diffusion_model_state_dict")
+    _prepare_result("load_state_dict_guess_config")
+
+
+def _prepare_result(name: str) -> None:
+    original: Callable[..., object] = getattr(comfy.sd, name)
+    if getattr(original, "knows_sana", False):
+        return
+
+    @functools.wraps(original)
+    def load(*arguments: object, **named: object) -> object:
+        loaded = original(*arguments, **named)
+        patcher = loaded[0] if isinstance(loaded, tuple) else loaded
+        if isinstance(getattr(patcher, "model", None), SanaModel):
+            follow_runs(patcher)
+            patcher.add_callback_with_key(comfy.patcher_extension.CallbacksMP.ON_LOAD, TABLE, _patch_tables)
+        return loaded
+
+    load.knows_sana = True
+    setattr(comfy.sd, name, load)
+
+
+def _patch_tables(patcher: ModelPatcher, device: torch.device, *unused: object) -> None:
+    """Patch what the host leaves alone when it loads a model: it patches layers, not parameters of what has layers in it."""
+    for key in patcher.patches:
+        if key.endswith(TABLE) and key not in patcher.backup:
+            patcher.patch_weight_to_device(key, device)

@@ -1,0 +1,135 @@
+"""Gemma-2 as a CLIP of the host, which moves, patches and saves it.
+
+`clip.tokenize(text)` is the plain text, as a negative prompt needs it; `clip.tokenize(text, instruction=...)` puts an
+instruction before it.
+"""
+
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import comfy.model_management as management
+import comfy.ops
+import comfy.sd
+import torch
+from torch import Tensor, nn
+
+from ...sana.checkpoint import check_tensors
+from ...sana.files import TensorFile, read_tensors
+from ...sana.text_checkpoint import find_tokenizer, gemma_config, gemma_tensors, stored_companions
+from ...sana.text_encoder import GemmaTextEncoder, Tokenizer, build_gemma
+
+NAME = "gemma2_2b"  # of the token list, and of the encoder in LoRA and checkpoint files, as in the host
+INSTRUCTION = "instruction"  # entry of the tokens
+
+Tokens = Mapping[str, object]
+
+
+class SanaTokenizer:
+    """The host's view of a tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, config: dict[str, object]) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+
+    def tokenize_with_weights(
+        self, text: str, return_word_ids: bool = False, instruction: str | None = None, **unused: object
+    ) -> Tokens:
+        """One list of (token, weight) pairs, all of weight 1. instruction: put before the text; None: none."""
+        ids = self.tokenizer.encode((instruction or "") + text.strip())
+        return {NAME: [[(token, 1.0) for token in ids]], INSTRUCTION: instruction}
+
+    def untokenize(self, pairs: list[tuple[int, float]]) -> list[tuple[tuple[int, float], str]]:
+        return [(pair, self.tokenizer.backend.decode([pair[0]])) for pair in pairs]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a saved encoder needs beside the weights, named so that the host's nodes keep them together."""
+        companions = stored_companions(self.tokenizer, self.config)
+        return {f"{NAME}.{name}": tensor for name, tensor in companions.items()}
+
+
+class HostGemma(GemmaTextEncoder):
+    """An encoder whose weights the host moves and patches: their version is the host's."""
+
+    def weights_version(self) -> object:
+        return (getattr(self.owner(), "current_weight_patches_uuid", None), self.device, self.dtype)
+
+
+class SanaTextModel(nn.Module):
+    """The host's view of a text encoder. Its tensors are named gemma2_2b.transformer.model.*, as in the host."""
+
+    def __init__(self, encoder: HostGemma, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gemma2_2b = nn.ModuleDict({"transformer": encoder})
+        encoder.owner = weakref.ref(self)  # in a circle, memory would outlive its use
+        self.dtypes = {dtype}
+
+    @property
+    def encoder(self) -> HostGemma:
+        return self.gemma2_2b["transformer"]
+
+    def set_clip_options(self, options: Mapping[str, object]) -> None:
+        """Nothing to choose: SANA reads the last layer."""
+
+    def reset_clip_options(self) -> None:
+        """See `set_clip_options`."""
+
+    def encode_token_weights(self, tokens: Tokens) -> tuple[Tensor, None, dict[str, Tensor]]:
+        """Text (1, 300, C) and its mask (1, 300), on the host's intermediate device."""
+        self.encoder.model.rotary_emb.to(self.encoder.device)  # has no weights, so the host leaves it where it is
+        ids = [[token for token, _ in row] for row in tokens[NAME]]
+        text, text_mask = self.encoder.encode(ids, tokens[INSTRUCTION])
+        place = management.intermediate_device()
+        return text.float().to(place), None, {"attention_mask": text_mask.to(place)}
+
+    def load_sd(self, tensors: dict[str, Tensor]) -> tuple[list[str], list[str]]:
+        """Load tensors that `load_clip` has checked. Called by the host."""
+        self.encoder.model.load_state_dict(tensors, strict=True, assign=True)
+        return [], []
+
+
+def load_clip(path: Path, dtype: torch.dtype | None = None) -> comfy.sd.CLIP:
+    """The Gemma-2 in a file or folder as a CLIP. dtype: of the weights; None: as in the file.
+
+    Raises CheckpointError as `sana.load_text_encoder` does.
+    """
+    return make_clip(read_tensors(path, "text_encoder"), dtype)
+
+
+def make_clip(file: TensorFile, dtype: torch.dtype | None = None) -> comfy.sd.CLIP:
+    """`load_clip` of an opened file."""
+    tensors = gemma_tensors(file)
+    config, tokenizer = gemma_config(tensors, file), find_tokenizer(file)
+    name = file.path.name
+    quantised = {key.removesuffix(".comfy_quant") for key in tensors if key.endswith(".comfy_quant")}
+    if not quantised:
+        check_tensors(build_gemma(config).state_dict(), tensors, name)
+        tensors = {key: tensor.to(dtype) if dtype else tensor for key, tensor in tensors.items()}
+    stored = tensors["layers.0.mlp.up_proj.weight"].dtype
+    compute = compute_dtype(tensors["norm.weight"].dtype)
+    operations = comfy.ops.mixed_precision_ops({"mixed_ops": True}, compute) if quantised else comfy.ops.manual_cast
+
+    def build(dtype: torch.dtype, device: torch.device, model_options: Mapping[str, object]) -> SanaTextModel:
+        model = build_gemma(config, operations=operations, dtype=stored, compute_dtype=compute)
+        return SanaTextModel(HostGemma(model.requires_grad_(False), tokenizer, compute), stored)
+
+    def wrap(embedding_directory: str | None, tokenizer_data: Mapping[str, object]) -> SanaTokenizer:
+        return SanaTokenizer(tokenizer, config)
+
+    target = SimpleNamespace(params={}, clip=build, tokenizer=wrap)
+    size = sum(tensor.numel() for tensor in tensors.values())
+    clip = comfy.sd.CLIP(target, parameters=size, state_dict=[tensors], model_options={"dtype": stored})
+    clip.patcher.cached_patcher_init = (_load_patcher, (file.path, dtype))
+    return clip
+
+
+def compute_dtype(weights: torch.dtype) -> torch.dtype:
+    """Of Gemma's activations: bfloat16 where the weights have 16 bits and the device computes with it, never float16."""
+    device = management.text_encoder_device()
+    half = weights != torch.float32 and not management.is_device_cpu(device) and management.should_use_bf16(device)
+    return torch.bfloat16 if half else torch.float32
+
+
+def _load_patcher(path: Path, dtype: torch.dtype | None, disable_dynamic: bool = False) -> object:
+    return load_clip(path, dtype).patcher

@@ -1,0 +1,299 @@
+"""The SANA transformer as a model of the host: MODEL, sampled, offloaded, patched, quantised and saved by the host itself."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.model_base
+import comfy.patcher_extension
+import comfy.supported_models_base
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from torch import Tensor
+
+from ...sana.checkpoint import TransformerIdentity, check_tensors, header_tensor, identify_transformer
+from ...sana.config import DOWNSAMPLE, LATENT_CHANNELS, LATENT_SCALE
+from ...sana.controlnet import SanaControlNet
+from ...sana.files import TensorFile
+from ...sana.guidance import GUIDANCE_EMBED_SCALE
+from ...sana.key_map import HEADER_TENSOR, to_transformer_names, with_convolutions
+from ...sana.layers import Attention, LinearAttention
+from ...sana.transformer import WORKING_BYTES, SanaTransformer, SelfAttention, TextContext
+from .run import GUIDANCE_EMBED, REFERENCE, RUN, SamplingRun
+
+UNNAMED = "the checkpoint"  # a file whose name the host does not tell
+IMAGE_MODEL = "sana"  # value of `image_model` in the host's model configurations
+DEFAULT_GUIDANCE_EMBED = 4.5
+QUANTISED = (".comfy_quant", ".weight_scale", ".weight_scale_2", ".input_scale")  # what accompanies a quantised matrix
+
+Options = Mapping[str, object]
+
+
+class SanaLatentFormat(comfy.latent_formats.LatentFormat):
+    """LATENT is the autoencoder's own latent; the scale is applied at the model's door."""
+
+    latent_channels = LATENT_CHANNELS
+    spacial_downscale_ratio = DOWNSAMPLE  # spelled as the host spells it
+    scale_factor = LATENT_SCALE
+
+
+class HostTransformer(SanaTransformer):
+    """The transformer with the calling convention and the hooks of the host."""
+
+    dtype = None  # which the host reads and writes
+
+    def __init__(
+        self,
+        image_model: str,
+        identity: TransformerIdentity,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        operations: type | ModuleType | None = None,
+    ) -> None:
+        super().__init__(identity.config, operations=operations, dtype=dtype, device=device)
+        self.dtype = dtype
+        self.identity = identity
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor | None = None,
+        control: Mapping[str, list[Tensor]] | None = None,
+        transformer_options: Options | None = None,
+        keys_values: list[Tensor] | None = None,
+        text_bias: Tensor | None = None,
+        guidance_scale: float | None = None,
+    ) -> Tensor:
+        """x: (B, 32, H, W); timestep: (B,); keys_values: of the text, two for each block, see `SanaModel`."""
+        options = transformer_options or {}
+        wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
+        return executor.execute(x, timestep, keys_values, text_bias, guidance_scale, control, options)
+
+    def _forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        keys_values: list[Tensor],
+        text_bias: Tensor | None,
+        guidance_scale: float | None,
+        control: Mapping[str, list[Tensor]] | None,
+        options: Options,
+    ) -> Tensor:
+        guidance_embed = (
+            None if guidance_scale is None else torch.full_like(timestep, GUIDANCE_EMBED_SCALE * guidance_scale)
+        )
+        modulation = self.modulation(timestep, guidance_embed, x.dtype)
+        tokens = self.embed(x)
+        band = None if torch.is_grad_enabled() else self.band_rows(x.shape, x.element_size(), WORKING_BYTES)
+        corrections = (control or {}).get("output", [])
+        for i in range(self.config.depth):
+            text = (keys_values[2 * i], keys_values[2 * i + 1])
+            block_options = {**options, "block_index": i, "total_blocks": self.config.depth, "block_type": "double"}
+            tokens = self._block(i, tokens, x.shape[-1], modulation.blocks, text, text_bias, band, block_options)
+            if i < len(corrections) and corrections[i] is not None:
+                tokens = tokens + corrections[i].to(tokens)
+        return self.unembed(tokens, modulation, x.shape)
+
+    def _block(
+        self,
+        i: int,
+        tokens: Tensor,
+        columns: int,
+        modulation: Tensor,
+        text: tuple[Tensor, Tensor],
+        text_bias: Tensor | None,
+        band: int | None,
+        options: Options,
+    ) -> Tensor:
+        """One block, or what other nodes have put in its place, or in the place of its self-attention."""
+        block, attention = self.transformer_blocks[i], host_attention(options)
+        replacements = options.get("patches_replace", {})
+        self_attention = replaced_attention(replacements.get("attn1", {}), i, self.config.perturbed_block, options)
+
+        def run(arguments: dict[str, object]) -> dict[str, object]:
+            step = (arguments["img"], columns, arguments["vec"], text, text_bias, attention)
+            if self_attention is not None:
+                return {**arguments, "img": block(*step, self_attention)}
+            if band is None:
+                return {**arguments, "img": block(*step)}
+            block.forward_banded(*step, band)
+            return arguments
+
+        arguments = {"img": tokens, "txt": text, "vec": modulation, "transformer_options": options}
+        replaced = replacements.get("dit", {}).get(("double_block", i))
+        return (run(arguments) if replaced is None else replaced(arguments, {"original_block": run}))["img"]
+
+
+def host_attention(options: Options) -> Attention:
+    """The attention that the host has chosen for this machine, with the overrides of other nodes."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        mask = None if bias is None else bias.expand(-1, -1, q.shape[2], -1)
+        return optimized_attention(
+            q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True, transformer_options=options
+        )
+
+    return attention
+
+
+def replaced_attention(
+    replacements: Mapping[tuple[str, int], Callable[..., Tensor]], i: int, middle: int, options: Options
+) -> SelfAttention | None:
+    """What other nodes have put in the place of self-attention in block i; `middle` is the block that they call so."""
+    replaced = replacements.get(("block", i)) or (replacements.get(("middle", 0)) if i == middle else None)
+    if replaced is None:
+        return None
+
+    def self_attention(layer: LinearAttention, x: Tensor) -> Tensor:
+        return layer.project(replaced(layer.to_q(x), layer.to_k(x), layer.to_v(x), dict(options)))
+
+    return self_attention
+
+
+class SanaModel(comfy.model_base.BaseModel):
+    """What the host samples: it prepares the text once a run, and calls the transformer."""
+
+    def __init__(self, model_config: "SanaConfig", device: torch.device | None = None) -> None:
+        super().__init__(model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=HostTransformer)
+        self.identity: TransformerIdentity = model_config.unet_config["identity"]
+
+    def extra_conds(self, **given: object) -> dict[str, comfy.conds.CONDRegular]:
+        """The text of a condition and its mask, for the host to batch. Raises ValueError for text of another encoder."""
+        text, mask = given.get("cross_attn"), given.get("attention_mask")
+        if text is None:
+            raise ValueError("this conditioning has no text; connect one made with the CLIP of a SANA loader")
+        width = self.identity.config.text_width
+        if text.shape[-1] != width:
+            raise ValueError(
+                f"this conditioning has width {text.shape[-1]}, and this SANA model takes {width}; "
+                "encode the prompt with the CLIP of the SANA loader"
+            )
+        # Not CONDCrossAttn, which would repeat tokens to make lengths equal.
+        return {
+            "c_crossattn": comfy.conds.CONDRegular(text),
+            "attention_mask": comfy.conds.CONDRegular(complete_mask(text, mask)),
+        }
+
+    def _apply_model(
+        self,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Tensor | None = None,
+        c_crossattn: Tensor | None = None,
+        control: Mapping[str, list[Tensor]] | None = None,
+        transformer_options: Options | None = None,
+        **given: Tensor,
+    ) -> Tensor:
+        options, channels = transformer_options or {}, self.identity.config.channels
+        if x.shape[1] != channels:
+            raise ValueError(
+                f"this latent has {x.shape[1]} channels, and SANA takes {channels}; use EmptySanaLatentImage, or encode the image "
+                "with a DC-AE"
+            )
+        context = self.text_context(c_crossattn, given.pop("attention_mask"), options)
+        arguments = {"keys_values": [part for pair in context.keys_values for part in pair], "text_bias": context.mask}
+        if self.identity.config.guidance_embed:
+            arguments["guidance_scale"] = float(options.get(GUIDANCE_EMBED, DEFAULT_GUIDANCE_EMBED))
+        return super()._apply_model(x, t, control=control, transformer_options=options, **arguments)
+
+    def text_context(
+        self, text: Tensor, mask: Tensor, options: Options, network: SanaControlNet | None = None
+    ) -> TextContext:
+        """Keys, values and an additive mask for a batch of texts, from the run if it has them already.
+
+        network: whose keys and values; None: the transformer's.
+        """
+        run: SamplingRun | None = options.get(RUN)
+
+        def make() -> TextContext:
+            dtype = self.get_dtype_inference()
+            seen = mask > 0
+            if run is not None and options.get(REFERENCE) == "nvlabs":
+                seen = run.with_prompt_mask(seen, options["cond_or_uncond"])
+            context = (network or self.diffusion_model).text_context(text.to(dtype), seen)
+            if context.mask is None:
+                return context
+            bias = torch.zeros(context.mask.shape, dtype=dtype, device=text.device)
+            return context._replace(mask=bias.masked_fill(~context.mask, torch.finfo(dtype).min))
+
+        key = (id(network), tuple(options.get("uuids", ())), tuple(text.shape), text.device)
+        return make() if run is None else run.context(key, make)
+
+    def process_latent_out(self, latent: Tensor) -> Tensor:
+        """Raises ValueError if sampling has broken down, which would otherwise end in a black picture."""
+        if not bool(torch.isfinite(latent).all()):
+            raise ValueError(
+                f"sampling gave numbers that are not finite, computing in {self.get_dtype_inference()}; this model was released "
+                f"in {self.identity.dtype}: load it with that dtype, or with fp32"
+            )
+        return super().process_latent_out(latent)
+
+    def memory_required(self, input_shape: list[int], cond_shapes: Mapping[str, list[list[int]]] | None = None) -> int:
+        """Bytes of activations for a batch of latents of this shape."""
+        return self.diffusion_model.activation_bytes(torch.Size(input_shape), self.get_dtype_inference().itemsize)
+
+
+class SanaConfig(comfy.supported_models_base.BASE):
+    """How the host builds, loads and saves a `SanaModel`. One for every SANA network: `unet_config` holds its identity."""
+
+    unet_config = {"image_model": IMAGE_MODEL}
+    unet_extra_config: dict[str, object] = {}
+    latent_format = SanaLatentFormat
+    vae_key_prefix = ["vae."]
+    text_encoder_key_prefix = ["text_encoders."]
+
+    def __init__(self, unet_config: dict[str, object]) -> None:
+        super().__init__(unet_config)
+        identity: TransformerIdentity = unet_config["identity"]
+        multiplier = 1 if identity.config.continuous_time else 1000
+        self.sampling_settings = {"multiplier": multiplier, "shift": identity.flow_shift or 1.0}
+        preferred = torch.float16 if identity.dtype == "float16" else torch.bfloat16
+        self.supported_inference_dtypes = [preferred, torch.bfloat16, torch.float32]
+
+    def get_model(
+        self, state_dict: Mapping[str, Tensor], prefix: str = "", device: torch.device | None = None
+    ) -> SanaModel:
+        return SanaModel(self, device=device)
+
+    def clip_target(self, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """None: the text encoder of a checkpoint file is loaded by our own loader, which knows its tokenizer."""
+
+    def process_unet_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Any dialect to our names. Raises CheckpointError for tensors that are missing, left over or of another shape."""
+        tensors = to_transformer_names(state_dict)
+        quantised = {name.removesuffix(suffix) for name in tensors for suffix in QUANTISED if name.endswith(suffix)}
+        plain = {name: tensor for name, tensor in tensors.items() if not name.endswith(QUANTISED)}
+        expected = SanaTransformer(self.unet_config["identity"].config, device="meta").state_dict()
+        for name in quantised:  # packed matrices have other shapes; the host knows them
+            expected[f"{name}.weight"] = plain.get(f"{name}.weight")
+        check_tensors(expected, plain, UNNAMED)
+        return tensors
+
+    def process_vae_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """None: the autoencoder of a checkpoint file is loaded by our own loader too."""
+        return {}
+
+    def process_unet_state_dict_for_saving(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """With the names and shapes diffusers gives them, and what the tensors cannot tell."""
+        tensors = {**with_convolutions(state_dict), HEADER_TENSOR: header_tensor(self.unet_config["identity"])}
+        return {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}
+
+
+def detect(state_dict: Mapping[str, Tensor], prefix: str, metadata: Mapping[str, str] | None) -> dict[str, object]:
+    """The host's configuration for the SANA transformer in a file."""
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+    identity = identify_transformer(TensorFile(Path(UNNAMED), tensors, dict(metadata or {})))
+    return {"image_model": IMAGE_MODEL, "identity": identity}
+
+
+def complete_mask(text: Tensor, mask: Tensor | None) -> Tensor:
+    """A mask (B, L) for text (B, L, C). Core's ConditioningConcat joins texts but not masks: rows beyond a mask that are not
+    zero count."""
+    known = torch.zeros(len(text), 0) if mask is None else mask.reshape(-1, mask.shape[-1]).float()
+    rest = text[:, known.shape[-1] :]
+    found = torch.ones(rest.shape[:2]) if mask is None else (rest != 0).any(dim=-1).float().to(known)
+    return torch.cat([known.to(found), found], dim=1)

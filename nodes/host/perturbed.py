@@ -1,0 +1,39 @@
+"""Perturbed-attention guidance (arXiv 2403.17377) for SANA, whose self-attention core's node does not reach by itself."""
+
+import comfy.model_patcher
+import comfy.samplers
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...sana.guidance import Guidance
+
+
+def perturb_attention(
+    patcher: ModelPatcher, scale: float, blocks: list[int], low: float = 0.0, high: float = 1.0
+) -> None:
+    """Add scale times the difference to a prediction whose self-attention is the identity in `blocks`.
+
+    It acts at noise levels between low and high, as guidance does. Raises ValueError for a block that does not exist.
+    """
+    interval = Guidance(interval=(low, high))
+    depth = patcher.model.identity.config.depth
+    unknown = [block for block in blocks if not 0 <= block < depth]
+    if unknown:
+        raise ValueError(f"block {unknown[0]} does not exist; this model has blocks 0 to {depth - 1}")
+
+    def identity(q: Tensor, k: Tensor, v: Tensor, options: dict[str, object]) -> Tensor:
+        return v
+
+    def guide(arguments: dict[str, object]) -> Tensor:
+        denoised, sigma = arguments["denoised"], arguments["sigma"]
+        if not interval.acts_at(float(sigma.max())):
+            return denoised
+        options = arguments["model_options"].copy()
+        for block in blocks:
+            options = comfy.model_patcher.set_model_options_patch_replace(options, identity, "attn1", "block", block)
+        (perturbed,) = comfy.samplers.calc_cond_batch(
+            arguments["model"], [arguments["cond"]], arguments["input"], sigma, options
+        )
+        return denoised + scale * (arguments["cond_denoised"] - perturbed)
+
+    patcher.set_model_sampler_post_cfg_function(guide)

@@ -1,0 +1,148 @@
+"""Our solvers as samplers of the host, its noise from seeds, and guidance within an interval."""
+
+from collections.abc import Callable, Iterator
+
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...sana.guidance import Guidance
+from ...sana.solvers import Denoiser, Step, flow_dpm_steps
+from .model import SanaModel
+from .run import GUIDANCE_EMBED, follow_runs
+
+FLOW_DPM = "flow_dpm"  # in the list of the host's KSampler
+
+HostModel = Callable[..., Tensor]  # (x, sigma (B,), **extra_args) -> denoised
+SamplerFunction = Callable[..., Tensor]
+Latent = dict[str, object]
+
+
+def host_sampler(steps: Callable[[Denoiser, Tensor, Tensor], Iterator[Step]]) -> SamplerFunction:
+    """A solver as a sampler function of the host."""
+
+    def sample(
+        model: HostModel,
+        x: Tensor,
+        sigmas: Tensor,
+        extra_args: dict[str, object] | None = None,
+        callback: Callable[[dict[str, object]], None] | None = None,
+        disable: bool | None = None,
+    ) -> Tensor:
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            return model(x, sigma.to(x).expand(len(x)), **(extra_args or {}))
+
+        for step in steps(denoise, x, sigmas.cpu()):
+            if callback is not None:
+                sigma = sigmas[step.index]
+                callback({"i": step.index, "x": step.x, "sigma": sigma, "sigma_hat": sigma, "denoised": step.denoised})
+            x = step.next_x
+        return x
+
+    return sample
+
+
+sample_flow_dpm = host_sampler(flow_dpm_steps)
+
+
+def flow_dpm_sampler() -> comfy.samplers.KSAMPLER:
+    """Flow-DPM-Solver as a SAMPLER."""
+    return comfy.samplers.KSAMPLER(sample_flow_dpm)
+
+
+def scm_sampler(shape: torch.Size, seed: int) -> comfy.samplers.KSAMPLER:
+    """The consistency sampler of Sprint as a SAMPLER for a latent of this shape (B, C, H, W).
+
+    At an angle with sigma = sin / (sin + cos), Sprint's x and the flow's differ by a factor alone, so a step goes to the
+    denoised latent and puts fresh noise of the next sigma on it. The k-th image has its noise from seed + k.
+    """
+    generators = [torch.Generator().manual_seed(seed + k) for k in range(shape[0])]
+
+    def draw() -> Tensor:
+        return torch.cat([torch.randn((1, *shape[1:]), generator=generator) for generator in generators])
+
+    def steps(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
+        draw()  # what the latent started from
+        for i in range(len(sigmas) - 1):
+            denoised = denoise(x, sigmas[i])
+            next_x = torch.lerp(denoised, draw().to(x), float(sigmas[i + 1]))
+            yield Step(i, x, denoised, next_x)
+            x = next_x
+
+    return comfy.samplers.KSAMPLER(host_sampler(steps))
+
+
+class SanaGuidance(comfy.samplers.CFGGuider):
+    """Classifier-free guidance within an interval of noise levels; elsewhere the prompt alone."""
+
+    interval = Guidance()
+
+    def set_interval(self, low: float, high: float) -> None:
+        """Raises ValueError unless 0 <= low < high <= 1."""
+        self.interval = Guidance(interval=(low, high))
+
+    def predict_noise(
+        self, x: Tensor, timestep: Tensor, model_options: dict[str, object] | None = None, seed: int | None = None
+    ) -> Tensor:
+        positive, negative = self.conds.get("positive"), self.conds.get("negative")
+        scale = self.cfg if self.interval.acts_at(float(timestep.max())) else 1.0
+        return comfy.samplers.sampling_function(
+            self.inner_model, x, timestep, negative, positive, scale, model_options=model_options or {}, seed=seed
+        )
+
+
+def sana_model(patcher: ModelPatcher) -> SanaModel:
+    """The model behind a MODEL. Raises ValueError if it is of another family."""
+    if not isinstance(patcher.model, SanaModel):
+        raise ValueError("this MODEL is not SANA; connect the MODEL of Load SANA, or use KSampler for other models")
+    return patcher.model
+
+
+def with_reference(patcher: ModelPatcher, reference: str) -> ModelPatcher:
+    """A copy of a MODEL that follows a mask convention, see `sana.guidance.Guidance`."""
+    clone = patcher.clone()
+    follow_runs(clone, reference)
+    return clone
+
+
+def with_guidance_embed(patcher: ModelPatcher, scale: float) -> ModelPatcher:
+    """A copy of a Sprint MODEL that is told a guidance scale."""
+    clone = patcher.clone()
+    clone.model_options["transformer_options"][GUIDANCE_EMBED] = scale
+    return clone
+
+
+def flow_shift_of(patcher: ModelPatcher) -> float:
+    """The flow shift of a MODEL: its checkpoint's, or what another node has set."""
+    return float(patcher.get_model_object("model_sampling").shift)
+
+
+def sample_seeded(
+    guider: comfy.samplers.CFGGuider, sampler: comfy.samplers.KSAMPLER | None, sigmas: Tensor, latent: Latent, seed: int
+) -> Latent:
+    """Sample a LATENT with noise of seed + k for its k-th image. sampler: None: that of Sprint."""
+    samples = comfy.sample.fix_empty_latent_channels(
+        guider.model_patcher, latent["samples"], latent.get("downscale_ratio_spacial")
+    )
+    shape = (1, *samples.shape[1:])
+    generators = (torch.Generator().manual_seed(seed + k) for k in range(len(samples)))
+    noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
+    if not samples.any():
+        noise = noise / float(sigmas[0])  # which the host multiplies by; SANA starts from noise as it is
+    steps = len(sigmas) - 1
+    out = guider.sample(
+        noise,
+        samples,
+        sampler or scm_sampler(samples.shape, seed),
+        sigmas,
+        denoise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(guider.model_patcher, steps),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    kept = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio")}
+    return {**kept, "samples": out.to(comfy.model_management.intermediate_device())}

@@ -1,0 +1,169 @@
+"""The DC-AE as a VAE of the host. Every way of encoding and decoding gives the same pixels; only the memory differs."""
+
+import logging
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import comfy.model_management as management
+import comfy.model_patcher
+import comfy.ops
+import comfy.sd
+import torch
+from torch import Tensor
+
+from ...sana.autoencoder import DCAutoencoder, Decoder, Encoder
+from ...sana.checkpoint import autoencoder_tensors, check_tensors, detect_autoencoder
+from ...sana.config import LATENT_CHANNELS
+from ...sana.files import CheckpointError, TensorFile, read_tensors
+from ...sana.streaming import least_bytes, whole_bytes
+
+log = logging.getLogger(__name__)
+
+SHARE = 0.8  # of the free memory that encoding or decoding may take
+GIB = 2**30
+SMALL_BYTES = GIB  # bound for the nodes that are called tiled, and after running out of memory
+WORKING_DTYPES = [torch.bfloat16, torch.float32]  # float16 overflows: black pictures
+
+
+class SanaVAE(comfy.sd.VAE):
+    """A DC-AE. LATENT holds its own latents, (B, 32, height / 32, width / 32); IMAGE is (B, height, width, 3) in [0, 1]."""
+
+    def __init__(self, file: TensorFile, dtype: torch.dtype | None = None, *, disable_dynamic: bool = False) -> None:
+        """dtype: of weights and activations; None: what the host prefers. Raises CheckpointError as `load_autoencoder`."""
+        _set_host_attributes(self)
+        tensors = autoencoder_tensors(file)
+        config = detect_autoencoder(tensors, file)
+        if config.latent_channels != LATENT_CHANNELS:
+            raise CheckpointError(
+                f"{file.path.name} has {config.latent_channels} latent channels, and SANA takes {LATENT_CHANNELS}; "
+                "give a DC-AE f32c32"
+            )
+        check_tensors(DCAutoencoder(config, device="meta").state_dict(), tensors, file.path.name)
+        self.config = config
+        self.latent_channels, self.latent_dim, self.output_channels = config.latent_channels, 2, 3
+        self.downscale_ratio = self.upscale_ratio = config.downsample
+        self.working_dtypes = WORKING_DTYPES
+        self.device = management.vae_device()
+        self.vae_dtype = dtype or management.vae_dtype(self.device, WORKING_DTYPES)
+        self.output_device = management.intermediate_device()
+        self.memory_used_encode = lambda shape, dtype: self.working_bytes(self.first_stage_model.encoder, shape)
+        self.memory_used_decode = lambda shape, dtype: self.working_bytes(self.first_stage_model.decoder, shape)
+        self.first_stage_model = DCAutoencoder(
+            config, operations=comfy.ops.disable_weight_init, dtype=self.vae_dtype
+        ).eval()
+        management.archive_model_dtypes(self.first_stage_model)
+        patchers = comfy.model_patcher
+        patcher_class = patchers.ModelPatcher if disable_dynamic else patchers.CoreModelPatcher
+        self.patcher = patcher_class(self.first_stage_model, self.device, management.vae_offload_device())
+        self.first_stage_model.load_state_dict(tensors, strict=True, assign=self.patcher.is_dynamic())
+        if not self.patcher.is_dynamic():
+            self.first_stage_model.to(self.vae_dtype)  # layers that are made late have the dtype of the file
+        self.patcher.cached_patcher_init = (_load_patcher, (file.path, dtype))
+
+    def decode(
+        self, samples_in: Tensor, vae_options: dict[str, object] | None = None, max_bytes: int | None = None
+    ) -> Tensor:
+        """max_bytes: bound on the working memory; None: what is free. Raises ValueError for latents of another model."""
+        model = self.first_stage_model
+        images = self._run(model.decoder, model.decode, samples_in, max_bytes)
+        return self.process_output(images).movedim(1, -1)
+
+    def encode(self, pixel_samples: Tensor, max_bytes: int | None = None) -> Tensor:
+        """Pictures are cut to a multiple of 32 px, as by every VAE of the host. max_bytes: as for `decode`."""
+        model = self.first_stage_model
+        pixels = self.process_input(self._cut(pixel_samples))
+        return self._run(model.encoder, model.encode, pixels, max_bytes)
+
+    def decode_tiled(self, samples: Tensor, *tiles: int | None, **named_tiles: int | None) -> Tensor:
+        """`decode` in little memory. Tiles are not needed for that, and their sizes mean nothing here."""
+        return self.decode(samples, max_bytes=self._small(self.first_stage_model.decoder, samples.shape))
+
+    def encode_tiled(self, pixel_samples: Tensor, *tiles: int | None, **named_tiles: int | None) -> Tensor:
+        """`encode` in little memory."""
+        shape = self._cut(pixel_samples).shape
+        return self.encode(pixel_samples, max_bytes=self._small(self.first_stage_model.encoder, shape))
+
+    def _cut(self, pictures: Tensor) -> Tensor:
+        """IMAGE (B, height, width, 3) as (B, 3, height, width), cut to multiples of 32 px. Raises ValueError below 32 px."""
+        cut = self.vae_encode_crop_pixels(pictures).movedim(-1, 1)
+        if 0 in cut.shape[-2:]:
+            height, width = pictures.shape[1:3]
+            raise ValueError(
+                f"the picture has {width} x {height} px; both sides must be at least {self.downscale_ratio} px"
+            )
+        return cut
+
+    def working_bytes(self, network: Encoder | Decoder, shape: torch.Size) -> int:
+        """What the host should free before an input of this shape: all it takes, or the small bound if that is less."""
+        return min(whole_bytes(network, shape, self.vae_dtype), self._small(network, shape))
+
+    def _small(self, network: Encoder | Decoder, shape: torch.Size) -> int:
+        return max(SMALL_BYTES, least_bytes(network, shape, self.vae_dtype))
+
+    def _run(
+        self, network: Encoder | Decoder, run: Callable[[Tensor, int | None], Tensor], x: Tensor, max_bytes: int | None
+    ) -> Tensor:
+        """Encode or decode a batch, one image at a time. After running out of memory, go on within half as much."""
+        least = least_bytes(network, x.shape, self.vae_dtype)
+        if max_bytes is not None and max_bytes < least:
+            raise ValueError(
+                f"{max_bytes / GIB:.3f} GiB of working memory are too little for this size; "
+                f"it takes at least {math.ceil(1000 * least / GIB) / 1000} GiB"
+            )
+        needed = max_bytes or self.working_bytes(network, x.shape)
+        management.load_models_gpu([self.patcher], memory_required=needed)
+        bound, parts = max_bytes or self._free_bound(network, x.shape), []
+        with _device_context(self.device):
+            while len(parts) < len(x):
+                part = x[len(parts) : len(parts) + 1].to(self.device, self.vae_dtype)
+                try:
+                    out = run(part, bound)
+                except management.OOM_EXCEPTION:
+                    taken = bound or whole_bytes(network, x.shape, self.vae_dtype)
+                    if management.is_device_cpu(self.device) or taken <= least:
+                        raise
+                    bound = max(least, taken // 2)
+                    log.warning("Out of memory in the autoencoder; going on within %.1f GiB.", bound / GIB)
+                    management.soft_empty_cache()
+                    continue
+                parts.append(out.to(self.output_device, self.vae_output_dtype()))
+        return torch.cat(parts)
+
+    def _free_bound(self, network: Encoder | Decoder, shape: torch.Size) -> int | None:
+        """A bound that suits what is free now; None: there is enough for the whole."""
+        free = int(SHARE * management.get_free_memory(self.device))
+        if whole_bytes(network, shape, self.vae_dtype) <= free:
+            return None
+        return max(free, least_bytes(network, shape, self.vae_dtype))
+
+
+def load_vae(path: Path, dtype: torch.dtype | None = None, *, disable_dynamic: bool = False) -> SanaVAE:
+    """The DC-AE in a file or folder as a VAE. Raises CheckpointError if there is none."""
+    return SanaVAE(read_tensors(path, "vae"), dtype, disable_dynamic=disable_dynamic)
+
+
+def _load_patcher(
+    path: Path, dtype: torch.dtype | None, disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
+    return load_vae(path, dtype, disable_dynamic=disable_dynamic).patcher
+
+
+def _set_host_attributes(vae: comfy.sd.VAE) -> None:
+    """Everything the host gives a VAE. Its own constructor does that for a file it does not know, and says so in the log."""
+    root = logging.getLogger()
+    root.addFilter(_is_not_about_empty_files)
+    try:
+        comfy.sd.VAE.__init__(vae, sd={})
+    finally:
+        root.removeFilter(_is_not_about_empty_files)
+
+
+def _is_not_about_empty_files(record: logging.LogRecord) -> bool:
+    return "No VAE weights detected" not in record.getMessage()
+
+
+def _device_context(device: torch.device) -> object:
+    """The host's context for one of several devices; older hosts have none."""
+    return getattr(management, "cuda_device_context", lambda device: nullcontext())(device)

@@ -1,0 +1,59 @@
+"""Prompts to CONDITIONING."""
+
+from comfy_api.latest import io
+
+from ..sana.prompt import INSTRUCTION, window
+from .host.clip import NAME, SanaTextModel
+from .host.report import report
+
+CATEGORY = "SANA/conditioning"
+OFFICIAL, NONE, CUSTOM = "official", "none", "custom"
+
+
+class GemmaTextEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GemmaTextEncode",
+            display_name="SANA prompt",
+            category=CATEGORY,
+            description="Encodes a prompt the way SANA was trained: after an instruction that asks for details. "
+            "For a negative prompt choose no instruction, or use CLIP Text Encode.",
+            inputs=[
+                io.Clip.Input("clip", tooltip="The text encoder of a SANA loader."),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="Up to 299 tokens; what is longer is cut at the end, and the node says so.",
+                ),
+                io.Combo.Input(
+                    "instruction",
+                    options=[OFFICIAL, NONE, CUSTOM],
+                    tooltip="official: NVIDIA's, for prompts. none: for negative prompts. custom: the text below.",
+                ),
+                io.String.Input(
+                    "custom_instruction",
+                    multiline=True,
+                    optional=True,
+                    tooltip="Put before the prompt when instruction is custom. End it with a space.",
+                ),
+            ],
+            outputs=[io.Conditioning.Output()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, clip: io.Clip.Type, text: str, instruction: str, custom_instruction: str = "") -> io.NodeOutput:
+        if not isinstance(clip.cond_stage_model, SanaTextModel):
+            raise ValueError("this CLIP is not Gemma-2; connect the CLIP of Load SANA or Load SANA text encoder")
+        before = {OFFICIAL: INSTRUCTION, NONE: None, CUSTOM: custom_instruction or None}[instruction]
+        tokens = clip.tokenize(text, instruction=before)
+        kept = window(len(clip.tokenize("", instruction=before)[NAME][0]) if before else 0)
+        length = len(tokens[NAME][0])
+        lost = f", {kept.lost(length)} cut off" if kept.lost(length) else ""
+        report(cls, f"{kept.rows(length)} of 300 tokens{lost}")
+        return io.NodeOutput(clip.encode_from_tokens_scheduled(tokens))
+
+
+NODES = (GemmaTextEncode,)

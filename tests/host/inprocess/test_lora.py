@@ -1,0 +1,215 @@
+"""LoRAs of every trainer through the host's own loaders, and its own trainer on our model."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import sana
+from tests.host.inprocess.small import DEMO, EQUAL, Small, difference, load, picture
+
+RANK, ALPHA, STRENGTH = 2, 4.0, 0.5
+LAYERS = (
+    "transformer_blocks.0.attn1.to_q",
+    "transformer_blocks.0.attn2.to_k",
+    "transformer_blocks.1.attn1.to_out.0",
+    "transformer_blocks.2.ff.conv_point",  # a 1x1 convolution in files
+)
+CHANGED = 1e-2
+PART = "gemma2_2b.transformer.model.layers.0.self_attn.v_proj"
+
+
+def dotted(prefix: str, down: str, up: str) -> Callable[[str], tuple[str, str, str | None]]:
+    return lambda path: (f"{prefix}{path}.{down}", f"{prefix}{path}.{up}", None)
+
+
+def underscored(prefix: str) -> Callable[[str], tuple[str, str, str | None]]:
+    def names(path: str) -> tuple[str, str, str]:
+        flat = prefix + path.replace(".", "_")
+        return f"{flat}.lora_down.weight", f"{flat}.lora_up.weight", f"{flat}.alpha"
+
+    return names
+
+
+# Names of the smaller matrix, the larger one and the scale, by layer; without a scale, alpha is the rank.
+TRAINERS = {
+    "diffusers": dotted("transformer.", "lora_A.weight", "lora_B.weight"),
+    "PEFT": dotted("base_model.model.", "lora_A.weight", "lora_B.weight"),
+    "PEFT, named adapter": dotted("transformer.", "lora_A.default.weight", "lora_B.default.weight"),
+    "kohya": underscored("lora_unet_"),
+    "OneTrainer": underscored("lora_transformer_"),
+    "LyCORIS": underscored("lycoris_"),
+    "the host": dotted("diffusion_model.", "lora_down.weight", "lora_up.weight"),
+}
+
+
+@pytest.fixture(scope="module")
+def weights(small: Small) -> dict[str, Tensor]:
+    """The model's tensors as its file has them."""
+    return load_file(small.path)
+
+
+@pytest.fixture(scope="module")
+def matrices(weights: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A small and a large matrix for each layer, shaped as its weight is in the file."""
+    torch.manual_seed(0)
+    found = {}
+    for path in LAYERS:
+        out, inside, *kernel = weights[f"{path}.weight"].shape
+        down, up = torch.randn(RANK, inside, *kernel), torch.randn(out, RANK, *kernel)
+        found[path] = (down / inside**0.5, up / RANK**0.5)
+    return found
+
+
+def write_lora(small: Small, name: str, tensors: dict[str, Tensor]) -> str:
+    folder = small.host.base / "models" / "loras"
+    folder.mkdir(exist_ok=True)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
+    return f"{name}.safetensors"
+
+
+def merged(small: Small, weights: dict[str, Tensor], changes: dict[str, Tensor], name: str) -> ModelPatcher:
+    """A model whose file has the changes in its weights."""
+    tensors = {**weights, **{f"{path}.weight": weights[f"{path}.weight"] + change for path, change in changes.items()}}
+    path = small.host.base / "models" / "diffusion_models" / f"{name}.safetensors"
+    with safe_open(small.path, framework="pt") as file:
+        save_file(tensors, path, file.metadata())
+    return load(small.host, path.name)[0]
+
+
+@pytest.fixture(scope="module")
+def expected(
+    small: Small, weights: dict[str, Tensor], matrices: dict[str, tuple[Tensor, Tensor]]
+) -> Callable[[float], Tensor]:
+    """The latent of the merged weights, by strength times scale."""
+    known: dict[float, Tensor] = {}
+
+    def sample(scale: float) -> Tensor:
+        if scale not in known:
+            changes = {
+                path: scale * (up.flatten(1) @ down.flatten(1)).view(weights[f"{path}.weight"].shape)
+                for path, (down, up) in matrices.items()
+            }
+            known[scale] = small.sample(model=merged(small, weights, changes, f"merged-{scale}"))
+        return known[scale]
+
+    return sample
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_lora_acts_as_the_merged_weights(
+    small: Small,
+    matrices: dict[str, tuple[Tensor, Tensor]],
+    expected: Callable[[float], Tensor],
+    trainer: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Defect 15 of the official nodes: LoRAs did not load."""
+    tensors, has_alpha = {}, False
+    for path, (down, up) in matrices.items():
+        down_name, up_name, alpha = TRAINERS[trainer](path)
+        tensors |= {down_name: down, up_name: up}
+        if alpha:
+            tensors[alpha], has_alpha = torch.tensor(ALPHA), True
+    name = write_lora(small, trainer, tensors)
+    with caplog.at_level(logging.WARNING):
+        (model,) = small.host.call("LoraLoaderModelOnly", model=small.model, lora_name=name, strength_model=STRENGTH)
+        inputs = {"model": small.model, "clip": small.clip, "lora_name": name}
+        both, clip = small.host.call("LoraLoader", **inputs, strength_model=STRENGTH, strength_clip=1.0)
+    assert not [record for record in caplog.records if "not loaded" in record.getMessage()]
+    latent = small.sample(model=model)
+    assert difference(latent, expected(STRENGTH * (ALPHA / RANK if has_alpha else 1))) <= EQUAL
+    assert difference(latent, small.sample()) > CHANGED
+    assert torch.equal(small.sample(model=both), latent)
+    assert torch.equal(clip.encode_from_tokens(clip.tokenize("a")), small.clip.encode_from_tokens(clip.tokenize("a")))
+
+
+def test_lora_without_changing_weights(
+    small: Small, matrices: dict[str, tuple[Tensor, Tensor]], expected: Callable[[float], Tensor]
+) -> None:
+    """The host's bypass loader, which runs a LoRA beside the layers."""
+    tensors = {}
+    for path, (down, up) in matrices.items():
+        down_name, up_name, _ = TRAINERS["diffusers"](path)
+        # It takes the matrices as they are, and our 1x1 convolutions are linear layers.
+        tensors |= {down_name: down.flatten(1), up_name: up.flatten(1)}
+    name = write_lora(small, "bypass", tensors)
+    (model,) = small.host.call("LoraLoaderBypassModelOnly", model=small.model, lora_name=name, strength_model=STRENGTH)
+    assert difference(small.sample(model=model), expected(STRENGTH)) <= EQUAL
+
+
+def test_lokr_of_lycoris(small: Small, weights: dict[str, Tensor]) -> None:
+    path = LAYERS[0]
+    torch.manual_seed(1)
+    left, right = torch.randn(2, 2) / 4, torch.randn(48, 48) / 8
+    flat = "lycoris_" + path.replace(".", "_")
+    name = write_lora(small, "lokr", {f"{flat}.lokr_w1": left, f"{flat}.lokr_w2": right})
+    (model,) = small.host.call("LoraLoaderModelOnly", model=small.model, lora_name=name, strength_model=1.0)
+    changed = merged(small, weights, {path: torch.kron(left, right)}, "merged-lokr")
+    assert difference(small.sample(model=model), small.sample(model=changed)) <= EQUAL
+
+
+def test_lora_of_the_text_encoder(small: Small) -> None:
+    """Also with the instruction, whose keys and values are kept from one prompt to the next."""
+    weight = small.clip.cond_stage_model.state_dict()[f"{PART}.weight"]
+    torch.manual_seed(0)
+    down, up = torch.randn(RANK, weight.shape[1]) / 4, torch.randn(weight.shape[0], RANK) / 4
+    names = (f"text_encoders.{PART}.lora_down.weight", f"text_encoders.{PART}.lora_up.weight")
+    name = write_lora(small, "text", dict(zip(names, (down, up), strict=True)))
+    before = small.encode("a red circle")[0][0]
+    inputs = {"model": small.model, "clip": small.clip, "lora_name": name}
+    _, clip = small.host.call("LoraLoader", **inputs, strength_model=1.0, strength_clip=1.0)
+    ours = replace(small, clip=clip).encode("a red circle")[0][0]
+    encoder = sana.load_text_encoder(DEMO)
+    layer = encoder.model.layers[0].self_attn.v_proj
+    layer.weight.data = layer.weight + up @ down
+    theirs, _ = encoder(["a red circle"])
+    assert difference(ours, theirs) <= EQUAL
+    assert difference(ours, before) > CHANGED
+    assert torch.equal(small.encode("a red circle")[0][0], before)
+
+
+def test_lora_that_the_host_trains_loads_again(small: Small) -> None:
+    (lora, losses, steps) = train(small)
+    assert steps == 2 and len(losses["loss"]) == 2 and all(torch.tensor(losses["loss"]).isfinite())
+    assert any(bool(tensor.any()) for name, tensor in lora.items() if "lora_up" in name)
+    small.host.call("SaveLoRA", lora=lora, prefix="loras/trained", steps=steps)
+    (saved,) = (small.host.base / "output" / "loras").iterdir()
+    name = write_lora(small, "trained", load_file(saved))
+    (model,) = small.host.call("LoraLoaderModelOnly", model=small.model, lora_name=name, strength_model=1.0)
+    layers = {key.rsplit(".lora_up", 1)[0] for key in lora if ".lora_up" in key}
+    assert len(layers) > 20 and len([key for key in model.patches if key.endswith(".weight")]) >= len(layers)
+    assert 0 < difference(small.sample(model=model), small.sample()) < float("inf")
+
+
+def train(small: Small) -> tuple[dict[str, Tensor], dict[str, list[float]], int]:
+    """Two steps of the host's trainer, which takes every input as a list; those not named are its defaults."""
+    node = small.host.nodes["TrainLoraNode"]
+    given = {
+        name: entry[1]["default"] for name, entry in node.INPUT_TYPES()["required"].items() if "default" in entry[1]
+    }
+    given |= {
+        "model": small.model,
+        "latents": {"samples": small.vae.encode(picture())},
+        "steps": 2,
+        "rank": RANK,
+    }
+    given |= {"training_dtype": "fp32", "lora_dtype": "fp32", "learning_rate": 0.01, "existing_lora": "[None]"}
+    inputs = {name: [value] for name, value in given.items()} | {"positive": [small.positive]}
+    return small.host.call("TrainLoraNode", **inputs)
+
+
+def test_file_of_another_model_is_no_lora_of_ours(small: Small, caplog: pytest.LogCaptureFixture) -> None:
+    """Names that belong to nothing are listed in the log, and change nothing."""
+    tensors = {"lora_unet_down_blocks_0_attn.lora_down.weight": torch.ones(2, 4)}
+    name = write_lora(small, "other", tensors)
+    with caplog.at_level(logging.WARNING):
+        (model,) = small.host.call("LoraLoaderModelOnly", model=small.model, lora_name=name, strength_model=1.0)
+    assert "lora key not loaded: lora_unet_down_blocks_0_attn.lora_down.weight" in caplog.text
+    assert not model.patches

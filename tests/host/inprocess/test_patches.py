@@ -1,0 +1,118 @@
+"""Nodes of the host that change a MODEL, on ours: guidance, caching, schedules, merging and compiling."""
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sana.schedule import flow_sigmas
+from tests.host.inprocess.small import (
+    EQUAL,
+    OTHER_PROMPT,
+    PROMPT,
+    VARIANT,
+    Small,
+    difference,
+    load,
+    pipeline_latent,
+    write_variant,
+)
+
+CHANGED = 1e-2
+
+
+def test_core_perturbed_attention_guidance(small: Small) -> None:
+    """Defect 15 of the official nodes: it had no effect."""
+    (core,) = small.host.call("PerturbedAttentionGuidance", model=small.model, scale=2.0)
+    (ours,) = small.host.call("SanaPerturbedAttention", model=small.model, pag_scale=2.0, pag_block=-1)
+    theirs = pipeline_latent(small.pipeline, PROMPT, negative=OTHER_PROMPT, pag_scale=2.0)
+    for model in (core, ours):
+        assert difference(small.sample(model=model), theirs) <= EQUAL
+        assert difference(small.ksampler(model=model), small.ksampler()) > CHANGED
+    assert difference(small.ksampler(model=core), small.ksampler(model=ours)) <= EQUAL
+
+
+def test_core_skip_layer_guidance(small: Small) -> None:
+    common = {"double_layers": "1", "single_layers": "", "start_percent": 0.0, "end_percent": 1.0}
+    (model,) = small.host.call("SkipLayerGuidanceDiT", model=small.model, scale=2.0, rescaling_scale=0.0, **common)
+    (simple,) = small.host.call("SkipLayerGuidanceDiTSimple", model=small.model, **common)
+    guided = small.ksampler(model=model, steps=1)
+    plain = small.ksampler(steps=1)
+    assert difference(guided, plain) > CHANGED
+    assert difference(small.ksampler(model=simple, steps=1), plain) > CHANGED
+    (off,) = small.host.call("SkipLayerGuidanceDiT", model=small.model, scale=0.0, rescaling_scale=0.0, **common)
+    assert torch.equal(small.ksampler(model=off, steps=1), plain)
+
+
+def test_core_easy_cache(small: Small) -> None:
+    common = {"start_percent": 0.0, "end_percent": 1.0, "verbose": False}
+    (never,) = small.host.call("EasyCache", model=small.model, reuse_threshold=0.0, **common)
+    assert torch.equal(small.ksampler(model=never, steps=8), small.ksampler(steps=8))
+    (often,) = small.host.call("EasyCache", model=small.model, reuse_threshold=3.0, **common)
+    embedded: list[int] = []
+    handle = often.model.diffusion_model.patch_embed.proj.register_forward_pre_hook(
+        lambda module, arguments: embedded.append(len(arguments[0]))
+    )
+    latent = small.ksampler(model=often, steps=8, latent_image=small.empty(2))
+    handle.remove()
+    assert 1 <= len(embedded) < 8 and bool(latent.isfinite().all())
+
+
+def test_core_lazy_cache_and_guidance_nodes(small: Small) -> None:
+    common = {"start_percent": 0.0, "end_percent": 1.0, "verbose": False}
+    (lazy,) = small.host.call("LazyCache", model=small.model, reuse_threshold=0.2, **common)
+    (rescaled,) = small.host.call("RescaleCFG", model=small.model, multiplier=0.7)
+    for model in (lazy, rescaled):
+        assert bool(small.ksampler(model=model, steps=5).isfinite().all())
+
+
+def test_core_model_sampling_sets_the_flow_shift(small: Small) -> None:
+    (model,) = small.host.call("ModelSamplingSD3", model=small.model, shift=1.5)
+    inputs = {"steps": 4, "denoise": 1.0, "flow_shift": 0.0}
+    assert torch.equal(small.host.call("FlowDPMScheduler", model=model, **inputs)[0], flow_sigmas(4, 1.5))
+    assert difference(small.sample(model=model), small.sample(flow_shift=1.5)) <= EQUAL
+    assert difference(small.sample(model=model), small.sample()) > CHANGED
+    assert difference(small.ksampler(model=model), small.ksampler()) > CHANGED
+
+
+def test_core_model_merge(small: Small) -> None:
+    """ModelMergeSimple: the ratio is the share of the first model, in the tables beside the layers as well."""
+    path = write_variant(small.host, VARIANT, seed=1)
+    first, second = load_file(small.path), load_file(path)
+    with safe_open(small.path, framework="pt") as opened:
+        mixed = {name: 0.25 * first[name] + 0.75 * second[name] for name in first}
+        save_file(mixed, path.with_name("mixed.safetensors"), opened.metadata())
+    (merged,) = small.host.call(
+        "ModelMergeSimple", model1=small.model, model2=load(small.host, path.name)[0], ratio=0.25
+    )
+    latent = small.ksampler(model=merged)
+    assert difference(latent, small.ksampler(model=load(small.host, "mixed.safetensors")[0])) <= EQUAL
+    assert difference(latent, small.ksampler()) > CHANGED
+    assert torch.equal(small.ksampler(model=merged), latent)
+
+
+def test_compiled_model(small: Small) -> None:
+    """TorchCompileModel with the compiler that keeps the operators as they are; the graph is still captured."""
+    one_block = load(small.host, write_variant(small.host, VARIANT, depth=1).name)[0]
+    (model,) = small.host.call("TorchCompileModel", model=one_block, backend="eager")
+    assert difference(small.ksampler(model=model, steps=2), small.ksampler(model=one_block, steps=2)) <= EQUAL
+
+
+def test_attention_is_the_hosts_and_can_be_replaced(small: Small) -> None:
+    """What packs such as SageAttention set: a function in the place of the softmax attention."""
+    seen: list[tuple[int, ...]] = []
+
+    def override(function: object, q: Tensor, *arguments: object, **named: object) -> Tensor:
+        seen.append(tuple(q.shape))
+        return function(q, *arguments, **named)
+
+    model = small.model.clone()
+    model.model_options["transformer_options"]["optimized_attention_override"] = override
+    assert torch.equal(small.ksampler(model=model, steps=1), small.ksampler(steps=1))
+    assert len(seen) == model.model.identity.config.depth
+
+
+@pytest.mark.parametrize("sampler_name", ["uni_pc", "euler_ancestral", "res_multistep", "lcm", "heun"])
+def test_other_samplers_of_the_host_run(small: Small, sampler_name: str) -> None:
+    assert bool(small.ksampler(sampler_name=sampler_name).isfinite().all())

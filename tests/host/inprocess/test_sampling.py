@@ -1,0 +1,259 @@
+"""Every way to sample, against `sana` on the same weights: the same latents from KSampler, our nodes and the pipeline."""
+
+from dataclasses import replace
+
+import comfy.k_diffusion.sampling
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import sana
+from sana.config import LATENT_SCALE, VARIANTS
+from sana.prompt import DIFFUSERS_INSTRUCTION
+from sana.schedule import flow_sigmas
+from tests.host.boot import Host
+from tests.host.inprocess.small import (
+    EQUAL,
+    HEIGHT,
+    OTHER_PROMPT,
+    PROMPT,
+    SEED,
+    STEPS,
+    WIDTH,
+    Small,
+    difference,
+    load,
+    load_pipeline,
+    picture,
+    pipeline_latent,
+    write_variant,
+)
+
+CHANGED = 1e-2  # what a setting that acts changes at least
+SPRINT = "sana-sprint-0.6b-1024px"
+
+
+def as_file(image: Tensor) -> Image.Image:
+    return Image.fromarray((image[0] * 255).round().byte().numpy())
+
+
+@pytest.mark.parametrize(
+    ("node", "options"),
+    [
+        ({}, {}),
+        ({"cfg": 1.0}, {"guidance_scale": 1.0}),
+        ({"flow_shift": 1.5, "steps": 5}, {"flow_shift": 1.5, "steps": 5}),
+        ({"guidance_from": 0.2, "guidance_to": 0.9}, {"guidance_interval": (0.2, 0.9)}),
+        ({"pag_scale": 2.0}, {"pag_scale": 2.0}),
+        ({"pag_scale": 2.0, "pag_block": 1, "guidance_to": 0.9}, {"pag_scale": 2.0, "pag_blocks": (1,)}),
+    ],
+    ids=["plain", "no guidance", "flow shift", "interval", "perturbed", "perturbed in a block, within an interval"],
+)
+def test_flow_dpm_sampler_gives_the_latent_of_the_pipeline(
+    small: Small, node: dict[str, object], options: dict[str, object]
+) -> None:
+    if "guidance_to" in node:
+        options = {"guidance_interval": (node.get("guidance_from", 0.0), node["guidance_to"]), **options}
+    theirs = pipeline_latent(small.pipeline, PROMPT, negative=OTHER_PROMPT, **options)
+    assert difference(small.sample(**node), theirs) <= EQUAL
+
+
+def test_pictures_of_a_batch_are_those_of_the_pipeline_and_of_their_own_seeds(small: Small) -> None:
+    """Defect 2 of the official nodes: a batch cut the prompt to the length of the negative prompt."""
+    latents = small.sample(latent=small.empty(3))
+    assert difference(latents, pipeline_latent(small.pipeline, PROMPT, 3, negative=OTHER_PROMPT)) <= EQUAL
+    assert difference(latents[2:], small.sample(seed=SEED + 2)) <= EQUAL
+
+
+def test_mask_convention_of_diffusers(small: Small) -> None:
+    """Defect 4 of the official nodes: their masks followed neither NVlabs, which all other tests follow, nor diffusers."""
+    positive = small.encode(PROMPT, "custom", DIFFUSERS_INSTRUCTION)
+    ours = small.sample(positive=positive, mask_convention="diffusers")
+    theirs = pipeline_latent(small.pipeline, PROMPT, negative=OTHER_PROMPT, reference="diffusers")
+    assert difference(ours, theirs) <= EQUAL
+    assert difference(ours, small.sample(positive=positive)) > EQUAL  # the convention of NVlabs is another one
+
+
+@pytest.mark.parametrize(
+    ("sampler_name", "batch_size", "cfg", "denoise"),
+    [
+        ("euler", 1, 4.5, 1.0),
+        ("euler", 4, 4.5, 1.0),
+        ("euler", 2, 1.0, 0.6),
+        ("dpmpp_2m", 1, 1.0, 1.0),
+        ("dpmpp_2m", 3, 4.5, 0.6),
+        ("flow_dpm", 1, 4.5, 1.0),
+        ("flow_dpm", 2, 1.0, 1.0),
+        ("flow_dpm", 4, 4.5, 0.5),
+    ],
+)
+def test_ksampler_gives_what_its_sampler_gives_with_our_network(
+    small: Small, sampler_name: str, batch_size: int, cfg: float, denoise: float
+) -> None:
+    latent = small.empty(batch_size)
+    if denoise < 1:
+        latent["samples"] = small.vae.encode(picture()).repeat(batch_size, 1, 1, 1)
+    model_sampling = small.model.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(model_sampling, "simple", int(STEPS / denoise))[-STEPS - 1 :]
+    sampler = getattr(comfy.k_diffusion.sampling, f"sample_{sampler_name}")
+    theirs = small.reference(sampler, sigmas, latent, cfg=cfg)
+    ours = small.ksampler(latent_image=latent, sampler_name=sampler_name, cfg=cfg, denoise=denoise)
+    assert difference(ours, theirs) <= EQUAL
+
+
+def test_flow_dpm_is_in_the_list_of_ksampler(host: Host) -> None:
+    (samplers,) = host.nodes["KSampler"].INPUT_TYPES()["required"]["sampler_name"][:1]
+    assert samplers.count("flow_dpm") == 1 and "euler" in samplers
+
+
+def test_sampler_custom_advanced_with_our_parts(small: Small) -> None:
+    host, latent = small.host, small.empty()
+    (sigmas,) = host.call("FlowDPMScheduler", model=small.model, steps=STEPS, denoise=1.0, flow_shift=0.0)
+    (solver,) = host.call("FlowDPMSolver")
+    prompts = {"positive": small.positive, "negative": small.negative}
+    (guider,) = host.call("SanaGuider", model=small.model, **prompts, cfg=4.5, guidance_from=0.0, guidance_to=1.0)
+    (noise,) = host.call("RandomNoise", noise_seed=SEED)
+    output, denoised = host.call(
+        "SamplerCustomAdvanced", noise=noise, guider=guider, sampler=solver, sigmas=sigmas, latent_image=latent
+    )
+    assert torch.equal(sigmas, flow_sigmas(STEPS, small.pipeline.identity.flow_shift))
+    theirs = small.reference(comfy.k_diffusion.sampling.sample_flow_dpm, sigmas, latent)
+    assert difference(output["samples"], theirs) <= EQUAL
+    # The schedule ends at 0, where the last estimate is the result.
+    assert difference(denoised["samples"], theirs) <= EQUAL
+
+
+def test_core_guider_and_sampler_select_take_our_model(small: Small) -> None:
+    """Without our nodes: CFGGuider, KSamplerSelect and BasicScheduler."""
+    host = small.host
+    (sigmas,) = host.call("BasicScheduler", model=small.model, scheduler="simple", steps=STEPS, denoise=1.0)
+    (sampler,) = host.call("KSamplerSelect", sampler_name="flow_dpm")
+    (guider,) = host.call("CFGGuider", model=small.model, positive=small.positive, negative=small.negative, cfg=4.5)
+    (noise,) = host.call("RandomNoise", noise_seed=SEED)
+    inputs = {"noise": noise, "guider": guider, "sampler": sampler, "sigmas": sigmas, "latent_image": small.empty()}
+    output = host.call("SamplerCustomAdvanced", **inputs)[0]["samples"]
+    assert difference(output, small.ksampler(sampler_name="flow_dpm")) <= EQUAL
+
+
+def test_image_to_image_gives_the_latent_of_the_pipeline(small: Small) -> None:
+    image = picture()
+    (latent,) = small.host.call("VAEEncode", pixels=image, vae=small.vae)
+    ours = small.sample(latent=latent, denoise=0.6)
+    options = {"negative": OTHER_PROMPT, "image": as_file(image), "strength": 0.6}
+    assert difference(ours, pipeline_latent(small.pipeline, PROMPT, **options)) <= EQUAL
+    assert difference(ours, latent["samples"]) > CHANGED
+
+
+def test_inpainting_gives_the_latent_of_the_pipeline_and_keeps_the_rest(small: Small) -> None:
+    image, mask = picture(), torch.zeros(1, HEIGHT, WIDTH)
+    mask[:, :, : WIDTH // 2] = 1
+    (latent,) = small.host.call("VAEEncode", pixels=image, vae=small.vae)
+    (masked,) = small.host.call("SetLatentNoiseMask", samples=latent, mask=mask)
+    ours = small.sample(latent=masked)
+    options = {
+        "negative": OTHER_PROMPT,
+        "image": as_file(image),
+        "mask": as_file(mask[..., None].expand(-1, -1, -1, 3)),
+    }
+    assert difference(ours, pipeline_latent(small.pipeline, PROMPT, **options)) <= EQUAL
+    assert difference(ours[..., 2:], latent["samples"][..., 2:]) <= EQUAL
+    for changed in (ours, small.ksampler(latent_image=masked, denoise=0.7)):
+        assert difference(changed[..., 2:], latent["samples"][..., 2:]) <= EQUAL
+        assert difference(changed[..., :2], latent["samples"][..., :2]) > CHANGED
+
+
+def test_vae_encode_for_inpaint_and_sampling(small: Small) -> None:
+    """Defect 5 of the official nodes: tiled encoding and encoding for inpainting crashed."""
+    mask = torch.zeros(1, HEIGHT, WIDTH)
+    mask[:, : HEIGHT // 3] = 1
+    (latent,) = small.host.call("VAEEncodeForInpaint", pixels=picture(), vae=small.vae, mask=mask, grow_mask_by=0)
+    grey = torch.where(mask[..., None] > 0, torch.tensor(0.5), picture())
+    assert difference(latent["samples"], small.vae.encode(grey)) <= EQUAL
+    ours = small.sample(latent=latent)
+    assert difference(ours[:, :, 1:], latent["samples"][:, :, 1:]) <= EQUAL
+    assert difference(ours[:, :, :1], latent["samples"][:, :, :1]) > CHANGED
+
+
+def sprint_latents(host: Host, model: object, small: Small, batch_size: int = 1, **changes: object) -> Tensor:
+    options = {"steps": 2, "max_angle": 1.5708, "intermediate_angle": 1.3, "paper_angles": False}
+    (sigmas,) = host.call("SCMScheduler", **options)
+    inputs = {"positive": small.positive, "latent": small.empty(batch_size), "sigmas": sigmas, **changes}
+    return host.call("SCMSampler", model=model, seed=SEED, guidance=4.5, **inputs)[0]["samples"]
+
+
+@pytest.fixture(scope="module")
+def sprint(small: Small) -> object:
+    return load(small.host, write_variant(small.host, SPRINT).name)[0]
+
+
+def test_sprint_gives_the_latents_of_the_pipeline_in_a_batch(small: Small, sprint: object) -> None:
+    """Defect 3 of the official nodes: Sprint crashed for a batch of two."""
+    pipeline = load_pipeline(write_variant(small.host, SPRINT))
+    latents = sprint_latents(small.host, sprint, small, 2)
+    assert difference(latents, pipeline_latent(pipeline, PROMPT, 2, steps=2)) <= 10 * EQUAL
+    assert difference(latents[:1], sprint_latents(small.host, sprint, small)) <= 10 * EQUAL
+
+
+def test_sprint_follows_its_sigmas(small: Small, sprint: object) -> None:
+    """Defect 9 of the official nodes: their sampler ran its own schedule, whatever it was given."""
+    seen: list[float] = []
+    network = sprint.model.diffusion_model
+    handle = network.register_forward_pre_hook(lambda module, arguments: seen.append(float(arguments[1][0])))
+    latent = {"samples": small.vae.encode(picture())}
+    sprint_latents(small.host, sprint, small, latent=latent, sigmas=torch.tensor([0.3, 0.1, 0.0]))
+    handle.remove()
+    assert seen == pytest.approx([0.3, 0.1])
+
+
+def test_previews_get_the_denoised_latent(small: Small) -> None:
+    """Defect 9 of the official nodes: previews showed the raw prediction. The last estimate is the result."""
+    seen: list[Tensor] = []
+    sigmas = flow_sigmas(STEPS, 3.0)
+    model = small.host.pack("nodes.host.sampler")
+    guider = model.SanaGuidance(small.model)
+    guider.set_conds(small.positive, small.negative)
+    noise = comfy.sample.prepare_noise(small.empty()["samples"], SEED)
+    out = guider.sample(
+        noise,
+        small.empty()["samples"],
+        model.flow_dpm_sampler(),
+        sigmas,
+        callback=lambda step, denoised, x, total: seen.append(denoised),
+        disable_pbar=True,
+        seed=SEED,
+    )
+    assert len(seen) == STEPS
+    assert difference(seen[-1] / LATENT_SCALE, out) <= EQUAL
+
+
+@pytest.mark.parametrize("variant", ["sana-1.5-1.6b-1024px", "sana-1.6b-2048px", "sana-1.6b-4096px"])
+def test_every_structure_gives_the_latents_of_our_network(small: Small, variant: str) -> None:
+    """Defect 1 of the official nodes: SANA-1.5 ran without the norms of its cross-attention."""
+    path = write_variant(small.host, variant)
+    model = load(small.host, path.name)[0]
+    (sigmas,) = small.host.call("FlowDPMScheduler", model=model, steps=STEPS, denoise=1.0, flow_shift=0.0)
+    assert torch.equal(sigmas, flow_sigmas(STEPS, VARIANTS[variant].flow_shift))
+    ours = small.sample(model=model)
+    assert difference(ours, pipeline_latent(load_pipeline(path), PROMPT, negative=OTHER_PROMPT)) <= EQUAL
+
+
+def test_demo_gives_the_latent_of_the_pipeline(small: Small) -> None:
+    model, clip, vae = load(small.host, "demo", "auto")
+    own = replace(small, model=model, clip=clip, vae=vae)
+    theirs = pipeline_latent(sana.SanaPipeline.load("demo"), PROMPT, negative=OTHER_PROMPT)
+    assert difference(own.sample(), theirs) <= EQUAL
+
+
+def test_interrupt_stops_sampling_and_the_next_run_is_right(small: Small) -> None:
+    before = small.sample()
+    handle = small.model.model.diffusion_model.register_forward_pre_hook(
+        lambda module, arguments: comfy.model_management.interrupt_current_processing()
+    )
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        small.sample(steps=50)
+    handle.remove()
+    assert torch.equal(small.sample(), before)
