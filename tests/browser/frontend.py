@@ -1,0 +1,105 @@
+"""ComfyUI's frontend in a real browser: opens workflows, runs them with the Run button, and keeps what went wrong."""
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest.mock import patch
+
+from PIL import Image
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from tests.browser import chromium
+from tests.host.base_directory import PACK
+from tests.host.client import Client
+
+SIZE = {"width": 1600, "height": 1000}
+TIMEOUT_MS = 60_000
+LOADED = """name => {  // the frontend first opens a default workflow, then the one asked for
+    const workflow = window.app?.extensionManager?.workflow?.activeWorkflow
+    return workflow?.filename.startsWith(name) && app.graph.nodes.length > 0
+}"""
+WATCH = """() => {
+    window.lastRun = new Promise(resolve => {
+        for (const kind of ["execution_success", "execution_error", "execution_interrupted"])
+            app.api.addEventListener(kind, event => resolve({kind, ...event.detail}), {once: true})
+    })
+}"""
+PICTURES = """() => Object.entries(app.nodeOutputs).every(([id, output]) => {
+    const node = app.graph.getNodeById(id)
+    return !node || !output?.images?.length || node.imgs?.every(picture => picture.complete)
+})"""
+
+
+@contextmanager
+def launch() -> Iterator[Browser]:
+    """A Chromium without a window. Raises FileNotFoundError if there is none."""
+    found = chromium.find_chromium()
+    if not found:
+        raise FileNotFoundError(chromium.MISSING)
+    # Playwright's own driver needs the variables too
+    with patch.dict(os.environ, found.variables), sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found.executable, args=chromium.FLAGS)
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def open_page(browser: Browser, server: Client) -> "Iterator[Frontend]":
+    """A page with a profile of its own, not opened yet: call open()."""
+    context = browser.new_context(viewport=SIZE)
+    context.set_default_timeout(TIMEOUT_MS)
+    yield Frontend(context.new_page(), server)
+    context.close()
+
+
+@dataclass
+class Frontend:
+    """A page of a server's user interface. `page` is Playwright's, for anything that has no method here."""
+
+    page: Page
+    server: Client
+    messages: list[str] = field(default_factory=list)  # warnings and errors of the page's console
+    exceptions: list[str] = field(default_factory=list)  # uncaught ones
+
+    def __post_init__(self) -> None:
+        self.page.on("pageerror", lambda error: self.exceptions.append(str(error)))
+        self.page.on("console", lambda entry: entry.type in ("error", "warning") and self.messages.append(entry.text))
+
+    def open(self, template: str | None = None, source: str = PACK) -> None:
+        """Opens the user interface with the workflow `template` of the pack `source` (None: what a new user sees)."""
+        self.page.goto(self.server.url + (f"/?template={template}&source={source}" if template else "/"))
+        self.page.wait_for_function(LOADED, arg=template or "Unsaved Workflow")
+
+    def load(self, workflow: dict) -> None:
+        """Loads a workflow in UI format into the open page."""
+        self.page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
+
+    def node_types(self) -> list[str]:
+        """The types of the nodes on the canvas."""
+        return self.page.evaluate("() => app.graph.nodes.map(node => node.type)")
+
+    def prompt(self) -> dict[str, dict]:
+        """The workflow on the canvas in API format, as the frontend converts it."""
+        return self.page.evaluate("async () => (await app.graphToPrompt()).output")
+
+    def run(self) -> dict:
+        """Presses Run and waits for the end: {"kind": "execution_success" or _error or _interrupted, ...}.
+
+        The pictures are on their nodes when it returns.
+        """
+        self.page.evaluate(WATCH)
+        self.page.get_by_test_id("queue-button").click()
+        result = self.page.evaluate("() => window.lastRun")
+        self.page.wait_for_function(PICTURES)
+        return result
+
+    def screenshot(self, path: Path | None = None) -> Image.Image:
+        """What the page shows, also written to `path` if given."""
+        return Image.open(io.BytesIO(self.page.screenshot(path=path))).convert("RGB")
+
+    def report(self) -> str:
+        """What the page complained about."""
+        return "\n".join(self.exceptions + self.messages)

@@ -1,0 +1,26 @@
+"""The pack as a new user meets it in the user interface, with no weights but those it comes with."""
+
+from pathlib import Path
+
+from tests.browser.frontend import Frontend
+from tests.workflows import graph
+
+
+def test_missing_files_are_offered_for_download(frontend: Frontend) -> None:
+    """Of a server without any weights."""
+    frontend.open("sana_1k_text_to_image")
+    frontend.page.get_by_role("button", name="View details").click()
+    for model in graph.models(graph.read("sana_1k_text_to_image")):
+        frontend.page.get_by_text(model["name"]).first.wait_for()
+
+
+def test_demo_draws_a_picture_at_a_click(frontend: Frontend, tmp_path: Path) -> None:
+    """What a new user does. The picture is shown on its node, and every node of ours says what it found."""
+    frontend.open("sana_demo")
+    before = frontend.screenshot(tmp_path / "before.png")
+    assert frontend.run()["kind"] == "execution_success"
+    after = frontend.screenshot(tmp_path / "after.png")
+    assert len(after.getcolors(2**24) or []) > len(before.getcolors(2**24) or []) + 100
+    for text in ("made for 256 px; its own text encoder and its own autoencoder", " of 300 tokens"):
+        frontend.page.get_by_text(text).first.wait_for()
+    assert not frontend.exceptions, frontend.report()

@@ -1,0 +1,84 @@
+"""What the user interface says about our nodes: tooltips, help pages, and translations that fit the nodes."""
+
+import json
+import re
+
+import pytest
+import requests
+
+from tests.host.base_directory import PACK
+from tests.host.hosts import ROOT
+from tests.host.server import Server
+
+UNITS = {"width": "px", "height": "px", "batch_size": "pictures", "max_memory": "GiB", "max_angle": "radians"}
+PUBLIC = (
+    "SanaCheckpointLoader SanaTextEncoderLoader DCAELoader GemmaTextEncode DCAEEncode DCAEDecode EmptySanaLatentImage "
+    "FlowDPMSampler FlowDPMScheduler FlowDPMSolver SanaGuider SanaPerturbedAttention SCMSampler SCMScheduler SanaControlNetLoader"
+).split()
+LANGUAGES = sorted(path.name for path in (ROOT / "locales").iterdir())
+
+
+@pytest.fixture(scope="module")
+def ours(server: Server) -> dict[str, dict]:
+    """Our nodes as the server describes them, by id."""
+    return {name: node for name, node in server.object_info().items() if node["python_module"].endswith(PACK)}
+
+
+def inputs(node: dict) -> dict[str, list]:
+    """The inputs of a node by name: type, and options."""
+    groups = (node["input"].get(group, {}) for group in ("required", "optional"))
+    return {name: spec for group in groups for name, spec in group.items()}
+
+
+def test_public_names_are_there(ours: dict[str, dict]) -> None:
+    assert set(PUBLIC) <= set(ours)
+
+
+def test_every_input_has_a_tooltip(ours: dict[str, dict]) -> None:
+    for node_id, node in ours.items():
+        assert node["description"] and node["category"].startswith("SANA")
+        for name, (_, options, *_) in ((name, [*spec, {}]) for name, spec in inputs(node).items()):
+            assert options.get("tooltip", "").endswith("."), f"{node_id}.{name}"
+
+
+def test_every_node_has_a_help_page(ours: dict[str, dict], server: Server) -> None:
+    """Where the user interface looks for it in any language, with every input, its range and every output."""
+    for node_id, node in ours.items():
+        response = requests.get(f"{server.url}/extensions/{PACK}/docs/{node_id}.md", timeout=60)
+        assert response.ok, node_id
+        response.encoding = "utf-8"
+        check_page(response.text, node)
+
+
+def check_page(page: str, node: dict) -> None:
+    assert page.startswith(f"# {node['display_name']}\n")
+    assert re.findall("^## (.*)$", page, re.M) == ["Inputs", "Outputs", "Example"]
+    rows = {}
+    for names, unit in re.findall(r"^\| ([\w, ]+) \| ([^|]+) \|", page, re.M):
+        rows |= dict.fromkeys(names.split(", "), unit)
+    rows.pop("input", None)
+    assert rows.keys() == inputs(node).keys()
+    for name, (kind, options, *_) in ((name, [*spec, {}]) for name, spec in inputs(node).items()):
+        if kind in ("INT", "FLOAT") and name != "seed":
+            for end in (options["min"], options["max"]):
+                assert re.search(rf"(?<![\d.]){end:g}(?![\d.]*\d)", rows[name]), f"{name} {end:g}: {rows[name]}"
+        assert UNITS.get(name, "") in rows[name], name
+    for output in node["output"]:
+        assert f"**{output}**" in page
+
+
+def test_no_page_without_a_node(ours: dict[str, dict]) -> None:
+    assert {path.stem for path in (ROOT / "js" / "docs").rglob("*.md")} == set(ours)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_translations_fit_the_nodes(language: str, ours: dict[str, dict], server: Server) -> None:
+    """Every node and every input has a translation, nothing else has one, and the server hands them out."""
+    texts = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+    assert texts.keys() == ours.keys()
+    for node_id, text in texts.items():
+        assert text["display_name"] and text["description"]
+        assert text.get("inputs", {}).keys() == inputs(ours[node_id]).keys(), node_id
+        assert all(entry["name"] and entry["tooltip"] for entry in text.get("inputs", {}).values())
+    served = server.get("i18n")[language]["nodeDefs"]
+    assert {node_id: served[node_id] for node_id in texts} == texts

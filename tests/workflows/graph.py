@@ -1,0 +1,41 @@
+"""The example workflows: their files, and prompts made small enough for a test."""
+
+import copy
+import json
+
+from tests.host.graphs import FREE_SIZE, Prompt
+from tests.host.hosts import ROOT
+
+FOLDER = ROOT / "workflows"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def read(name: str) -> dict:
+    """A workflow in UI format."""
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def models(workflow: dict) -> list[dict[str, str]]:
+    """The files that the nodes of a workflow link to: name, url and directory."""
+    return [model for node in workflow["nodes"] for model in node["properties"].get("models", [])]
+
+
+def shrunk(prompt: Prompt, *, side: int, steps: int | None = None) -> Prompt:
+    """The same graph for small square pictures, `side` px; steps None: as in the workflow."""
+    prompt = copy.deepcopy(prompt)
+    for node in prompt.values():
+        inputs = node["inputs"]
+        if node["class_type"] == "EmptySanaLatentImage":
+            inputs |= {"size": FREE_SIZE, "width": side, "height": side}
+        elif node["class_type"] == "ImageScale":
+            inputs |= {"width": side, "height": side}
+        elif node["class_type"] == "ImageScaleToTotalPixels":
+            inputs["megapixels"] = (side / 1024) ** 2
+        if steps is not None and "steps" in inputs:
+            inputs["steps"] = steps
+    return prompt
+
+
+def of_kind(prompt: Prompt, kind: str) -> list[str]:
+    """The ids of the nodes of one type."""
+    return [name for name, node in prompt.items() if node["class_type"] == kind]

@@ -1,0 +1,107 @@
+"""Draws workflows/<name>.jpg, the picture that the list of templates shows: python -m tests.workflows.pictures [NAME ...]
+
+Every workflow runs as the user interface converts it, on a real server, with the demo model in the place of the files it
+links to: with a prompt and a size that this model knows, a drawn scene as the picture to start from, and a LoRA of small
+random weights. Needs the environment of `python3 tests`: .venv/tests/bin/python.
+"""
+
+import io
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sana.checkpoint import load_transformer
+from sana.pipeline import MODELS
+from sana.training.scenes import Look, Scene, Thing, draw
+from tests.browser.frontend import launch, open_page
+from tests.host import stand_ins
+from tests.host.graphs import DEMO, Prompt, changed
+from tests.host.server import Server, Servers
+from tests.workflows import graph
+
+SIDE = 256  # px
+SEED = 1
+START = Scene(
+    kind="relation",
+    things=(Thing(Look("red", "circle"), 32, 96, 68), Thing(Look("blue", "square"), 156, 94, 68)),
+    relation="left of",
+    background="white",
+    height=SIDE,
+    width=SIDE,
+)
+PROMPTS = {
+    "sana_demo": "a red circle left of a blue square on a white background",
+    "sana_1k_text_to_image": "a large green star on a light blue background",
+    "sana_2k_text_to_image": "three orange circles on a cream background",
+    "sana_4k_text_to_image": "a yellow star inside a purple circle on a grey background",
+    "sana_1_5_text_to_image": "a pink triangle above a black ring on a mint background",
+    "sana_img2img": "a green circle left of a yellow square on a white background",
+    "sana_inpainting": "a red circle left of a green star on a white background",
+    "sana_lora": "two purple crosses on a white background",
+}
+LORA = "loras/pytorch_lora_weights.safetensors"
+
+
+def main(names: list[str]) -> None:
+    """Draws the workflows of these names, or all. Raises RuntimeError if one does not run."""
+    with TemporaryDirectory() as folder, launch() as browser:
+        servers = Servers(Path(folder))
+        try:
+            server = servers()
+            stand_ins.write(server.base / "models" / LORA, demo_lora())
+            with open_page(browser, server) as page:
+                page.open()
+                for name in names or graph.NAMES:
+                    page.load(graph.read(name))
+                    picture = draw_workflow(server, name, page.prompt())
+                    picture.save(graph.FOLDER / f"{name}.jpg", quality=92)
+        finally:
+            servers.close()
+
+
+def draw_workflow(server: Server, name: str, prompt: Prompt) -> Image.Image:
+    """What the workflow draws with the demo model."""
+    server.upload("example.png", start_picture(hole=name == "sana_inpainting"))
+    run = server.queue(with_demo_model(graph.shrunk(prompt, side=SIDE), PROMPTS[name]))
+    if run.failure is not None:
+        raise RuntimeError(f"{name} failed at {run.failure.node_type}: {run.failure.message}")
+    return server.images(run)[0].convert("RGB")
+
+
+def with_demo_model(prompt: Prompt, text: str) -> Prompt:
+    """The same graph with the demo model and another prompt."""
+    (loader,) = graph.of_kind(prompt, "SanaCheckpointLoader")
+    own_parts = {"model": DEMO, "text_encoder": "auto", "vae": "auto"}
+    encoders = graph.of_kind(prompt, "GemmaTextEncode")
+    (positive,) = (name for name in encoders if prompt[name]["inputs"]["instruction"] == "official")
+    return changed(prompt, **{loader: own_parts, positive: {"text": text}})
+
+
+def start_picture(*, hole: bool) -> bytes:
+    """The scene to start from as PNG; with a hole where its square is, which LoadImage gives as a mask."""
+    alpha = np.full((SIDE, SIDE, 1), 255, np.uint8)
+    if hole:
+        alpha[64:192, 128:] = 0
+    content = io.BytesIO()
+    Image.fromarray(np.concatenate([draw(START), alpha], axis=-1)).save(content, "PNG")
+    return content.getvalue()
+
+
+def demo_lora(rank: int = 4, scale: float = 0.05) -> stand_ins.Tensors:
+    """For the queries and keys of the demo model's self-attention; scale: of its size, against the weights'."""
+    generator = torch.Generator().manual_seed(SEED)
+    found = {}
+    for name, weight in load_transformer(MODELS[DEMO]).state_dict().items():
+        if name.endswith(("attn1.to_q.weight", "attn1.to_k.weight")):
+            layer, (rows, columns) = f"transformer.{name.removesuffix('.weight')}", weight.shape
+            found[f"{layer}.lora_A.weight"] = torch.randn(rank, columns, generator=generator) / rank**0.5
+            found[f"{layer}.lora_B.weight"] = torch.randn(rows, rank, generator=generator) * weight.std() * scale
+    return found
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,164 @@
+"""Every example workflow opens in the real user interface, is laid out tidily, and runs on the real server.
+
+Released weights are stood in for by small random ones of the same structure under the same file names.
+"""
+
+import io
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlparse
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser
+
+from tests.browser.frontend import Frontend, open_page
+from tests.host import stand_ins
+from tests.host.base_directory import PACK
+from tests.host.graphs import changed
+from tests.host.server import Server
+from tests.workflows import graph, pictures
+
+EXPECTED = {
+    "sana_demo",
+    "sana_1k_text_to_image",
+    "sana_2k_text_to_image",
+    "sana_4k_text_to_image",
+    "sana_1_5_text_to_image",
+    "sana_img2img",
+    "sana_inpainting",
+    "sana_lora",
+}
+# The structure of each linked transformer.
+VARIANTS = {
+    "Sana_1600M_1024px_BF16.pth": "sana-1.6b-1024px",
+    "Sana_1600M_2Kpx_BF16.pth": "sana-1.6b-2048px",
+    "Sana_1600M_4Kpx_BF16.pth": "sana-1.6b-4096px",
+    "SANA1.5_1.6B_1024px.pth": "sana-1.5-1.6b-1024px",
+}
+LORA = "pytorch_lora_weights.safetensors"
+SIDE = 128  # px, of the pictures drawn here
+TITLE = 30  # height of a node's title, which is above its position
+BOXES = """() => app.graph.nodes.map(node => ({
+    id: node.id, box: [...node.pos, ...node.size], least: [...node.computeSize()], note: node.type === "MarkdownNote"
+}))"""
+
+
+@pytest.fixture(scope="module")
+def weights(server: Server) -> Iterator[Server]:
+    """The server with a file for every link and the LoRA that a workflow names, and with a picture to start from."""
+    files = {f"loras/{LORA}": stand_ins.lora("sana-1.6b-1024px")}
+    for model in itertools.chain.from_iterable(graph.models(graph.read(name)) for name in graph.NAMES):
+        make = {"text_encoders": stand_ins.text_encoder, "vae": stand_ins.autoencoder}.get(model["directory"])
+        tensors = make() if make else stand_ins.official_transformer(VARIANTS[model["name"]])
+        files[f"{model['directory']}/{model['name']}"] = tensors
+    server.upload("example.png", picture_with_hole())
+    with stand_ins.placed(server, files):
+        yield server
+
+
+@pytest.fixture(scope="module")
+def page(browser: Browser, weights: Server) -> Iterator[Frontend]:
+    """One page for all workflows: opening one takes seconds."""
+    with open_page(browser, weights) as frontend:
+        frontend.open()
+        yield frontend
+
+
+def picture_with_hole() -> bytes:
+    """A PNG whose transparent part, the left upper quarter, is the mask of LoadImage."""
+    pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 4), dtype=np.uint8)
+    pixels[..., 3] = 255
+    pixels[: SIDE // 2, : SIDE // 2, 3] = 0
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "PNG")
+    return content.getvalue()
+
+
+def test_all_workflows_are_there() -> None:
+    assert set(graph.NAMES) == EXPECTED
+    assert {path.stem for path in graph.FOLDER.glob("*.jpg")} <= EXPECTED
+    assert set(pictures.PROMPTS) == EXPECTED
+
+
+@pytest.mark.parametrize("name", graph.NAMES)
+def test_linked_files_can_be_offered(name: str) -> None:
+    """The user interface offers files that a widget names, from hosts it knows, under the name they are downloaded with."""
+    workflow = graph.read(name)
+    values = [value for node in workflow["nodes"] for value in node.get("widgets_values", [])]
+    notes = " ".join(node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote")
+    assert "GB" in notes or name == "sana_demo"
+    for model in graph.models(workflow):
+        url = urlparse(model["url"])
+        assert (url.scheme, url.hostname) == ("https", "huggingface.co")
+        assert Path(url.path).name == model["name"] and "/resolve/main/" in url.path
+        assert model["directory"] in ("diffusion_models", "text_encoders", "vae")
+        assert model["name"] in values and model["url"] in notes
+    linked = {model["name"] for model in graph.models(workflow)} | {LORA}
+    assert {value for value in values if re.search(r"\.(pth|safetensors)$", str(value))} <= linked
+
+
+@pytest.mark.parametrize("name", graph.NAMES)
+def test_runs_as_the_user_interface_converts_it(name: str, page: Frontend, weights: Server) -> None:
+    """And its layout is tidy: nothing overlaps, links go from left to right, and every node is in a group."""
+    page.load(graph.read(name))
+    boxes = {int(entry["id"]): entry for entry in page.page.evaluate(BOXES)}
+    check_layout(graph.read(name), boxes)
+    prompt = graph.shrunk(page.prompt(), side=SIDE, steps=2)
+    assert len(prompt) == len([node for node in graph.read(name)["nodes"] if node["type"] != "MarkdownNote"])
+    run = weights.queue(prompt)
+    assert run.failure is None
+    (picture,) = weights.images(run)
+    assert picture.size == (SIDE, SIDE)
+    assert run.previews
+    assert not page.exceptions, page.report()
+
+
+def check_layout(workflow: dict, boxes: dict[int, dict]) -> None:
+    places = {}
+    for name, entry in boxes.items():
+        x, y, width, height = entry["box"]
+        places[name] = (x, y - TITLE, x + width, y + height)
+    for (first, a), (second, b) in itertools.combinations(places.items(), 2):
+        assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1], f"nodes {first} and {second} overlap"
+    for node in workflow["nodes"]:
+        entry = boxes[node["id"]]
+        assert node["size"] == entry["box"][2:], f"the user interface enlarges node {node['id']}"
+        assert all(have >= least for have, least in zip(entry["box"][2:], entry["least"], strict=True))
+    for _, source, _, target, _, _ in workflow["links"]:
+        (left, top, *_), (right, below, *_) = places[source], places[target]
+        assert left < right or left == right and top < below, f"the link from {source} to {target} goes back"
+    groups = [(x, y, x + width, y + height) for x, y, width, height in (g["bounding"] for g in workflow["groups"])]
+    for a, b in itertools.combinations(groups, 2):
+        assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1], "groups overlap"
+    for name, (left, top, right, bottom) in places.items():
+        around = [g for g in groups if g[0] <= left and g[1] <= top and right <= g[2] and bottom <= g[3]]
+        assert len(around) == (0 if boxes[name]["note"] else 1), f"node {name} is in {len(around)} groups"
+
+
+def test_inpainting_leaves_the_rest_alone(page: Frontend, weights: Server) -> None:
+    page.load(graph.read("sana_inpainting"))
+    run = weights.queue(graph.shrunk(page.prompt(), side=SIDE, steps=2))
+    drawn = np.asarray(weights.images(run)[0].convert("RGB")).astype(int)
+    given = np.asarray(Image.open(io.BytesIO(picture_with_hole())).convert("RGB")).astype(int)
+    difference = np.abs(drawn - given).max(axis=-1)
+    hole = np.zeros((SIDE, SIDE), bool)
+    hole[: SIDE // 2, : SIDE // 2] = True
+    assert difference[~hole].max() <= 1
+    assert difference[hole].mean() > 10
+
+
+def test_lora_has_an_effect(page: Frontend, weights: Server) -> None:
+    page.load(graph.read("sana_lora"))
+    prompt = graph.shrunk(page.prompt(), side=SIDE, steps=2)
+    (loader,) = graph.of_kind(prompt, "LoraLoaderModelOnly")
+    with_lora, without = (weights.queue(changed(prompt, **{loader: {"strength_model": s}})) for s in (1.0, 0.0))
+    assert np.asarray(weights.images(with_lora)[0]).tolist() != np.asarray(weights.images(without)[0]).tolist()
+    assert "lora key not loaded" not in weights.log()
+
+
+def test_templates_are_listed(server: Server) -> None:
+    assert set(server.get("workflow_templates")[PACK]) == EXPECTED
