@@ -1,31 +1,14 @@
 """What tests measure: the error of a tensor, the memory a call takes, and whether tensors are in memory or in a file."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
 
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
-Result = TypeVar("Result")
+from bench.race import cpu_peak_memory as peak_bytes
+from bench.race import relative_error
 
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """L2 norm of the difference over that of what is expected, in float64."""
-    actual, expected = actual.double(), expected.double()
-    return ((actual - expected).norm() / expected.norm()).item()
-
-
-def peak_bytes(call: Callable[[], Result]) -> tuple[Result, int]:
-    """The result of a call, and the most memory it held at once of what PyTorch's CPU allocator gave, result included."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = call()
-    held = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return result, peak
+__all__ = ["mapped_bytes", "peak_bytes", "relative_error"]
 
 
 def mapped_bytes(tensors: Iterable[Tensor], path: Path) -> int:

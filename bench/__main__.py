@@ -1,0 +1,106 @@
+"""Ours against diffusers and transformers: python -m bench. Prints a table and writes results/speed-DEVICE-DTYPE.json.
+
+Random weights at the real sizes, the same in both; calls alternate in one process, and results must agree. Cases that this
+machine cannot run within the time allowed are named, not run.
+"""
+
+import argparse
+import gc
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import torch
+
+from .cases import Case, all_cases
+from .machine import device_name, write_result
+from .race import Floor, count_flops, race
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BUILD_RATE = 1e8  # random weights a second on one core
+
+
+def main() -> int:
+    options = parser().parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = DTYPES[options.dtype or ("bfloat16" if device == "cuda" else "float32")]
+    floor = Floor.measure(dtype, device)
+    print(
+        f"{device_name()}, {dtype}: {floor.flops_per_second / 1e12:.2f} TFLOP/s, {floor.bytes_per_second / 1e9:.0f} GB/s"
+    )
+    compiled = device == "cuda" or options.compiled
+    cases = [c for c in all_cases(20 if device == "cuda" else 2) if re.search(options.only, c.title)]
+    chosen = list(choose(cases, floor, options.minutes * 60, memory(device), dtype, options.repeats, compiled))
+    left_out = [case.title for case in cases if case not in chosen]
+    print("\n| case | candidate | ms | spread | x faster than reference | peak MB | error | of the floor |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|", flush=True)
+    rows = [row for case in chosen for row in run(case, floor, dtype, device, compiled, options.repeats)]
+    print("\nLeft out, too large for this machine or for the time allowed: " + ("; ".join(left_out) or "nothing") + ".")
+    result = {
+        "dtype": str(dtype),
+        "floor": asdict(floor),
+        "repeats": options.repeats,
+        "rows": rows,
+        "left_out": left_out,
+    }
+    print(write_result(f"speed-{device}-{str(dtype).removeprefix('torch.')}", result))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
+    top.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
+    top.add_argument("--minutes", type=float, default=20, help="to spend at most, about (default: 20)")
+    top.add_argument("--repeats", type=int, default=5, help="timed calls of each candidate (default: 5)")
+    top.add_argument("--only", default="", help="cases whose title matches this regular expression")
+    top.add_argument("--compiled", action="store_true", help="torch.compile on a CPU too; takes minutes for each case")
+    return top
+
+
+def choose(
+    cases: list[Case], floor: Floor, seconds: float, space: float, dtype: torch.dtype, repeats: int, compiled: bool
+) -> Iterator[Case]:
+    """The smaller cases first, as many as fit."""
+    for case in sorted(cases, key=lambda case: case.flops):
+        calls = (repeats + 1) * (4 if compiled else 2)
+        cost = calls * 1.5 * case.flops / floor.flops_per_second + case.weights / BUILD_RATE
+        need = (case.weights + case.activations) * dtype.itemsize
+        if cost <= seconds and need <= space:
+            seconds -= cost
+            yield case
+
+
+def memory(device: str) -> float:
+    """Bytes to be had: of the GPU, or most of the machine's."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    with open("/proc/meminfo", encoding="utf-8") as lines:
+        return 0.8 * 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+def run(
+    case: Case, floor: Floor, dtype: torch.dtype, device: str, compiled: bool, repeats: int
+) -> Iterator[dict[str, object]]:
+    """Race one case, print its lines and return them."""
+    calls = case.build(dtype, device, compiled)
+    ours, reference = list(calls)[:2]
+    least = count_flops(calls[ours]) / floor.flops_per_second
+    measured = race(calls, repeats, TOLERANCE[dtype])
+    for name, found in measured.items():
+        against = measured[name.replace(ours, reference)] if name.startswith(ours) else found
+        row = {"case": case.title, "candidate": name, **asdict(found)}
+        row |= {"ratio": against.seconds / found.seconds, "of_floor": least / found.seconds}
+        print(
+            f"| {case.title} | {name} | {found.seconds * 1000:.1f} | {found.spread:.0%} | {row['ratio']:.2f} | "
+            f"{found.peak_bytes / 1e6:.0f} | {found.error:.0e} | {row['of_floor']:.0%} |",
+            flush=True,
+        )
+        yield row
+    del calls
+    gc.collect()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

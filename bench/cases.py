@@ -1,0 +1,204 @@
+"""What is raced: transformer steps, decoding and encoding, prompts, and whole pictures, each against its reference."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, SanaPipeline
+from torch import Tensor, nn
+
+from sana.config import VARIANTS
+from sana.guidance import Condition, Guidance, guided_denoiser
+from sana.prompt import INSTRUCTION
+from sana.schedule import flow_sigmas
+from sana.solvers import flow_dpm_solver
+from sana.transformer import SanaTransformer
+
+from .networks import autoencoder_pair, gemma_pair, transformer_pair
+from .race import Call
+
+SIDES = (512, 1024, 2048, 4096)
+TRANSFORMERS = ("sana-0.6b-1024px", "sana-1.6b-1024px", "sana-1.5-4.8b-1024px", "sana-sprint-0.6b-1024px")
+AUTOENCODER = "dc-ae-f32c32-sana-1.1"
+PARAMETERS = {"0.6b": 0.59e9, "1.6b": 1.6e9, "4.8b": 4.72e9}
+TEXT_TOKENS, WORDS = 300, 20
+DECODE_FLOPS = 8.0e6  # per pixel, of the decoder; the encoder needs 5.0e6
+ENCODE_FLOPS = 5.0e6
+PROMPT = "a small house with a red roof stands between two old trees at the edge of a quiet lake in autumn"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table. flops, bytes: rough needs of one call, by which a machine chooses its cases."""
+
+    name: str
+    side: int  # px; 0: has none
+    flops: float
+    weights: float  # parameters
+    build: Callable[[torch.dtype, str, bool], dict[str, Call]]  # (dtype, device, compiled) -> calls, ours first
+    activations: float = 0.0  # numbers alive at once in the reference
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {self.side} px" if self.side else self.name
+
+
+def all_cases(picture_steps: int) -> Iterator[Case]:
+    for variant in TRANSFORMERS:
+        parameters = next(count for name, count in PARAMETERS.items() if name in variant)
+        batch = 1 if "sprint" in variant else 2
+        for side in SIDES:
+            tokens = batch * (side // 32) ** 2
+            yield Case(
+                f"transformer step, {variant}",
+                side,
+                2 * parameters * tokens,
+                parameters,
+                partial(transformer_calls, variant, side, batch),
+                40 * tokens * 1152,
+            )
+    for side in SIDES:
+        common = {"side": side, "weights": 0.32e9, "activations": 900 * side**2}
+        yield Case("decode", flops=DECODE_FLOPS * side**2, build=partial(decode_calls, side), **common)
+        yield Case("encode", flops=ENCODE_FLOPS * side**2, build=partial(encode_calls, side), **common)
+    yield Case("prompt of 20 words, Gemma-2-2b", 0, 2 * 2.0e9 * 600, 2.6e9, prompt_calls)
+    for variant, side in (("sana-0.6b-1024px", 512), ("sana-0.6b-1024px", 1024), ("sana-1.6b-1024px", 1024)):
+        parameters = PARAMETERS["0.6b" if "0.6b" in variant else "1.6b"]
+        flops = 4 * parameters * (side // 32) ** 2 * picture_steps + DECODE_FLOPS * side**2
+        name = f"picture in {picture_steps} steps, {variant}"
+        build = partial(picture_calls, variant, side, picture_steps)
+        yield Case(name, side, flops, parameters + 0.32e9, build, 900 * side**2)
+
+
+def transformer_calls(
+    variant: str, side: int, batch: int, dtype: torch.dtype, device: str, compiled: bool
+) -> dict[str, Call]:
+    """One evaluation with guidance, as each step of a sampler makes it: text keys and modulation are there already."""
+    ours, theirs = transformer_pair(variant, dtype, device)
+    x = torch.randn(batch, 32, side // 32, side // 32, device=device).to(dtype)
+    text, mask = random_text(ours, batch, dtype, device)
+    timestep = torch.full((batch,), 0.5 if ours.config.continuous_time else 500.0, device=device)
+    embed = torch.full((batch,), 0.45, device=device) if ours.config.guidance_embed else None
+    context = call(ours.text_context, text, mask)()
+    modulation = call(ours.modulation, timestep, embed)()
+    others = {"encoder_attention_mask": mask.to(dtype), "timestep": timestep, "return_dict": False}
+    if embed is not None:
+        others["guidance"] = embed
+    calls = {"ours": call(ours.velocity, x, modulation, context)}
+    calls["diffusers"] = call(lambda: theirs(x, encoder_hidden_states=text, **others)[0])
+    if compiled:
+        calls["ours, compiled"] = call(torch.compile(ours.velocity), x, modulation, context)
+        network = torch.compile(theirs)
+        calls["diffusers, compiled"] = call(lambda: network(x, encoder_hidden_states=text, **others)[0])
+    return calls
+
+
+def random_text(network: SanaTransformer, batch: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """300 tokens of which WORDS count, as of a short prompt."""
+    text = torch.randn(batch, TEXT_TOKENS, network.config.text_width, device=device).to(dtype)
+    mask = torch.zeros(batch, TEXT_TOKENS, dtype=torch.bool, device=device)
+    mask[:, :WORDS] = True
+    return text, mask
+
+
+def decode_calls(side: int, dtype: torch.dtype, device: str, compiled: bool) -> dict[str, Call]:
+    ours, theirs = autoencoder_pair(AUTOENCODER, dtype, device)
+    ae_latent = torch.randn(1, 32, side // 32, side // 32, device=device).to(dtype)
+    calls = {"ours": call(ours.decode, ae_latent)}
+    calls["diffusers"] = call(lambda: theirs.decode(ae_latent, return_dict=False)[0])
+    if compiled:
+        calls["ours, compiled"] = call(torch.compile(ours.decode), ae_latent)
+        decode = torch.compile(theirs.decode)
+        calls["diffusers, compiled"] = call(lambda: decode(ae_latent, return_dict=False)[0])
+    return calls
+
+
+def encode_calls(side: int, dtype: torch.dtype, device: str, compiled: bool) -> dict[str, Call]:
+    ours, theirs = autoencoder_pair(AUTOENCODER, dtype, device)
+    image = torch.rand(1, 3, side, side, device=device).to(dtype) * 2 - 1
+    return {
+        "ours": call(ours.encode, image),
+        "diffusers": call(lambda: theirs.encode(image, return_dict=False)[0]),
+    }
+
+
+def prompt_calls(dtype: torch.dtype, device: str, compiled: bool) -> dict[str, Call]:
+    """A prompt after another one: the instruction's keys and values are there. The reference encodes all, padded."""
+    ours, model = gemma_pair(dtype, device)
+    ids = ours.tokenize([PROMPT])[0]
+    prefix = len(ours.tokenizer.encode(INSTRUCTION))
+    length = prefix + TEXT_TOKENS - 2
+    row = torch.tensor([ids + [0] * (length - len(ids))], device=device)
+    mask = (torch.arange(length, device=device) < len(ids)).long()[None]
+
+    def theirs() -> Tensor:
+        hidden = model(input_ids=row, attention_mask=mask).last_hidden_state
+        kept = [0, *range(length - TEXT_TOKENS + 1, len(ids))]
+        return hidden[:, kept]
+
+    return {"ours": call(lambda: ours([PROMPT])[0][:, : len(ids) - prefix + 2]), "transformers": call(theirs)}
+
+
+def picture_calls(
+    variant: str, side: int, steps: int, dtype: torch.dtype, device: str, compiled: bool
+) -> dict[str, Call]:
+    """From encoded prompts to pixels, with guidance 4.5: 20 tokens of prompt, 1 of the empty negative one."""
+    network, theirs = transformer_pair(variant, dtype, device)
+    autoencoder, their_autoencoder = autoencoder_pair(AUTOENCODER, dtype, device)
+    text, mask = random_text(network, 2, dtype, device)
+    mask[0, 1:] = False
+    shift = VARIANTS[variant].flow_shift
+    noise = torch.randn(1, 32, side // 32, side // 32, device=device)
+    uncond, cond = (Condition(text[i : i + 1], mask[i : i + 1]) for i in range(2))
+    sigmas = flow_sigmas(steps, shift)
+
+    def ours(velocity: Callable[..., Tensor]) -> Tensor:
+        guidance = Guidance(4.5, reference="diffusers")
+        denoise = guided_denoiser(network, cond, uncond, guidance, sigmas=sigmas, velocity=velocity)
+        latent = flow_dpm_solver(denoise, noise, sigmas)
+        return autoencoder.decode((latent / autoencoder.config.latent_scale).to(dtype))
+
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, num_train_timesteps=1000
+    )
+    pipeline = SanaPipeline(None, None, their_autoencoder, theirs, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def diffusers() -> Tensor:
+        return (
+            pipeline(
+                prompt=None,
+                negative_prompt=None,
+                prompt_embeds=cond.text,
+                prompt_attention_mask=cond.text_mask.to(dtype),
+                negative_prompt_embeds=uncond.text,
+                negative_prompt_attention_mask=uncond.text_mask.to(dtype),
+                height=side,
+                width=side,
+                num_inference_steps=steps,
+                guidance_scale=4.5,
+                latents=noise.clone(),
+                use_resolution_binning=False,
+                output_type="pt",
+                return_dict=False,
+            )[0]
+            * 2
+            - 1
+        )
+
+    calls = {"ours": call(lambda: ours(network.velocity).clamp(-1, 1)), "diffusers": call(diffusers)}
+    if compiled:
+        velocity = torch.compile(network.velocity)
+        calls["ours, compiled"] = call(lambda: ours(velocity).clamp(-1, 1))
+    return calls
+
+
+def call(function: Callable[..., Tensor] | nn.Module, *arguments: object) -> Call:
+    """A function with its arguments, without gradients."""
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        return function(*arguments)
+
+    return run

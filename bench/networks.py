@@ -1,0 +1,95 @@
+"""Networks at their real sizes with random weights: ours and the reference's, sharing one set of tensors."""
+
+import torch
+from diffusers import AutoencoderDC, SanaTransformer2DModel
+from torch import Tensor, nn
+
+from sana.autoencoder import DCAutoencoder
+from sana.config import AUTOENCODERS, VARIANTS
+from sana.text_encoder import BOS, GemmaTextEncoder, build_gemma
+from sana.training.export import autoencoder_json, transformer_json
+from sana.transformer import SanaTransformer
+
+GEMMA_2_2B = {
+    "model_type": "gemma2",
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "bos_token_id": BOS,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+class WordTokenizer:
+    """Stands for Gemma's tokenizer, whose file cannot be had without its licence: one token for each word and mark."""
+
+    def encode(self, text: str) -> list[int]:
+        return [BOS, *(3 + hash_word(word) % 250_000 for word in text.split())]
+
+
+def hash_word(word: str) -> int:
+    """The same number in every process."""
+    return sum(ord(letter) * 31**i for i, letter in enumerate(word[:8]))
+
+
+def transformer_pair(variant: str, dtype: torch.dtype, device: str) -> tuple[SanaTransformer, nn.Module]:
+    """Our transformer of a variant without position table, and diffusers'."""
+    row = VARIANTS[variant]
+    config = {k: v for k, v in transformer_json(row.transformer, row.base_size).items() if k != "_class_name"}
+    theirs = filled(SanaTransformer2DModel, config, dtype, device)
+    tensors = {
+        name: tensor.flatten(1) if tensor.ndim == 4 and tensor.shape[-1] == 1 else tensor
+        for name, tensor in theirs.state_dict().items()
+    }
+    ours = SanaTransformer(row.transformer, device="meta")
+    ours.load_state_dict(tensors, strict=True, assign=True)
+    return ours.eval().requires_grad_(False), theirs
+
+
+def autoencoder_pair(name: str, dtype: torch.dtype, device: str) -> tuple[DCAutoencoder, nn.Module]:
+    """Our autoencoder of a family and diffusers'."""
+    config = AUTOENCODERS[name]
+    theirs = filled(AutoencoderDC, autoencoder_json(config), dtype, device)
+    ours = DCAutoencoder(config, device="meta")
+    ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
+    return ours.eval().requires_grad_(False), theirs
+
+
+def gemma_pair(dtype: torch.dtype, device: str) -> tuple[GemmaTextEncoder, nn.Module]:
+    """Our text encoder, and the transformers model inside it, which the reference runs on its own."""
+    model = build_gemma(GEMMA_2_2B, device=device)
+    weights = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.named_parameters()}
+    model.load_state_dict(weights, assign=True)
+    randomise(model)
+    return GemmaTextEncoder(model, WordTokenizer()), model
+
+
+def filled(kind: type, config: dict[str, object], dtype: torch.dtype, device: str) -> nn.Module:
+    """A network of diffusers without buffers, which position tables would be."""
+    with torch.device("meta"):
+        network = kind.from_config(config)
+    return randomise(network.to(dtype).to_empty(device=device))
+
+
+@torch.no_grad()
+def randomise(network: nn.Module) -> nn.Module:
+    """Weights that keep activations near one."""
+    for name, tensor in network.named_parameters():
+        if tensor.ndim > 1 and "table" not in name:
+            fill(tensor, tensor[0].numel() ** -0.5)
+        elif "norm" in name and name.endswith("weight"):
+            tensor.fill_(1.0)
+        else:
+            fill(tensor, 0.2)
+    return network.eval().requires_grad_(False)
+
+
+def fill(tensor: Tensor, deviation: float) -> None:
+    """Uniform numbers: several times quicker to draw than normal ones, and billions are needed."""
+    tensor.uniform_(-(3**0.5) * deviation, 3**0.5 * deviation)
