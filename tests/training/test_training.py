@@ -1,0 +1,108 @@
+"""Training as its user runs it: the demo model from nothing and a fine-tuning, both cut short, and the files they leave."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sana.pipeline import MODELS, SanaPipeline
+from sana.training.__main__ import main
+from sana.training.demo import TRANSFORMER, new_transformer
+from sana.training.flow import FlowBatch, FlowObjective
+from sana.training.scenes import caption, draw, sample_scene
+
+MOST_BYTES = 25_000_000
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a demo model after one step of everything."""
+    folder = tmp_path_factory.mktemp("demo")
+    steps = [f"--{part}-steps=1" for part in ("autoencoder", "decoder", "transformer")]
+    assert main(["demo", "--out", str(folder), *steps, "--scenes=4", "--batch-size=2"]) == 0
+    return folder / "checkpoint"
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Six drawn scenes of two shapes with their captions."""
+    folder, rng = tmp_path / "pictures", np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(6):
+        scene = sample_scene(rng, "train", *((256, 256), (192, 320))[i % 2])
+        Image.fromarray(draw(scene)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(caption(scene, rng))
+    return folder
+
+
+def test_demo_is_an_ordinary_checkpoint(trained: Path) -> None:
+    pipeline = SanaPipeline.load(trained)
+    assert pipeline.transformer.config == TRANSFORMER
+    assert pipeline("a red circle", steps=1)[0].size == (256, 256)
+    assert sum(path.stat().st_size for path in trained.rglob("*") if path.is_file()) < MOST_BYTES
+
+
+def test_finished_demo_can_be_trained_further(trained: Path, tmp_path: Path) -> None:
+    small = ["--transformer-steps=1", "--scenes=4", "--batch-size=2", "--start", str(trained)]
+    assert main(["demo", "--out", str(tmp_path), *small]) == 0
+    before, after = (SanaPipeline.load(folder) for folder in (trained, tmp_path / "checkpoint"))
+    for part in ("autoencoder", "transformer", "text_encoder"):
+        pairs = zip(*(getattr(pipeline, part).parameters() for pipeline in (before, after)), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs) == (part == "autoencoder")
+
+
+def test_shipped_demo_has_the_files_that_training_writes(trained: Path) -> None:
+    def files(folder: Path) -> set[str]:
+        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+    assert files(trained) == files(MODELS["demo"])
+
+
+def test_training_leaves_sheets_and_logs(trained: Path) -> None:
+    for part in ("autoencoder", "decoder", "transformer"):
+        assert (trained.parent / part / "log.csv").read_text().startswith("1,")
+        with Image.open(trained.parent / part / "sheet-000001.png") as sheet:
+            assert sheet.width >= 6 * 256
+
+
+def test_finetuning_writes_a_transformer_that_loads(pictures: Path, tmp_path: Path) -> None:
+    command = ["finetune", "--data", str(pictures), "--out", str(tmp_path / "out"), "--steps", "3", "--batch-size", "2"]
+    assert main([*command, "--learning-rate", "1e-3", "--recompute"]) == 0
+    found = SanaPipeline.load(
+        tmp_path / "out" / "transformer", autoencoder=MODELS["demo"], text_encoder=MODELS["demo"]
+    ).transformer.state_dict()
+    before = SanaPipeline.load("demo").transformer.state_dict()
+    assert any(not torch.equal(found[name], tensor) for name, tensor in before.items())
+
+
+def test_finetuning_without_captions_says_what_is_missing(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pictures / "3.txt").unlink()
+    assert main(["finetune", "--data", str(pictures), "--out", str(tmp_path / "out")]) == 1
+    assert "1 of 6 pictures have no caption, first 3.png" in capsys.readouterr().err
+
+
+def test_recomputed_activations_give_the_same_gradients() -> None:
+    gradients = []
+    for recompute in (False, True):
+        transformer = new_transformer()
+        torch.nn.init.normal_(transformer.proj_out.weight, generator=torch.Generator().manual_seed(1))
+        transformer.recompute = recompute
+        generator = torch.Generator().manual_seed(2)
+        latents, text = torch.randn(2, 32, 2, 3, generator=generator), torch.randn(2, 4, 192, generator=generator)
+        batch = FlowBatch(latents, text=text, text_mask=torch.ones(2, 4, dtype=torch.bool), seed=3)
+        FlowObjective(transformer, null=torch.zeros(4, 192))(batch).backward()
+        gradients.append([parameter.grad for parameter in transformer.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(*gradients, strict=True))
+
+
+def test_noise_levels_are_shifted_logit_normal() -> None:
+    objective = FlowObjective(new_transformer(), flow_shift=3.0)
+    levels = objective.noise_levels(20000, torch.Generator().manual_seed(0), torch.device("cpu"))
+    unshifted = levels / (3.0 - 2.0 * levels)
+    logits = torch.logit(unshifted[(unshifted > 0) & (unshifted < 1)])
+    assert abs(float(logits.mean())) < 0.03
+    assert abs(float(logits.std()) - 1) < 0.03
