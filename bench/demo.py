@@ -66,7 +66,7 @@ def accuracy(pipeline: SanaPipeline, items: Sequence[CaptionedScene], settings: 
 
 
 def latents(pipeline: SanaPipeline, items: Sequence[CaptionedScene], settings: Settings) -> list[Tensor]:
-    """The latent (32, H, W) of every caption, each from noise of its own."""
+    """The latent (32, H, W) of every caption. The k-th of a batch of one size has the seed of the batch, its first number, + k."""
     found: dict[int, Tensor] = {}
     by_size = defaultdict(list)
     for i, item in enumerate(items):

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from sana.autoencoder import DCAutoencoder
 from sana.config import AUTOENCODERS, VARIANTS
+from sana.key_map import to_transformer_names
 from sana.text_encoder import BOS, GemmaTextEncoder, build_gemma
 from sana.training.export import autoencoder_json, transformer_json
 from sana.transformer import SanaTransformer
@@ -43,12 +44,8 @@ def transformer_pair(variant: str, dtype: torch.dtype, device: str) -> tuple[San
     row = VARIANTS[variant]
     config = {k: v for k, v in transformer_json(row.transformer, row.base_size).items() if k != "_class_name"}
     theirs = filled(SanaTransformer2DModel, config, dtype, device)
-    tensors = {
-        name: tensor.flatten(1) if tensor.ndim == 4 and tensor.shape[-1] == 1 else tensor
-        for name, tensor in theirs.state_dict().items()
-    }
     ours = SanaTransformer(row.transformer, device="meta")
-    ours.load_state_dict(tensors, strict=True, assign=True)
+    ours.load_state_dict(to_transformer_names(theirs.state_dict()), strict=True, assign=True)
     return ours.eval().requires_grad_(False), theirs
 
 
