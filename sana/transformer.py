@@ -4,6 +4,7 @@ It knows no schedule, no guidance and no file. What depends on the text alone (`
 (`Modulation`) can be computed once and handed to `velocity`; `forward` computes everything.
 """
 
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
@@ -211,7 +212,9 @@ class SanaTransformer(nn.Module):
         """text: (B, L, text_width) in the dtype of the activations; text_mask: (B, L) bool. Masked tokens are dropped."""
         text, mask = compact_text(text, text_mask)
         projected = self.caption_norm(self.caption_projection(text))
-        return TextContext(tuple(block.attn2.keys_values(projected) for block in self.transformer_blocks), mask)
+        return open_length(
+            TextContext(tuple(block.attn2.keys_values(projected) for block in self.transformer_blocks), mask)
+        )
 
     def velocity(
         self,
@@ -285,6 +288,16 @@ class SanaTransformer(nn.Module):
     def _live_widths(self) -> float:
         """Activations alive at the peak, in the Mix-FFN, in multiples of the tokens."""
         return 4 + 4 * self.config.ff_width / self.config.hidden_size
+
+
+def open_length(context: TextContext) -> TextContext:
+    """Tell torch.compile that the number of tokens varies, so that another prompt is no reason to compile again."""
+    if compiler := sys.modules.get("torch._dynamo"):  # its import takes a second, and who compiles has imported it
+        for tensor in (part for pair in context.keys_values for part in pair):
+            compiler.maybe_mark_dynamic(tensor, 2)
+        if context.mask is not None:
+            compiler.maybe_mark_dynamic(context.mask, 3)
+    return context
 
 
 def compact_text(text: Tensor, text_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -20,7 +20,7 @@ from ...sana.files import TensorFile
 from ...sana.guidance import GUIDANCE_EMBED_SCALE
 from ...sana.key_map import HEADER_TENSOR, to_transformer_names, with_convolutions
 from ...sana.layers import Attention, LinearAttention
-from ...sana.transformer import WORKING_BYTES, SanaTransformer, SelfAttention, TextContext
+from ...sana.transformer import WORKING_BYTES, SanaTransformer, SelfAttention, TextContext, open_length
 from .run import GUIDANCE_EMBED, REFERENCE, RUN, SamplingRun
 
 UNNAMED = "the checkpoint"  # a file whose name the host does not tell
@@ -218,7 +218,7 @@ class SanaModel(comfy.model_base.BaseModel):
             if context.mask is None:
                 return context
             bias = torch.zeros(context.mask.shape, dtype=dtype, device=text.device)
-            return context._replace(mask=bias.masked_fill(~context.mask, torch.finfo(dtype).min))
+            return open_length(context._replace(mask=bias.masked_fill(~context.mask, torch.finfo(dtype).min)))
 
         key = (id(network), tuple(options.get("uuids", ())), tuple(text.shape), text.device)
         return make() if run is None else run.context(key, make)

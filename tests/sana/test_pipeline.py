@@ -21,6 +21,7 @@ from diffusers import (
 from diffusers import SanaPipeline as DiffusersPipeline
 from PIL import Image
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from transformers import Gemma2Model
 
 from sana.files import CheckpointError
@@ -564,3 +565,14 @@ def test_a_transformer_file_alone_asks_for_the_rest(folder: Path) -> None:
 def test_a_path_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="missing does not exist; give a checkpoint file or a folder"):
         SanaPipeline.load(tmp_path / "missing")
+
+
+def test_compiled_transformer_is_one_graph_for_all_prompts_seeds_and_steps(pipeline: SanaPipeline) -> None:
+    graphs = CompileCounter()
+    torch._dynamo.reset()
+    pipeline.velocity = torch.compile(pipeline.transformer.velocity, backend=graphs, fullgraph=True)
+    for prompt, settings in (("a circle", {"steps": 2}), ("a very large blue star", {"steps": 3, "seed": 1})):
+        pipeline(prompt, **SIZE, **settings)
+        assert graphs.frame_count == 1
+    pipeline("a circle", height=96, width=128, steps=1)
+    assert graphs.frame_count == 2

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from comfy.ldm.modules.attention import attention_pytorch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from sana.schedule import flow_sigmas
 from tests.host.inprocess.small import (
@@ -97,6 +100,24 @@ def test_compiled_model(small: Small) -> None:
     one_block = load(small.host, write_variant(small.host, VARIANT, depth=1).name)[0]
     (model,) = small.host.call("TorchCompileModel", model=one_block, backend="eager")
     assert difference(small.ksampler(model=model, steps=2), small.ksampler(model=one_block, steps=2)) <= EQUAL
+
+
+def test_compiled_model_is_one_graph_for_all_prompts(small: Small) -> None:
+    """With the attention that the host takes on a GPU: the one it takes on a CPU reads the machine's memory in between."""
+    one_block = load(small.host, write_variant(small.host, VARIANT, depth=1).name)[0]
+    model, graphs = one_block.clone(), CompileCounter()
+
+    def attention(function: object, *arguments: object, **named: object) -> Tensor:
+        return attention_pytorch(*arguments, **named)
+
+    model.model_options["transformer_options"]["optimized_attention_override"] = attention
+    set_torch_compile_wrapper(model=model, backend=graphs, fullgraph=True)
+    torch._dynamo.reset()
+    for steps, prompt in ((2, "a red circle"), (3, "a large blue star left of a small ring"), (2, "a ring")):
+        small.ksampler(model=model, steps=steps, positive=small.encode(prompt))
+        assert graphs.frame_count == 1
+    small.ksampler(model=model, steps=2, latent_image=small.empty(1, 160, 160))
+    assert graphs.frame_count == 2
 
 
 def test_attention_is_the_hosts_and_can_be_replaced(small: Small) -> None:
