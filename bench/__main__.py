@@ -64,7 +64,7 @@ def choose(
 ) -> Iterator[Case]:
     """The smaller cases first, as many as fit."""
     for case in sorted(cases, key=lambda case: case.flops):
-        calls = (repeats + 1) * (4 if compiled else 2)
+        calls = (repeats + 1) * (5 if compiled else 3)
         cost = calls * 1.5 * case.flops / floor.flops_per_second + case.weights / BUILD_RATE
         need = (case.weights + case.activations) * dtype.itemsize
         if cost <= seconds and need <= space:
@@ -89,7 +89,8 @@ def run(
     least = count_flops(calls[ours]) / floor.flops_per_second
     measured = race(calls, repeats, TOLERANCE[dtype])
     for name, found in measured.items():
-        against = measured[name.replace(ours, reference)] if name.startswith(ours) else found
+        alike = measured.get(name.replace(ours, reference), measured[reference])  # compiled against compiled
+        against = alike if name.startswith(ours) else found
         row = {"case": case.title, "candidate": name, **asdict(found)}
         row |= {"ratio": against.seconds / found.seconds, "of_floor": least / found.seconds}
         print(

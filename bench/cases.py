@@ -13,6 +13,7 @@ from sana.guidance import Condition, Guidance, guided_denoiser
 from sana.prompt import INSTRUCTION
 from sana.schedule import flow_sigmas
 from sana.solvers import flow_dpm_solver
+from sana.streaming import least_bytes, whole_bytes
 from sana.transformer import SanaTransformer
 
 from .networks import autoencoder_pair, gemma_pair, transformer_pair
@@ -25,6 +26,7 @@ PARAMETERS = {"0.6b": 0.59e9, "1.6b": 1.6e9, "4.8b": 4.72e9}
 TEXT_TOKENS, WORDS = 300, 20
 DECODE_FLOPS = 8.0e6  # per pixel, of the decoder; the encoder needs 5.0e6
 ENCODE_FLOPS = 5.0e6
+CARD_BYTES = 2**31  # of working memory on a small card
 PROMPT = "a small house with a red roof stands between two old trees at the edge of a quiet lake in autumn"
 
 
@@ -103,10 +105,14 @@ def random_text(network: SanaTransformer, batch: int, dtype: torch.dtype, device
 
 
 def decode_calls(side: int, dtype: torch.dtype, device: str, compiled: bool) -> dict[str, Call]:
+    """All at once, and within the bounds that a small card asks for."""
     ours, theirs = autoencoder_pair(AUTOENCODER, dtype, device)
     ae_latent = torch.randn(1, 32, side // 32, side // 32, device=device).to(dtype)
     calls = {"ours": call(ours.decode, ae_latent)}
     calls["diffusers"] = call(lambda: theirs.decode(ae_latent, return_dict=False)[0])
+    calls["ours, in least memory"] = call(ours.decode, ae_latent, least_bytes(ours.decoder, ae_latent.shape, dtype))
+    if whole_bytes(ours.decoder, ae_latent.shape, dtype) > CARD_BYTES:
+        calls["ours, in 2 GiB"] = call(ours.decode, ae_latent, CARD_BYTES)
     if compiled:
         calls["ours, compiled"] = call(torch.compile(ours.decode), ae_latent)
         decode = torch.compile(theirs.decode)

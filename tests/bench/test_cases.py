@@ -1,0 +1,52 @@
+"""The calls of the benchmark with small networks: both sides of every case give the same result."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from bench import cases, memory, networks
+from bench.race import Call, relative_error
+from sana.config import VARIANTS
+from tests.sana.models import GEMMA
+from tests.sana.networks import tiny_autoencoder_config, tiny_config
+
+Build = Callable[[torch.dtype, str, bool], dict[str, Call]]
+BUILDS = {
+    "step": partial(cases.transformer_calls, "sana-0.6b-1024px", 64, 2),
+    "step of Sprint": partial(cases.transformer_calls, "sana-sprint-0.6b-1024px", 64, 1),
+    "decode": partial(cases.decode_calls, 64),
+    "encode": partial(cases.encode_calls, 64),
+    "prompt": cases.prompt_calls,
+    "picture": partial(cases.picture_calls, "sana-0.6b-1024px", 64, 2),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    variants = {name: replace(row, transformer=tiny_config(name)) for name, row in VARIANTS.items()}
+    for module in (cases, networks):
+        monkeypatch.setattr(module, "VARIANTS", variants)
+    monkeypatch.setattr(networks, "AUTOENCODERS", {cases.AUTOENCODER: tiny_autoencoder_config(cases.AUTOENCODER)})
+    monkeypatch.setattr(networks, "GEMMA_2_2B", {**GEMMA, "vocab_size": 256_000})
+    monkeypatch.setattr(memory, "SIDES", (64, 128))
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_both_sides_agree(name: str) -> None:
+    torch.manual_seed(0)
+    calls = BUILDS[name](torch.float32, "cpu", False)
+    expected, *others = (run() for run in calls.values())
+    assert len(others) >= 1
+    for found in others:
+        assert relative_error(found, expected) < 1e-4
+
+
+def test_memory_is_modelled_for_every_size_and_measured_up_to_one() -> None:
+    phases = [memory.prompt_phase("cpu"), *memory.step_phases("sana-1.6b-1024px", "cpu", 64)]
+    phases += memory.decode_phases("cpu", 64)
+    assert [(phase.side, phase.measured is not None) for phase in phases[1:]] == [(64, True), (128, False)] * 2
+    for phase in phases:
+        assert phase.total >= phase.weights > 0
