@@ -59,40 +59,40 @@ GEMMA: dict[str, object] = {
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """How much work to put into the demo model. The defaults are those of the one in this package."""
+    """How much work to put into the demo model. The defaults are about what the one in this package took."""
 
     autoencoder_steps: int = 5000
-    decoder_steps: int = 3200
-    transformer_steps: int = 4000
-    scenes: int = 4000  # of each resolution
+    decoder_steps: int = 8000
+    transformer_steps: int = 10000
+    scenes: int = 8000  # of each resolution
     batch_size: int = 48
 
 
 def train_demo(folder: Path, config: DemoConfig, start: Path | None = None) -> Path:
     """Train the demo model in a work folder. Returns the folder of the finished checkpoint.
 
-    start: a demo checkpoint whose transformer and text encoder to train further, with its autoencoder as it is.
+    start: a demo checkpoint to train further: the decoder, the transformer and the text encoder, not the encoder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if start is None:
         tokenizer = make_tokenizer(folder / "tokenizer.json")
         autoencoder = train_autoencoder(folder / "autoencoder", config.autoencoder_steps)
-        autoencoder = refine_decoder(folder / "decoder", autoencoder, config.decoder_steps)
         transformer, text_encoder = new_transformer(), new_text_encoder(tokenizer)
     else:
         tokenizer = start / "tokenizer" / "tokenizer.json"
-        autoencoder = load_autoencoder(start).eval().requires_grad_(False)
+        autoencoder = load_autoencoder(start).requires_grad_(False)
         transformer = load_transformer(start).train().requires_grad_(True)
         text_encoder = load_text_encoder(start).train().requires_grad_(True)
+    autoencoder = refine_decoder(folder / "decoder", autoencoder, config.decoder_steps)
     device = next(autoencoder.parameters()).device
     latents = SceneLatents.prepare(
         autoencoder, folder / "latents.safetensors", count=config.scenes, seed=SEED, device=device
     )
-    objective = FlowObjective(transformer, text_encoder, flow_shift=FLOW_SHIFT)
+    objective = FlowObjective(transformer, text_encoder, flow_shift=FLOW_SHIFT, layout_share=0.5)
     objective = train(
         objective,
         partial(latents.batch, size=config.batch_size),
-        TrainingConfig(config.transformer_steps, learning_rate=1.5e-3, warmup=200, cooldown=0.4, ema_decay=0.998),
+        TrainingConfig(config.transformer_steps, learning_rate=1.5e-3, warmup=200, cooldown=0.4, ema_decay=0.999),
         folder / "transformer",
         partial(prompt_sheet, autoencoder=autoencoder),
         objective.matrices(),

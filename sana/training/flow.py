@@ -14,6 +14,8 @@ from ..text_encoder import GemmaTextEncoder
 from ..transformer import SanaTransformer
 from .loop import step_generator
 
+LAYOUT_SHIFT = 20.0  # most noise levels lie above 0.9, where a latent of 8 x 8 cells shows little more than places
+
 
 @dataclass(frozen=True)
 class FlowBatch:
@@ -34,6 +36,7 @@ class FlowObjective(nn.Module):
 
     text_encoder: trained together with the transformer; None: batches bring encoded captions. flow_shift: moves the noise
     levels trained on, as in sampling. dropout: share of captions replaced by the empty prompt, for guidance.
+    layout_share: share of samples at noise levels shifted by LAYOUT_SHIFT, where it is decided what goes where.
     null: text (L, C) of the empty prompt, needed without a text encoder.
     """
 
@@ -44,6 +47,7 @@ class FlowObjective(nn.Module):
         *,
         flow_shift: float = 3.0,
         dropout: float = 0.1,
+        layout_share: float = 0.0,
         null: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -51,6 +55,7 @@ class FlowObjective(nn.Module):
         self.text_encoder = text_encoder
         self.flow_shift = flow_shift
         self.dropout = dropout
+        self.layout_share = layout_share
         self.register_buffer("null", null, persistent=False)
 
     def forward(self, batch: FlowBatch) -> Tensor:
@@ -79,8 +84,12 @@ class FlowObjective(nn.Module):
 
     def noise_levels(self, count: int, generator: torch.Generator, device: torch.device) -> Tensor:
         """Logit-normal noise levels (arXiv 2403.03206, section 3.1) on NVlabs' grid of thousandths, shifted: (count,)."""
-        uniform = torch.sigmoid(torch.randn(count, generator=generator, device=device))
-        return shift_sigma((1000 * uniform).floor() / 1000, self.flow_shift)
+        uniform = (1000 * torch.sigmoid(torch.randn(count, generator=generator, device=device))).floor() / 1000
+        sigmas = shift_sigma(uniform, self.flow_shift)
+        if not self.layout_share:
+            return sigmas
+        chosen = torch.rand(count, generator=generator, device=device) < self.layout_share
+        return torch.where(chosen, shift_sigma(uniform, LAYOUT_SHIFT), sigmas)
 
     def encode(self, batch: FlowBatch, dropped: Tensor) -> tuple[Tensor, Tensor]:
         """Text and mask; a dropped caption keeps its mask, as guidance will use it."""

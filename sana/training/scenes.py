@@ -5,14 +5,17 @@ the combinations is held out: `split_of` hashes what a scene means, and `sample_
 Knows numpy and Pillow only.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
-from typing import Literal, get_args
+from itertools import product
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+T = TypeVar("T")
 Kind = Literal["single", "count", "relation", "inside", "pair"]
 Split = Literal["train", "test"]
 Resolution = tuple[int, int]  # (height, width) px
@@ -37,15 +40,16 @@ BACKGROUNDS = {
     "mint": (160, 234, 200),
 }
 TEXTURES = ("plain", "striped", "dotted")
-EXTENTS = {"small": (36, 44), "medium": (56, 72), "large": (96, 112)}  # px across, both ends included
-NESTED_EXTENTS = ((36, 42), (112, 128))  # px across of the inner and of the outer thing
+EXTENTS = {"small": 44, "medium": 68, "large": 104}  # px across
+OUTER_EXTENT = 120  # px across of a thing around another
 OUTER_SHAPES = ("circle", "square", "triangle", "ring")  # those with room for another thing
+LATTICE = 16  # px; middles of things are multiples of it, so that few latents look alike but mean different things
 BORDER = 8  # px kept free at the edge of the picture
 GAP = 12  # px between two things
 SMALLEST_SIDE = 192  # px; the fullest scene needs this much
 RESOLUTIONS = ((256, 256), (192, 320), (320, 192))  # (height, width) px; other multiples of 32 work too
 
-KIND_SHARE = {"single": 0.25, "count": 0.25, "relation": 0.25, "inside": 0.1, "pair": 0.15}
+KIND_SHARE = {"single": 0.15, "count": 0.2, "relation": 0.25, "inside": 0.2, "pair": 0.2}
 BACKGROUND_SHARE = {"white": 0.6, "grey": 0.1, "cream": 0.1, "light blue": 0.1, "mint": 0.1}
 WHITE_MENTIONED = 0.2  # share of white backgrounds the caption names; the others are always named
 TEXTURE_SHARE = {"plain": 0.7, "striped": 0.15, "dotted": 0.15}  # single things show each texture equally often
@@ -255,67 +259,61 @@ def _sample_look(rng: np.random.Generator, size: str, texture: str) -> Look:
 
 
 def _arrange(rng: np.random.Generator, looks: Looks, relation: str | None, resolution: Resolution) -> Things:
-    """Gives the looks sizes and places in px, at least BORDER from the edge and, unless nested, GAP from each other."""
+    """Gives the looks places on the lattice, at least BORDER from the edge and, unless nested, GAP from each other."""
     if relation == "inside":
         return _arrange_nested(rng, looks, resolution)
     if len(set(looks)) == 1:
-        extent = _between(rng, *EXTENTS[looks[0].size])
-        corners = _grid_corners(rng, len(looks), extent, resolution)
-        return tuple(Thing(look, *corner, extent) for look, corner in zip(looks, corners, strict=True))
+        extent = EXTENTS[looks[0].size]
+        middles = _scattered(rng, len(looks), extent, resolution)
+        return tuple(_placed(look, x, y, extent) for look, (x, y) in zip(looks, middles, strict=True))
     return _arrange_two(rng, looks, relation, resolution)
 
 
 def _arrange_nested(rng: np.random.Generator, looks: Looks, resolution: Resolution) -> Things:
-    """The inner thing sits at the middle of the largest circle in the outer one, give or take 2 px."""
-    inner, outer = (_between(rng, *extents) for extents in NESTED_EXTENTS)
-    ((left, top),) = _grid_corners(rng, 1, outer, resolution)
-    lower = round(0.144 * outer) if looks[1].shape == "triangle" else 0
-    inset = (outer - inner) // 2
-    x, y = left + inset + _between(rng, -2, 2), top + inset + lower + _between(rng, -2, 2)
-    return Thing(looks[0], x, y, inner), Thing(looks[1], left, top, outer)
+    """The inner thing sits at the middle of the outer one, lower in a triangle, whose room is below its middle."""
+    ((x, y),) = _scattered(rng, 1, OUTER_EXTENT, resolution)
+    lower = LATTICE if looks[1].shape == "triangle" else 0
+    return _placed(looks[0], x, y + lower, EXTENTS[looks[0].size]), _placed(looks[1], x, y, OUTER_EXTENT)
 
 
 def _arrange_two(rng: np.random.Generator, looks: Looks, relation: str | None, resolution: Resolution) -> Things:
     """Two things apart along one axis, the first left of or above the second. With a relation they are aligned."""
-    extents = [_between(rng, *EXTENTS[look.size]) for look in looks]
+    extents = [EXTENTS[look.size] for look in looks]
     horizontal = relation == "left of" or (relation is None and rng.random() < 0.5)
     breadth, length = resolution if horizontal else reversed(resolution)
-    starts = _starts_apart(rng, extents, length)
-    sides = _starts_across(rng, extents, breadth, aligned=relation is not None)
-    lefts, tops = (starts, sides) if horizontal else (sides, starts)
-    return tuple(Thing(*numbers) for numbers in zip(looks, lefts, tops, extents, strict=True))
+    least = sum(extents) / 2 + GAP
+    options = product(*(_lattice(extent, length) for extent in extents))
+    along = _pick(rng, tuple((a, b) for a, b in options if b - a >= least))
+    if relation is None:
+        across = [_pick(rng, _lattice(extent, breadth)) for extent in extents]
+    else:
+        across = [_pick(rng, _lattice(max(extents), breadth))] * 2
+    xs, ys = (along, across) if horizontal else (across, along)
+    return tuple(_placed(*numbers) for numbers in zip(looks, xs, ys, extents, strict=True))
 
 
-def _starts_apart(rng: np.random.Generator, extents: list[int], length: int) -> list[int]:
-    """Where two intervals begin, px, one after the other with at least GAP between them."""
-    free = length - 2 * BORDER - GAP - sum(extents)
-    before, after = sorted(_between(rng, 0, free) for _ in extents)
-    return [BORDER + before, BORDER + extents[0] + GAP + after]
+def _scattered(rng: np.random.Generator, number: int, extent: int, resolution: Resolution) -> list[tuple[int, int]]:
+    """Middles (x, y) px of equal things, one after the other where there is room, from the start again if there is none."""
+    height, width = resolution
+    while True:
+        free = list(product(_lattice(extent, width), _lattice(extent, height)))
+        middles: list[tuple[int, int]] = []
+        while free and len(middles) < number:
+            x, y = _pick(rng, free)
+            middles.append((x, y))
+            free = [(a, b) for a, b in free if max(abs(a - x), abs(b - y)) >= extent + GAP]
+        if len(middles) == number:
+            return middles
 
 
-def _starts_across(rng: np.random.Generator, extents: list[int], length: int, aligned: bool) -> list[int]:
-    """Where two intervals begin, px, anywhere or with their middles at most 12 px apart."""
-    ends = [length - BORDER - extent for extent in extents]
-    if not aligned:
-        return [_between(rng, BORDER, end) for end in ends]
-    middle = _between(rng, BORDER + max(extents) // 2, length - BORDER - (max(extents) + 1) // 2)
-    starts = (middle - extent // 2 + _between(rng, -6, 6) for extent in extents)
-    return [min(max(start, BORDER), end) for start, end in zip(starts, ends, strict=True)]
+def _lattice(extent: int, length: int) -> range:
+    """Where along a side of `length` px the middle of a thing may be."""
+    first = -(-(BORDER + extent // 2) // LATTICE) * LATTICE
+    return range(first, length - first + 1, LATTICE)
 
 
-def _grid_corners(rng: np.random.Generator, number: int, extent: int, resolution: Resolution) -> list[tuple[int, int]]:
-    """(left, top) px of equal things, each anywhere in its own cell of a random grid, so that any number fits."""
-    sides = [side - 2 * BORDER + GAP for side in resolution]  # a GAP beyond each cell belongs to it
-    rows, columns = (range(1, side // (extent + GAP) + 1) for side in sides)
-    grids = [(r, c) for r in rows for c in columns if number <= r * c <= 3 * number]
-    rows, columns = grids[int(rng.integers(len(grids)))]
-    cell_height, cell_width = sides[0] // rows, sides[1] // columns
-    corners = []
-    for cell in rng.permutation(rows * columns)[:number].tolist():
-        left = BORDER + cell % columns * cell_width + _between(rng, 0, cell_width - GAP - extent)
-        top = BORDER + cell // columns * cell_height + _between(rng, 0, cell_height - GAP - extent)
-        corners.append((left, top))
-    return corners
+def _placed(look: Look, x: int, y: int, extent: int) -> Thing:
+    return Thing(look, x - extent // 2, y - extent // 2, extent)
 
 
 def _subject(scene: Scene, rng: np.random.Generator) -> str:
@@ -340,13 +338,9 @@ def _describe(look: Look, named_size: bool) -> str:
     return " ".join(word for word in words if word not in ("medium", "plain"))
 
 
-def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
     return options[int(rng.integers(len(options)))]
 
 
 def _draw_from(rng: np.random.Generator, shares: dict[str, float]) -> str:
     return str(rng.choice(list(shares), p=list(shares.values())))
-
-
-def _between(rng: np.random.Generator, low: int, high: int) -> int:
-    return int(rng.integers(low, high, endpoint=True))

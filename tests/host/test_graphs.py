@@ -6,9 +6,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors.torch import save
 
+from sana.training.scenes import BACKGROUNDS, COLOURS
 from tests.host import stand_ins
 from tests.host.client import Event, Run
 from tests.host.graphs import Prompt, changed, node, text_to_image
@@ -49,10 +50,10 @@ def broken(tensors: stand_ins.Tensors) -> stand_ins.Tensors:
 
 
 def picture(height: int = 100, width: int = 150) -> bytes:
-    """A PNG of soft colours."""
-    y, x = np.mgrid[:height, :width]
-    content = io.BytesIO()
-    Image.fromarray(np.stack([x, y, 255 - x], axis=-1).astype(np.uint8)).save(content, "PNG")
+    """A PNG of what the demo model knows: a circle on a plain background."""
+    image, content = Image.new("RGB", (width, height), BACKGROUNDS["mint"]), io.BytesIO()
+    ImageDraw.Draw(image).ellipse((41, 16, 108, 83), fill=COLOURS["red"][0])
+    image.save(content, "PNG")
     return content.getvalue()
 
 

@@ -13,6 +13,7 @@ from sana.training.scenes import (
     COLOURS,
     GAP,
     KIND_SHARE,
+    LATTICE,
     RESOLUTIONS,
     SHAPES,
     Kind,
@@ -201,13 +202,17 @@ def test_things_keep_their_distance_from_the_edge_and_from_each_other() -> None:
                 assert all(gap(thing, other) >= GAP for other in scene.things[:i])
 
 
+def test_middles_lie_on_the_lattice() -> None:
+    for thing in (thing for scene in sample(1000, seed=6) for thing in scene.things):
+        assert (thing.left + thing.extent // 2) % LATTICE == (thing.top + thing.extent // 2) % LATTICE == 0
+
+
 def test_relations_are_clear() -> None:
     for scene in sample(2000, seed=7):
         if scene.relation in ("left of", "above"):
             first, second = scene.things if scene.relation == "left of" else map(transposed, scene.things)
             assert first.left + first.extent + GAP <= second.left
-            # 6 px each way for each of the two, and half a pixel of rounding for each
-            assert abs(first.top + first.extent / 2 - second.top - second.extent / 2) <= 13
+            assert first.top + first.extent // 2 == second.top + second.extent // 2
 
 
 def transposed(thing: Thing) -> Thing:

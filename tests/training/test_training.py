@@ -1,5 +1,6 @@
 """Training as its user runs it: the demo model from nothing and a fine-tuning, both cut short, and the files they leave."""
 
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -45,12 +46,12 @@ def test_demo_is_an_ordinary_checkpoint(trained: Path) -> None:
 
 
 def test_finished_demo_can_be_trained_further(trained: Path, tmp_path: Path) -> None:
-    small = ["--transformer-steps=1", "--scenes=4", "--batch-size=2", "--start", str(trained)]
+    small = ["--decoder-steps=1", "--transformer-steps=1", "--scenes=4", "--batch-size=2", "--start", str(trained)]
     assert main(["demo", "--out", str(tmp_path), *small]) == 0
     before, after = (SanaPipeline.load(folder) for folder in (trained, tmp_path / "checkpoint"))
-    for part in ("autoencoder", "transformer", "text_encoder"):
-        pairs = zip(*(getattr(pipeline, part).parameters() for pipeline in (before, after)), strict=True)
-        assert all(torch.equal(a, b) for a, b in pairs) == (part == "autoencoder")
+    for part in ("autoencoder.encoder", "autoencoder.decoder", "transformer", "text_encoder"):
+        pairs = zip(*(attrgetter(part)(pipeline).parameters() for pipeline in (before, after)), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs) == (part == "autoencoder.encoder")
 
 
 def test_shipped_demo_has_the_files_that_training_writes(trained: Path) -> None:
@@ -106,3 +107,15 @@ def test_noise_levels_are_shifted_logit_normal() -> None:
     logits = torch.logit(unshifted[(unshifted > 0) & (unshifted < 1)])
     assert abs(float(logits.mean())) < 0.03
     assert abs(float(logits.std()) - 1) < 0.03
+
+
+def test_layout_share_trains_more_on_high_noise_levels() -> None:
+    levels = [
+        FlowObjective(new_transformer(), layout_share=share).noise_levels(
+            20000, torch.Generator().manual_seed(0), torch.device("cpu")
+        )
+        for share in (0.0, 0.5, 1.0)
+    ]
+    shares = [float((part > 0.9).float().mean()) for part in levels]
+    # sigma > 0.9 where the logit exceeds log(3), or, shifted by 20, log(9 / 20): 0.136 and 0.788 of a normal distribution
+    assert shares == pytest.approx([0.136, 0.462, 0.788], abs=0.01)

@@ -27,7 +27,7 @@ SIDE = 256  # px
 SEED = 1
 START = Scene(
     kind="relation",
-    things=(Thing(Look("red", "circle"), 32, 96, 68), Thing(Look("blue", "square"), 156, 94, 68)),
+    things=(Thing(Look("red", "circle"), 30, 94, 68), Thing(Look("blue", "square"), 158, 94, 68)),
     relation="left of",
     background="white",
     height=SIDE,
@@ -38,9 +38,9 @@ PROMPTS = {
     "sana_1k_text_to_image": "a large green star on a light blue background",
     "sana_2k_text_to_image": "three orange circles on a cream background",
     "sana_4k_text_to_image": "a yellow star inside a purple circle on a grey background",
-    "sana_1_5_text_to_image": "a pink triangle above a black ring on a mint background",
+    "sana_1_5_text_to_image": "a large pink triangle on a mint background",
     "sana_img2img": "a green circle left of a yellow square on a white background",
-    "sana_inpainting": "a red circle left of a green star on a white background",
+    "sana_inpainting": "a red circle and a green square on a white background",
     "sana_lora": "two purple crosses on a white background",
 }
 LORA = "loras/pytorch_lora_weights.safetensors"
