@@ -87,15 +87,17 @@ def latents(pipeline: SanaPipeline, items: Sequence[CaptionedScene], settings: S
     return [found[i] for i in range(len(items))]
 
 
-def steps_table(pipeline: SanaPipeline, items: Sequence[CaptionedScene], few: int) -> list[dict[str, object]]:
-    """Accuracy, and relative distance of the first few latents to those of many steps, by solver and number of steps."""
-    exact = latents(pipeline, items[:few], Settings(steps=REFERENCE_STEPS))
+def steps_table(
+    pipeline: SanaPipeline, items: Sequence[CaptionedScene], error_captions: int
+) -> list[dict[str, object]]:
+    """Accuracy, and relative distance of the first latents to those of many steps, by solver and number of steps."""
+    exact = latents(pipeline, items[:error_captions], Settings(steps=REFERENCE_STEPS))
     rows = []
     for solver in SOLVERS:
         for steps in STEPS:
             settings = Settings(steps=steps, solver=solver)
             found = latents(pipeline, items, settings)
-            errors = [float((x - y).norm() / y.norm()) for x, y in zip(found[:few], exact, strict=True)]
+            errors = [float((x - y).norm() / y.norm()) for x, y in zip(found[:error_captions], exact, strict=True)]
             row = {"solver": solver, "steps": steps, "median_error": round(float(np.median(errors)), 4)}
             rows.append({**row, **share_right(pipeline, items, found)})
     return rows

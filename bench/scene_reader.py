@@ -21,7 +21,7 @@ ENTRY_NAMES = np.array([*np.arange(len(COLOURS)).repeat(2), *range(len(COLOURS),
 
 CORE_SIDE = 5  # px; the core of a region is where the square of this side has its name alone
 LEAST_CORE = 0.15  # share of a region's pixels in its core; soft edges and noise have less
-LEAST_AREA = 100  # px; less is noise (the smallest drawn thing has 478)
+LEAST_AREA = 100  # px; less is noise (the smallest drawn thing has 720)
 MOST_COLOUR_ERROR = 0.1  # Oklab distance beyond which a colour has no name
 # Intersection over union with a drawn shape, below which an outline has no name. Compact shapes overlap more by chance
 # (a circle with a square 0.83), thin ones lose more to a wobbly edge.

@@ -212,9 +212,9 @@ class SanaTransformer(nn.Module):
         """text: (B, L, text_width) in the dtype of the activations; text_mask: (B, L) bool. Masked tokens are dropped."""
         text, mask = compact_text(text, text_mask)
         projected = self.caption_norm(self.caption_projection(text))
-        return open_length(
-            TextContext(tuple(block.attn2.keys_values(projected) for block in self.transformer_blocks), mask)
-        )
+        pairs = (block.attn2.keys_values(projected) for block in self.transformer_blocks)
+        keys_values = tuple((open_length(keys, 2), open_length(values, 2)) for keys, values in pairs)
+        return TextContext(keys_values, None if mask is None else open_length(mask, 3))
 
     def velocity(
         self,
@@ -290,14 +290,13 @@ class SanaTransformer(nn.Module):
         return 4 + 4 * self.config.ff_width / self.config.hidden_size
 
 
-def open_length(context: TextContext) -> TextContext:
-    """Tell torch.compile that the number of tokens varies, so that another prompt is no reason to compile again."""
-    if compiler := sys.modules.get("torch._dynamo"):  # its import takes a second, and who compiles has imported it
-        for tensor in (part for pair in context.keys_values for part in pair):
-            compiler.maybe_mark_dynamic(tensor, 2)
-        if context.mask is not None:
-            compiler.maybe_mark_dynamic(context.mask, 3)
-    return context
+def open_length(tensor: Tensor, dim: int) -> Tensor:
+    """Tell torch.compile that this length varies, so that another prompt is no reason to compile again."""
+    # The compiler's import takes a second, and who compiles has imported it. It refuses marks within what it compiles.
+    compiler = None if torch.compiler.is_compiling() else sys.modules.get("torch._dynamo")
+    if compiler is not None:
+        compiler.maybe_mark_dynamic(tensor, dim)
+    return tensor
 
 
 def compact_text(text: Tensor, text_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

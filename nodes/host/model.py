@@ -218,7 +218,8 @@ class SanaModel(comfy.model_base.BaseModel):
             if context.mask is None:
                 return context
             bias = torch.zeros(context.mask.shape, dtype=dtype, device=text.device)
-            return open_length(context._replace(mask=bias.masked_fill(~context.mask, torch.finfo(dtype).min)))
+            bias = bias.masked_fill(~context.mask, torch.finfo(dtype).min)
+            return context._replace(mask=open_length(bias, 3))
 
         key = (id(network), tuple(options.get("uuids", ())), tuple(text.shape), text.device)
         return make() if run is None else run.context(key, make)

@@ -363,3 +363,11 @@ def test_full_size_equals_diffusers() -> None:
     inputs = Inputs(config, 1, 4, 4)
     assert sum(p.numel() for p in ours.parameters()) == 591_747_872
     assert relative_error(inputs.to_ours(ours), inputs.to_theirs(theirs)) < TOLERANCE
+
+
+def test_whole_transformer_compiles() -> None:
+    """With the text in it, whose length is marked as varying only outside of what is compiled."""
+    ours, _ = transformer_pair(config := tiny_config("sana-0.6b-1024px"))
+    inputs = Inputs(config)
+    torch._dynamo.reset()
+    assert relative_error(inputs.to_ours(torch.compile(ours, backend="eager")), inputs.to_ours(ours)) < 1e-6
