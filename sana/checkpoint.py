@@ -103,15 +103,27 @@ def identify_transformer(file: TensorFile, variant: str | None = None) -> Transf
         raise ValueError(f"variant {variant!r} is unknown; use one of {', '.join(VARIANTS)}")
     tensors, header = transformer_tensors(file), read_header(file)
     if variant is not None:
-        row = VARIANTS[variant]
-        return TransformerIdentity(
-            row.transformer, variant, row.base_size, row.flow_shift, row.dtype, "the given variant"
-        )
+        return _given_identity(variant, tensors, file)
     if "base_size" in header:
         return TransformerIdentity(
             **{**header, "config": TransformerConfig(**header["config"]), "origin": "its header"}
         )
     return _complete_identity(detect_transformer(tensors, file), file)
+
+
+def _given_identity(variant: str, tensors: Mapping[str, Tensor], file: TensorFile) -> TransformerIdentity:
+    """A row of VARIANTS. Raises CheckpointError if its network is not that of the tensors, but for what these cannot tell."""
+    row = VARIANTS[variant]
+    found = detect_transformer(tensors, file, row.transformer.cross_heads)
+    fitting = replace(
+        row.transformer, position_base=found.position_base, position_interpolation=found.position_interpolation
+    )
+    if fitting != found:
+        raise CheckpointError(
+            f"{file.path.name} has {found.depth} blocks of width {found.hidden_size} and is no {variant}; give the variant "
+            "that it is, or none"
+        )
+    return TransformerIdentity(row.transformer, variant, row.base_size, row.flow_shift, row.dtype, "the given variant")
 
 
 def _complete_identity(config: TransformerConfig, file: TensorFile) -> TransformerIdentity:
@@ -168,8 +180,13 @@ def _sibling_flow_shift(file: TensorFile) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def detect_transformer(tensors: Mapping[str, Tensor], file: TensorFile) -> TransformerConfig:
-    """The network, from tensors in our names and the configuration beside them. Raises CheckpointError if they cannot tell."""
+def detect_transformer(
+    tensors: Mapping[str, Tensor], file: TensorFile, cross_heads: int | None = None
+) -> TransformerConfig:
+    """The network, from tensors in our names and the configuration beside them. Raises CheckpointError if they cannot tell.
+
+    cross_heads: where they are known already.
+    """
     hidden_size, channels = _matrix(tensors, "patch_embed.proj.weight", file)
     _, text_width = _matrix(tensors, "caption_projection.linear_1.weight", file)
     _, ff_width = _matrix(tensors, "transformer_blocks.0.ff.conv_point.weight", file)
@@ -178,7 +195,7 @@ def detect_transformer(tensors: Mapping[str, Tensor], file: TensorFile) -> Trans
     return TransformerConfig(
         hidden_size=hidden_size,
         depth=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("transformer_blocks.")),
-        cross_heads=_cross_heads(hidden_size, file),
+        cross_heads=cross_heads or _cross_heads(hidden_size, file),
         text_width=text_width,
         channels=channels,
         ff_width=ff_width,

@@ -228,17 +228,27 @@ def test_the_dtype_is_that_of_the_file_if_it_has_16_bits(
     assert (identity.variant, identity.dtype) == (variant, released_dtype)
 
 
-def test_without_anything_beside_them_tensors_are_those_of_the_first_row(diffusers: Tensors) -> None:
+def test_without_anything_beside_them_tensors_are_those_of_the_first_row() -> None:
     for name, variant in (("Sana_1600M_4Kpx", "sana-1.6b-1024px"), ("Sana_600M_512px", "sana-0.6b-1024px")):
         tensors = released("transformers", "official", name).tensors
         del tensors["pos_embed"]
         identity = identify_transformer(TensorFile(FILE, tensors))
         assert identity.variant == variant
         assert identity.origin == "the table, since the file does not say"
-        given = identify_transformer(TensorFile(FILE, tensors), "sana-1.6b-4096px")
-        row = VARIANTS["sana-1.6b-4096px"]
-        assert (given.config, given.base_size, given.flow_shift) == (row.transformer, row.base_size, row.flow_shift)
-        assert given.origin == "the given variant"
+
+
+def test_a_given_variant_must_have_the_network_of_the_file() -> None:
+    tensors = released("transformers", "official", "Sana_1600M_4Kpx").tensors
+    del tensors["pos_embed"]
+    row = VARIANTS["sana-1.6b-4096px"]
+    given = identify_transformer(TensorFile(FILE, tensors), "sana-1.6b-4096px")
+    assert (given.config, given.base_size, given.flow_shift) == (row.transformer, row.base_size, row.flow_shift)
+    assert given.origin == "the given variant"
+    for variant in ("sana-0.6b-1024px", "sana-1.5-1.6b-1024px", "sana-1.5-4.8b-1024px", "sana-sprint-1.6b-1024px"):
+        with pytest.raises(
+            CheckpointError, match=f"^.* has 20 blocks of width 2240 and is no {variant}; give the variant"
+        ):
+            identify_transformer(TensorFile(FILE, tensors), variant)
 
 
 @pytest.mark.parametrize(
