@@ -21,7 +21,7 @@ from sana.training.autoencoder import to_pixels, to_unit
 from sana.training.scenes import COLOURS, CaptionedScene, Scene, draw, held_out_scenes
 
 from .machine import write_result
-from .scene_reader import judge
+from .scene_reader import Judgement, judge
 
 BATCH = 20
 STEPS = (4, 8, 14, 20, 28, 50)
@@ -42,10 +42,12 @@ def measure(pipeline: SanaPipeline, numbers: Numbers) -> dict[str, object]:
     """All that the command reports, as JSON values."""
     items = held_out_scenes(numbers.captions, seed=0)
     few = items[: numbers.step_captions]
+    verdicts = judgements(pipeline, items, latents(pipeline, items, Settings()))
     return {
         "captions": len(items),
         "autoencoder_psnr_db": round(reconstruction_psnr(pipeline, items), 2),
-        "accuracy": accuracy(pipeline, items, Settings()),
+        "accuracy": share_right(verdicts),
+        "accuracy_by_kind": {kind: share_right(chosen) for kind, chosen in by_kind(items, verdicts).items()},
         "accuracy_with_guidance_1": accuracy(pipeline, items, Settings(guidance_scale=1.0)),
         "accuracy_after_changing_one_word": accuracy(pipeline, list(recoloured(items)), Settings()),
         "step_captions": len(few),
@@ -56,18 +58,31 @@ def measure(pipeline: SanaPipeline, numbers: Numbers) -> dict[str, object]:
 
 def accuracy(pipeline: SanaPipeline, items: Sequence[CaptionedScene], settings: Settings) -> dict[str, float]:
     """`share_right` of what the model draws."""
-    return share_right(pipeline, items, latents(pipeline, items, settings))
+    return share_right(judgements(pipeline, items, latents(pipeline, items, settings)))
 
 
-def share_right(pipeline: SanaPipeline, items: Sequence[CaptionedScene], drawn: Sequence[Tensor]) -> dict[str, float]:
-    """Share of latents, in percent, that are right in each respect; a respect counts where the caption speaks of it."""
-    verdicts = defaultdict(list)
-    for item, latent in zip(items, drawn, strict=True):
-        verdict = judge(item.scene, pipeline.pictures(latent[None])[0])
+def judgements(pipeline: SanaPipeline, items: Sequence[CaptionedScene], drawn: Sequence[Tensor]) -> list[Judgement]:
+    """What is right in the picture of each latent."""
+    pairs = zip(items, drawn, strict=True)
+    return [judge(item.scene, pipeline.pictures(latent[None])[0]) for item, latent in pairs]
+
+
+def share_right(verdicts: Iterable[Judgement]) -> dict[str, float]:
+    """Share that is right in each respect, in percent; a respect counts where the caption speaks of it."""
+    found = defaultdict(list)
+    for verdict in verdicts:
         for name, right in [*asdict(verdict).items(), ("everything", verdict.right)]:
             if right is not None:
-                verdicts[name].append(right)
-    return {name: round(100 * float(np.mean(rights)), 1) for name, rights in verdicts.items()}
+                found[name].append(right)
+    return {name: round(100 * float(np.mean(rights)), 1) for name, rights in found.items()}
+
+
+def by_kind(items: Sequence[CaptionedScene], verdicts: Sequence[Judgement]) -> dict[str, list[Judgement]]:
+    """Verdicts by relation, or by kind of scene where there is none."""
+    found = defaultdict(list)
+    for item, verdict in zip(items, verdicts, strict=True):
+        found[item.scene.relation or item.scene.kind].append(verdict)
+    return dict(found)
 
 
 def latents(pipeline: SanaPipeline, items: Sequence[CaptionedScene], settings: Settings) -> list[Tensor]:
@@ -99,7 +114,7 @@ def steps_table(
             found = latents(pipeline, items, settings)
             errors = [float((x - y).norm() / y.norm()) for x, y in zip(found[:error_captions], exact, strict=True)]
             row = {"solver": solver, "steps": steps, "median_error": round(float(np.median(errors)), 4)}
-            rows.append({**row, **share_right(pipeline, items, found)})
+            rows.append({**row, **share_right(judgements(pipeline, items, found))})
     return rows
 
 
@@ -151,8 +166,9 @@ def print_tables(result: dict[str, object]) -> None:
     names = ("accuracy", "accuracy_with_guidance_1", "accuracy_after_changing_one_word")
     columns = list(result["accuracy"])
     print(f"| | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
-    for name in names:
-        print(f"| {name.replace('_', ' ')} | {' | '.join(str(result[name].get(c, '')) for c in columns)} |")
+    rows = {name.replace("_", " "): result[name] for name in names} | result["accuracy_by_kind"]
+    for name, row in rows.items():
+        print(f"| {name} | {' | '.join(str(row.get(c, '')) for c in columns)} |")
     columns = list(result["steps"][0])
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in result["steps"]:
