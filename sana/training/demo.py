@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..autoencoder import DCAutoencoder
 from ..checkpoint import TransformerIdentity, load_autoencoder, load_transformer
-from ..config import AutoencoderConfig, StageConfig, TransformerConfig
+from ..config import DOWNSAMPLE, AutoencoderConfig, StageConfig, TransformerConfig
 from ..pipeline import SanaPipeline
 from ..prompt import INSTRUCTION
 from ..text_checkpoint import load_text_encoder
@@ -23,10 +23,10 @@ from ..text_encoder import BOS, PAD, GemmaTextEncoder, JsonTokenizer, build_gemm
 from ..transformer import SanaTransformer
 from .autoencoder import ReconstructionObjective, initialise, reconstruction_sheet, scene_crops, whole_scenes
 from .export import write_pipeline
-from .flow import FlowObjective, initialise_transformer
+from .flow import FlowBatch, FlowObjective, initialise_transformer
 from .latents import SceneLatents
 from .loop import TrainingConfig, train
-from .scenes import caption, held_out_scenes, sample_scene
+from .scenes import KIND_SHARE, Kind, caption, held_out_scenes, sample_scene
 from .tokenizer import train_tokenizer
 
 SIDE = 256  # pixels of the square among the sizes
@@ -39,7 +39,15 @@ STAGES = tuple(
     for i, (width, depth) in enumerate(zip(WIDTHS, DEPTHS, strict=True))
 )
 AUTOENCODER = AutoencoderConfig(STAGES, STAGES, strided_down=False, nearest_up=False)
-TRANSFORMER = TransformerConfig(hidden_size=192, depth=8, cross_heads=3, text_width=192, ff_width=480, qk_norm=True)
+TRANSFORMER = TransformerConfig(
+    hidden_size=192,
+    depth=8,
+    cross_heads=3,
+    text_width=192,
+    ff_width=480,
+    qk_norm=True,
+    position_base=SIDE // DOWNSAMPLE,
+)
 GEMMA: dict[str, object] = {
     "model_type": "gemma2",
     "vocab_size": 768,
@@ -55,6 +63,9 @@ GEMMA: dict[str, object] = {
     "eos_token_id": 1,
     "bos_token_id": BOS,
 }
+
+# For a tenth of the steps. Which of two things goes where is learnt within a few hundred of these, else not in thousands.
+MOSTLY_RELATIONS: dict[Kind, float] = {"single": 0.08, "count": 0.1, "relation": 0.64, "inside": 0.08, "pair": 0.1}
 
 
 @dataclass(frozen=True)
@@ -88,10 +99,16 @@ def train_demo(folder: Path, config: DemoConfig, start: Path | None = None) -> P
     latents = SceneLatents.prepare(
         autoencoder, folder / "latents.safetensors", count=config.scenes, seed=SEED, device=device
     )
-    objective = FlowObjective(transformer, text_encoder, flow_shift=FLOW_SHIFT, layout_share=0.5)
+
+    def batches(step: int, process: int) -> FlowBatch:
+        relations = 0.4 <= step / config.transformer_steps < 0.5
+        shares, layout_share = (MOSTLY_RELATIONS, 0.8) if relations else (KIND_SHARE, 0.5)
+        return latents.batch(step, process, size=config.batch_size, shares=shares, layout_share=layout_share)
+
+    objective = FlowObjective(transformer, text_encoder, flow_shift=FLOW_SHIFT)
     objective = train(
         objective,
-        partial(latents.batch, size=config.batch_size),
+        batches,
         TrainingConfig(config.transformer_steps, learning_rate=1.5e-3, warmup=200, cooldown=0.4, ema_decay=0.999),
         folder / "transformer",
         partial(prompt_sheet, autoencoder=autoencoder),

@@ -26,6 +26,7 @@ class FlowBatch:
     text: Tensor | None = None  # (B, L, C)
     text_mask: Tensor | None = None  # (B, L) bool
     seed: int = 0  # of noise, noise levels and dropped captions
+    layout_share: float = 0.0  # of samples at noise levels shifted by LAYOUT_SHIFT, where it is decided what goes where
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -36,7 +37,6 @@ class FlowObjective(nn.Module):
 
     text_encoder: trained together with the transformer; None: batches bring encoded captions. flow_shift: moves the noise
     levels trained on, as in sampling. dropout: share of captions replaced by the empty prompt, for guidance.
-    layout_share: share of samples at noise levels shifted by LAYOUT_SHIFT, where it is decided what goes where.
     null: text (L, C) of the empty prompt, needed without a text encoder.
     """
 
@@ -47,7 +47,6 @@ class FlowObjective(nn.Module):
         *,
         flow_shift: float = 3.0,
         dropout: float = 0.1,
-        layout_share: float = 0.0,
         null: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -55,7 +54,6 @@ class FlowObjective(nn.Module):
         self.text_encoder = text_encoder
         self.flow_shift = flow_shift
         self.dropout = dropout
-        self.layout_share = layout_share
         self.register_buffer("null", null, persistent=False)
 
     def forward(self, batch: FlowBatch) -> Tensor:
@@ -63,7 +61,7 @@ class FlowObjective(nn.Module):
         clean = batch.latents.to(device, torch.float32)
         generator = step_generator(batch.seed, 0, 0, device)
         noise = torch.randn(clean.shape, generator=generator, device=device)
-        sigma = self.noise_levels(len(clean), generator, device)
+        sigma = self.noise_levels(len(clean), batch.layout_share, generator, device)
         dropped = torch.rand(len(clean), generator=generator, device=device) < self.dropout
         text, text_mask = self.encode(batch, dropped)
         x = torch.lerp(clean, noise, sigma[:, None, None, None])
@@ -82,13 +80,13 @@ class FlowObjective(nn.Module):
         layers = (module for part in blocks for module in part.modules() if isinstance(module, nn.Linear))
         return [layer.weight for layer in layers if layer.weight.requires_grad]
 
-    def noise_levels(self, count: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    def noise_levels(self, count: int, layout_share: float, generator: torch.Generator, device: torch.device) -> Tensor:
         """Logit-normal noise levels (arXiv 2403.03206, section 3.1) on NVlabs' grid of thousandths, shifted: (count,)."""
         uniform = (1000 * torch.sigmoid(torch.randn(count, generator=generator, device=device))).floor() / 1000
         sigmas = shift_sigma(uniform, self.flow_shift)
-        if not self.layout_share:
+        if not layout_share:
             return sigmas
-        chosen = torch.rand(count, generator=generator, device=device) < self.layout_share
+        chosen = torch.rand(count, generator=generator, device=device) < layout_share
         return torch.where(chosen, shift_sigma(uniform, LAYOUT_SHIFT), sigmas)
 
     def encode(self, batch: FlowBatch, dropped: Tensor) -> tuple[Tensor, Tensor]:

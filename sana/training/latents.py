@@ -1,7 +1,9 @@
 """Latents computed once, before a transformer is trained on them for many epochs."""
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +16,14 @@ from tqdm import tqdm
 from ..autoencoder import DCAutoencoder
 from .autoencoder import to_unit
 from .flow import FlowBatch
-from .scenes import RESOLUTIONS, Scene, caption, draw, sample_scene
+from .scenes import KIND_SHARE, RESOLUTIONS, Kind, Resolution, Scene, caption, draw, sample_scene
 
 
 @dataclass(frozen=True)
 class SceneLatents:
     """Latents of drawn training scenes. The scenes themselves are drawn from their number, so only latents are stored."""
 
-    latents: dict[tuple[int, int], Tensor]  # by (height, width) px, each (N, 32, H, W)
+    latents: dict[Resolution, Tensor]  # by (height, width) px, each (N, 32, H, W)
     seed: int
 
     @classmethod
@@ -35,17 +37,37 @@ class SceneLatents:
         with safe_open(path, framework="pt") as file:
             return cls({size: file.get_tensor(size_name(size)) for size in RESOLUTIONS}, seed)
 
-    def batch(self, step: int, process: int, *, size: int) -> FlowBatch:
-        """Random scenes of one resolution, with a random phrasing of each."""
+    @cached_property
+    def numbers(self) -> dict[Resolution, dict[Kind, list[int]]]:
+        """The numbers of the scenes of each kind."""
+        found = {resolution: defaultdict(list) for resolution in self.latents}
+        for resolution, latents in self.latents.items():
+            for number in range(len(latents)):
+                found[resolution][numbered_scene(self.seed, number, resolution).kind].append(number)
+        return found
+
+    def batch(
+        self,
+        step: int,
+        process: int,
+        *,
+        size: int,
+        shares: Mapping[Kind, float] = KIND_SHARE,
+        layout_share: float = 0.0,
+    ) -> FlowBatch:
+        """Random scenes of one resolution, of every kind about the given share, with a random phrasing of each."""
         resolution = RESOLUTIONS[step % len(RESOLUTIONS)]
-        stored = self.latents[resolution]
         rng = np.random.default_rng([self.seed, 1, step, process])
-        chosen = rng.integers(len(stored), size=size)
-        captions = [caption(numbered_scene(self.seed, int(i), resolution), rng) for i in chosen]
-        return FlowBatch(stored[torch.from_numpy(chosen)].float(), captions, seed=int(rng.integers(2**31)))
+        by_kind = self.numbers[resolution]
+        weights = np.array([shares[kind] for kind in by_kind])
+        kinds = rng.choice(list(by_kind), size=size, p=weights / weights.sum())
+        chosen = [by_kind[kind][rng.integers(len(by_kind[kind]))] for kind in kinds]
+        captions = [caption(numbered_scene(self.seed, number, resolution), rng) for number in chosen]
+        latents = self.latents[resolution][torch.tensor(chosen)].float()
+        return FlowBatch(latents, captions, seed=int(rng.integers(2**31)), layout_share=layout_share)
 
 
-def numbered_scene(seed: int, number: int, resolution: tuple[int, int]) -> Scene:
+def numbered_scene(seed: int, number: int, resolution: Resolution) -> Scene:
     """The training scene of this number."""
     return sample_scene(np.random.default_rng([seed, 0, number, *resolution]), "train", *resolution)
 
@@ -53,7 +75,7 @@ def numbered_scene(seed: int, number: int, resolution: tuple[int, int]) -> Scene
 @torch.no_grad()
 def encode_scenes(
     autoencoder: DCAutoencoder,
-    resolution: tuple[int, int],
+    resolution: Resolution,
     count: int,
     seed: int,
     device: torch.device,
@@ -69,7 +91,7 @@ def encode_scenes(
     return torch.cat(parts)
 
 
-def size_name(size: tuple[int, int]) -> str:
+def size_name(size: Resolution) -> str:
     return f"{size[0]}x{size[1]}"
 
 

@@ -49,7 +49,7 @@ GAP = 12  # px between two things
 SMALLEST_SIDE = 192  # px; the fullest scene needs this much
 RESOLUTIONS = ((256, 256), (192, 320), (320, 192))  # (height, width) px; other multiples of 32 work too
 
-KIND_SHARE = {"single": 0.15, "count": 0.2, "relation": 0.25, "inside": 0.2, "pair": 0.2}
+KIND_SHARE = {"single": 0.1, "count": 0.2, "relation": 0.2, "inside": 0.27, "pair": 0.23}
 BACKGROUND_SHARE = {"white": 0.6, "grey": 0.1, "cream": 0.1, "light blue": 0.1, "mint": 0.1}
 WHITE_MENTIONED = 0.2  # share of white backgrounds the caption names; the others are always named
 TEXTURE_SHARE = {"plain": 0.7, "striped": 0.15, "dotted": 0.15}  # single things show each texture equally often
@@ -277,17 +277,22 @@ def _arrange_nested(rng: np.random.Generator, looks: Looks, resolution: Resoluti
 
 
 def _arrange_two(rng: np.random.Generator, looks: Looks, relation: str | None, resolution: Resolution) -> Things:
-    """Two things apart along one axis, the first left of or above the second. With a relation they are aligned."""
+    """Two things apart along one axis, the first left of or above the second.
+
+    With a relation they are in the middles of the two halves of the picture, as nearly as their sizes allow.
+    """
     extents = [EXTENTS[look.size] for look in looks]
     horizontal = relation == "left of" or (relation is None and rng.random() < 0.5)
     breadth, length = resolution if horizontal else reversed(resolution)
     least = sum(extents) / 2 + GAP
     options = product(*(_lattice(extent, length) for extent in extents))
-    along = _pick(rng, tuple((a, b) for a, b in options if b - a >= least))
+    apart = tuple((a, b) for a, b in options if b - a >= least)
     if relation is None:
+        along = _pick(rng, apart)
         across = [_pick(rng, _lattice(extent, breadth)) for extent in extents]
     else:
-        across = [_pick(rng, _lattice(max(extents), breadth))] * 2
+        along = min(apart, key=lambda places: abs(places[0] - length / 4) + abs(places[1] - 3 * length / 4))
+        across = [breadth // 2] * 2
     xs, ys = (along, across) if horizontal else (across, along)
     return tuple(_placed(*numbers) for numbers in zip(looks, xs, ys, extents, strict=True))
 

@@ -12,7 +12,8 @@ from sana.pipeline import MODELS, SanaPipeline
 from sana.training.__main__ import main
 from sana.training.demo import TRANSFORMER, new_transformer
 from sana.training.flow import FlowBatch, FlowObjective
-from sana.training.scenes import caption, draw, sample_scene
+from sana.training.latents import SceneLatents
+from sana.training.scenes import KIND_SHARE, RESOLUTIONS, caption, draw, sample_scene
 
 MOST_BYTES = 25_000_000
 
@@ -102,7 +103,7 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
 
 def test_noise_levels_are_shifted_logit_normal() -> None:
     objective = FlowObjective(new_transformer(), flow_shift=3.0)
-    levels = objective.noise_levels(20000, torch.Generator().manual_seed(0), torch.device("cpu"))
+    levels = objective.noise_levels(20000, 0.0, torch.Generator().manual_seed(0), torch.device("cpu"))
     unshifted = levels / (3.0 - 2.0 * levels)
     logits = torch.logit(unshifted[(unshifted > 0) & (unshifted < 1)])
     assert abs(float(logits.mean())) < 0.03
@@ -110,12 +111,19 @@ def test_noise_levels_are_shifted_logit_normal() -> None:
 
 
 def test_layout_share_trains_more_on_high_noise_levels() -> None:
+    objective = FlowObjective(new_transformer())
     levels = [
-        FlowObjective(new_transformer(), layout_share=share).noise_levels(
-            20000, torch.Generator().manual_seed(0), torch.device("cpu")
-        )
+        objective.noise_levels(20000, share, torch.Generator().manual_seed(0), torch.device("cpu"))
         for share in (0.0, 0.5, 1.0)
     ]
     shares = [float((part > 0.9).float().mean()) for part in levels]
     # sigma > 0.9 where the logit exceeds log(3), or, shifted by 20, log(9 / 20): 0.136 and 0.788 of a normal distribution
     assert shares == pytest.approx([0.136, 0.462, 0.788], abs=0.01)
+
+
+def test_batches_have_the_kinds_of_scenes_asked_for() -> None:
+    latents = SceneLatents({size: torch.zeros(200, 32, 1, 1) for size in RESOLUTIONS}, seed=1)
+    for shares in ({**dict.fromkeys(KIND_SHARE, 0.0), "pair": 1.0}, KIND_SHARE):
+        captions = latents.batch(0, 0, size=1000, shares=shares).captions
+        share = sum(" and " in caption for caption in captions) / len(captions)
+        assert share == pytest.approx(shares["pair"], abs=0.05)
