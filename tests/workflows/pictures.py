@@ -27,20 +27,20 @@ SIDE = 256  # px
 SEED = 1
 START = Scene(
     kind="relation",
-    things=(Thing(Look("red", "circle"), 30, 94, 68), Thing(Look("blue", "square"), 158, 94, 68)),
-    relation="left of",
+    things=(Thing(Look("red", "circle"), 94, 30, 68), Thing(Look("blue", "square"), 94, 158, 68)),
+    relation="above",
     background="white",
     height=SIDE,
     width=SIDE,
 )
 PROMPTS = {
-    "sana_demo": "a red circle left of a blue square on a white background",
+    "sana_demo": "a red circle above a blue square on a white background",
     "sana_1k_text_to_image": "a large green star on a light blue background",
     "sana_2k_text_to_image": "three orange circles on a cream background",
     "sana_4k_text_to_image": "a yellow star inside a purple circle on a grey background",
     "sana_1_5_text_to_image": "a large pink triangle on a mint background",
-    "sana_img2img": "a green circle left of a yellow square on a white background",
-    "sana_inpainting": "a red circle and a green square on a white background",
+    "sana_img2img": "a green circle above a yellow square on a white background",
+    "sana_inpainting": "a red circle above a green square on a white background",
     "sana_lora": "two purple crosses on a white background",
 }
 LORA = "loras/pytorch_lora_weights.safetensors"
@@ -82,10 +82,10 @@ def with_demo_model(prompt: Prompt, text: str) -> Prompt:
 
 
 def start_picture(*, hole: bool) -> bytes:
-    """The scene to start from as PNG; with a hole where its square is, which LoadImage gives as a mask."""
+    """The scene to start from as PNG; with a hole where its lower half is, which LoadImage gives as a mask."""
     alpha = np.full((SIDE, SIDE, 1), 255, np.uint8)
     if hole:
-        alpha[64:192, 128:] = 0
+        alpha[SIDE // 2 :] = 0
     content = io.BytesIO()
     Image.fromarray(np.concatenate([draw(START), alpha], axis=-1)).save(content, "PNG")
     return content.getvalue()
