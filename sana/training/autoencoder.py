@@ -8,10 +8,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..autoencoder import DCAutoencoder
+from ..config import DOWNSAMPLE
 from .loop import step_generator
 from .scenes import RESOLUTIONS, draw, sample_scene
-
-CELL = 32  # px of a picture in one cell of its latent
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def whole_scenes(step: int, process: int, *, size: int, seed: int = 1) -> ImageB
 def scene_crops(step: int, process: int, *, size: int, side: int, seed: int = 1) -> ImageBatch:
     """A batch of squares, `side` px, each with at least a corner of a thing: most of a whole scene is background.
 
-    They are cut at multiples of CELL, where the cells of a latent begin.
+    They are cut at multiples of DOWNSAMPLE, where the cells of a latent begin.
     """
     rng = np.random.default_rng([seed, step, process])
     resolution = RESOLUTIONS[step % len(RESOLUTIONS)]
@@ -95,7 +94,7 @@ def scene_crops(step: int, process: int, *, size: int, side: int, seed: int = 1)
         corner = []
         for start, length in ((thing.top, scene.height), (thing.left, scene.width)):
             low, high = max(0, start - side + 16), min(length - side, start + thing.extent - 16)
-            corner.append(CELL * int(rng.integers(-(-low // CELL), high // CELL, endpoint=True)))
+            corner.append(DOWNSAMPLE * int(rng.integers(-(-low // DOWNSAMPLE), high // DOWNSAMPLE, endpoint=True)))
         crops.append(draw(scene)[corner[0] : corner[0] + side, corner[1] : corner[1] + side])
     return ImageBatch(to_unit(np.stack(crops)), seed=step)
 

@@ -64,7 +64,7 @@ GEMMA: dict[str, object] = {
     "bos_token_id": BOS,
 }
 
-# For a tenth of the steps. Which of two things goes where is learnt within a few hundred of these, else not in thousands.
+# For a tenth of the steps. What goes above what is learnt within a few hundred of these, and not in 1500 with KIND_SHARE.
 MOSTLY_RELATIONS: dict[Kind, float] = {"single": 0.08, "count": 0.1, "relation": 0.64, "inside": 0.08, "pair": 0.1}
 
 

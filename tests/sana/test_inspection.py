@@ -176,7 +176,7 @@ def test_converting_again_changes_nothing(tmp_path: Path) -> None:
         (None, r"lacks 1 of \d+ tensors, first proj_out.bias; the download may be incomplete"),
         (
             "sana-1.6b-4096px",
-            r"has \d+ blocks of width \d+ and is no sana-1.6b-4096px; give the variant that it is, or none",
+            r"has 3 blocks of width 96 and is no sana-1.6b-4096px; give the variant that it is, or none",
         ),
     ],
 )
