@@ -1,9 +1,10 @@
 """A DC-AE in bounded memory: the same image or latent, a few rows at a time.
 
-Everything in the networks of `autoencoder.py` either looks at nearby rows (convolutions, norms) or, in linear attention, at a
-sum over all positions. So a network is a series of sweeps over the rows of a feature map. Each sweep applies one attention,
-whose sum the sweep before has formed, then everything up to the next one, whose sum it forms. Only the maps between sweeps
-are whole, and they are small, because only the deepest stages have attention. No tile is blended, nothing is approximated.
+Everything in the networks of `autoencoder_layers.py` either looks at nearby rows (convolutions, norms) or, in linear
+attention, at a sum over all positions. So a network is a series of sweeps over the rows of a feature map. Each sweep applies
+one attention, whose sum the sweep before has formed, then everything up to the next one, whose sum it forms. Only the maps
+between sweeps are whole, and they are small, because only the deepest stages have attention. No tile is blended, nothing is
+approximated.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import autoencoder as ae
+from . import autoencoder_layers as layers
 from .config import HEAD_WIDTH
 
 LIBRARY_BYTES = 2**21  # left for what libraries take inside an operation
@@ -85,7 +86,7 @@ class RowStream:
 class RowSum:
     """Forms the state of an attention from the rows of its input as they come."""
 
-    def __init__(self, attention: ae.MultiscaleLinearAttention, rows: int, itemsize: int) -> None:
+    def __init__(self, attention: layers.MultiscaleLinearAttention, rows: int, itemsize: int) -> None:
         self.stream = RowStream(projection_op(attention, itemsize), rows)
         self.state: Tensor | None = None
 
@@ -93,7 +94,7 @@ class RowSum:
         planes = self.stream.push(rows)
         if planes is not None:
             qkv = planes.permute(0, 2, 3, 1).unflatten(-1, (-1, 3 * HEAD_WIDTH))
-            state = ae.MultiscaleLinearAttention.state(qkv)
+            state = layers.MultiscaleLinearAttention.state(qkv)
             self.state = state if self.state is None else self.state + state
 
 
@@ -101,9 +102,9 @@ class RowSum:
 class Sweep:
     """One pass over the rows of a map: an attention to apply, row operations, and an attention whose sum to form."""
 
-    applied: ae.MultiscaleLinearAttention | None
+    applied: layers.MultiscaleLinearAttention | None
     ops: tuple[RowOp, ...]
-    summed: ae.MultiscaleLinearAttention | None = None
+    summed: layers.MultiscaleLinearAttention | None = None
 
     def chain(self, state: Tensor | None, itemsize: int) -> tuple[RowOp, ...]:
         """All row operations; state: of the applied attention."""
@@ -141,7 +142,7 @@ class Stretch(NamedTuple):
         return LIBRARY_BYTES + itemsize * (self.maps + working_numbers(self.sweep, self.size, band, itemsize))
 
 
-def stream(network: ae.Encoder | ae.Decoder, x: Tensor, dtype: torch.dtype, max_bytes: int) -> Tensor:
+def stream(network: layers.Encoder | layers.Decoder, x: Tensor, dtype: torch.dtype, max_bytes: int) -> Tensor:
     """`network(x)` computed in dtype, for x (B, C, H, W), with max_bytes of memory beyond x, the result and the weights.
 
     Images of a batch are processed one by one. The result has the dtype of x.
@@ -162,12 +163,12 @@ def stream(network: ae.Encoder | ae.Decoder, x: Tensor, dtype: torch.dtype, max_
     return out
 
 
-def least_bytes(network: ae.Encoder | ae.Decoder, shape: torch.Size, dtype: torch.dtype) -> int:
+def least_bytes(network: layers.Encoder | layers.Decoder, shape: torch.Size, dtype: torch.dtype) -> int:
     """The smallest max_bytes that works for an input of this shape (B, C, H, W)."""
     return max(stretch.bytes_with(1, dtype.itemsize) for stretch in stretches(network, shape, dtype))
 
 
-def whole_bytes(network: ae.Encoder | ae.Decoder, shape: torch.Size, dtype: torch.dtype) -> int:
+def whole_bytes(network: layers.Encoder | layers.Decoder, shape: torch.Size, dtype: torch.dtype) -> int:
     """About what one image of a batch of this shape (B, C, H, W) takes at once, without bands."""
     return max(stretch.bytes_with(stretch.size.rows, dtype.itemsize) for stretch in stretches(network, shape, dtype))
 
@@ -208,7 +209,7 @@ def push(streams: list[RowStream], rows: Tensor) -> Tensor | None:
     return rows
 
 
-def stretches(network: ae.Encoder | ae.Decoder, shape: torch.Size, dtype: torch.dtype) -> list[Stretch]:
+def stretches(network: layers.Encoder | layers.Decoder, shape: torch.Size, dtype: torch.dtype) -> list[Stretch]:
     """The sweeps over an input of this shape (B, C, H, W)."""
     sweeps, size = plan(network, dtype.itemsize), Map(*shape[2:])
     route = []
@@ -258,11 +259,11 @@ def working_numbers(sweep: Sweep, size: Map, band: int, itemsize: int) -> int:
     return int(peak)
 
 
-def plan(network: ae.Encoder | ae.Decoder, itemsize: int) -> list[Sweep]:
+def plan(network: layers.Encoder | layers.Decoder, itemsize: int) -> list[Sweep]:
     """The sweeps of a network; itemsize: bytes of its numbers."""
     sweeps = [Sweep(None, ())]
-    for part in _encoder_parts(network) if isinstance(network, ae.Encoder) else _decoder_parts(network):
-        if isinstance(part, ae.EfficientViTBlock):
+    for part in _encoder_parts(network) if isinstance(network, layers.Encoder) else _decoder_parts(network):
+        if isinstance(part, layers.EfficientViTBlock):
             sweeps[-1] = replace(sweeps[-1], summed=part.attn)
             sweeps.append(Sweep(part.attn, (row_op(part.conv_out),)))
         elif part is None:
@@ -273,7 +274,7 @@ def plan(network: ae.Encoder | ae.Decoder, itemsize: int) -> list[Sweep]:
     return [sweep for sweep in sweeps if sweep.ops]
 
 
-def _encoder_parts(network: ae.Encoder) -> Iterator[nn.Module | RowOp]:
+def _encoder_parts(network: layers.Encoder) -> Iterator[nn.Module | RowOp]:
     yield network.conv_in
     for stage in network.down_blocks:
         yield from stage
@@ -281,13 +282,13 @@ def _encoder_parts(network: ae.Encoder) -> Iterator[nn.Module | RowOp]:
     yield RowOp(network.head, width, latent, 1, live=2 * width, fixed=weight_copies(network.conv_out))
 
 
-def _decoder_parts(network: ae.Decoder) -> Iterator[nn.Module | RowOp | None]:
+def _decoder_parts(network: layers.Decoder) -> Iterator[nn.Module | RowOp | None]:
     """None: a place to keep the whole map, which spares later bands the rows that deep convolutions share."""
     latent, width = network.conv_in.in_channels, network.conv_in.out_channels
     yield RowOp(network.stem, latent, width, 1, live=3 * width, fixed=weight_copies(network.conv_in))
     for i, stage in reversed(list(enumerate(network.up_blocks))):
         yield from stage
-        if i >= WHOLE_MAPS_FROM and not any(isinstance(block, ae.EfficientViTBlock) for block in stage):
+        if i >= WHOLE_MAPS_FROM and not any(isinstance(block, layers.EfficientViTBlock) for block in stage):
             yield None
     yield head_op(network)
 
@@ -299,16 +300,16 @@ def _decoder_parts(network: ae.Decoder) -> Iterator[nn.Module | RowOp | None]:
 def row_op(module: nn.Module) -> RowOp:
     """A module without attention as a row operation."""
     fixed = weight_copies(module)
-    if isinstance(module, ae.ResBlock):
+    if isinstance(module, layers.ResBlock):
         width = module.conv1.in_channels
         return RowOp(module, width, width, 2, live=3.1 * width, fixed=fixed)
-    if isinstance(module, ae.GLUMBConv):
+    if isinstance(module, layers.GLUMBConv):
         width = module.conv_inverted.in_channels
-        return RowOp(module, width, width, 1, live=4.1 * ae.EXPANSION * width, fixed=fixed)
-    if isinstance(module, ae.Down):
+        return RowOp(module, width, width, 1, live=4.1 * layers.EXPANSION * width, fixed=fixed)
+    if isinstance(module, layers.Down):
         inputs, outputs = module.conv.in_channels, module.conv.out_channels * (1 if module.strided else 4)
         return RowOp(module, inputs, outputs, 1, down=2, live=inputs + 0.75 * outputs, fixed=fixed)
-    if isinstance(module, ae.Up):
+    if isinstance(module, layers.Up):
         inputs, outputs = module.conv.in_channels, module.conv.out_channels // (1 if module.nearest else 4)
         return RowOp(
             module,
@@ -324,7 +325,7 @@ def row_op(module: nn.Module) -> RowOp:
     )  # a convolution
 
 
-def head_op(network: ae.Decoder) -> RowOp:
+def head_op(network: layers.Decoder) -> RowOp:
     """The end of a decoder: a norm, an activation, and a convolution or an `Up`."""
     out = row_op(network.conv_out)
     return out._replace(apply=network.head, live=2 * out.inputs + out.live)
@@ -334,7 +335,7 @@ def weight_copies(module: nn.Module) -> int:
     return 2 * max(parameter.numel() for parameter in module.parameters())
 
 
-def attention_op(attention: ae.MultiscaleLinearAttention, state: Tensor | None, itemsize: int) -> RowOp:
+def attention_op(attention: layers.MultiscaleLinearAttention, state: Tensor | None, itemsize: int) -> RowOp:
     """An attention whose sum is known, as a row operation. Its sums are float32."""
     projection = projection_op(attention, itemsize)
     width, branches = projection.inputs, projection.outputs / (3 * projection.inputs)
@@ -346,7 +347,7 @@ def attention_op(attention: ae.MultiscaleLinearAttention, state: Tensor | None, 
     )
 
 
-def projection_op(attention: ae.MultiscaleLinearAttention, itemsize: int) -> RowOp:
+def projection_op(attention: layers.MultiscaleLinearAttention, itemsize: int) -> RowOp:
     """Queries, keys and values as planes (1, h * 96, rows, W), with room to form the sum of an attention."""
     width = attention.to_q.in_features
     radius = max((scale.proj_in.kernel_size[0] // 2 for scale in attention.to_qkv_multiscale), default=0)

@@ -13,7 +13,8 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from ...sana.autoencoder import DCAutoencoder, Decoder, Encoder
+from ...sana.autoencoder import DCAutoencoder
+from ...sana.autoencoder_layers import Decoder, Encoder
 from ...sana.checkpoint import autoencoder_tensors, check_tensors, detect_autoencoder
 from ...sana.config import LATENT_CHANNELS
 from ...sana.files import CheckpointError, TensorFile, read_tensors

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sana.autoencoder import (
+from sana.autoencoder import DCAutoencoder
+from sana.autoencoder_layers import (
     ChannelNorm,
-    DCAutoencoder,
     MultiscaleLinearAttention,
     Up,
     add_shuffled,

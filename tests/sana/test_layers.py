@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sana.autoencoder import ChannelNorm, DCAutoencoder
+from sana.autoencoder import DCAutoencoder
+from sana.autoencoder_layers import ChannelNorm
 from sana.layers import (
     FP16_MAX,
     Build,
