@@ -11,8 +11,9 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import describe, detect_transformer, fill
+from .checkpoint import fill
 from .config import TransformerConfig
+from .detection import describe, detect_transformer
 from .files import CheckpointError, read_tensors
 from .key_map import to_control_names
 from .layers import Build, TextProjection

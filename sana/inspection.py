@@ -9,18 +9,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .autoencoder import DCAutoencoder
-from .checkpoint import (
+from .checkpoint import check_tensors
+from .config import AUTOENCODERS, VARIANTS, AutoencoderConfig
+from .detection import (
     TransformerIdentity,
     autoencoder_header,
     autoencoder_tensors,
-    check_tensors,
     describe,
     detect_autoencoder,
     identify_transformer,
     transformer_header,
     transformer_tensors,
 )
-from .config import AUTOENCODERS, VARIANTS, AutoencoderConfig
 from .files import CheckpointError, TensorFile, read_tensors
 from .key_map import is_autoencoder, is_transformer, with_convolutions
 from .transformer import SanaTransformer

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .autoencoder import DCAutoencoder
-from .checkpoint import TransformerIdentity, build_transformer, identify_transformer, load_autoencoder
+from .checkpoint import build_transformer, load_autoencoder
+from .detection import TransformerIdentity, identify_transformer
 from .files import read_tensors
 from .guidance import Condition, Guidance, Reference, guided_denoiser, inpainting_denoiser, scm_denoiser
 from .prompt import DIFFUSERS_INSTRUCTION, INSTRUCTION

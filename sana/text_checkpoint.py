@@ -8,7 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import describe, fill
+from .checkpoint import fill
+from .detection import describe
 from .files import CheckpointError, TensorFile, read_tensors
 from .key_map import dialect_prefix
 from .text_encoder import GemmaTextEncoder, JsonTokenizer, SentencePieceTokenizer, Tokenizer, build_gemma

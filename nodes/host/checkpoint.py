@@ -9,7 +9,7 @@ import comfy.sd
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...sana.checkpoint import identify_transformer, transformer_header
+from ...sana.detection import identify_transformer, transformer_header
 from ...sana.files import CheckpointError, read_tensors
 from .model import UNNAMED, SanaModel
 from .run import follow_runs

@@ -13,9 +13,10 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
-from ...sana.checkpoint import TransformerIdentity, check_tensors, header_tensor, identify_transformer
+from ...sana.checkpoint import check_tensors
 from ...sana.config import DOWNSAMPLE, LATENT_CHANNELS, LATENT_SCALE
 from ...sana.controlnet import SanaControlNet
+from ...sana.detection import TransformerIdentity, header_tensor, identify_transformer
 from ...sana.files import TensorFile
 from ...sana.guidance import GUIDANCE_EMBED_SCALE
 from ...sana.key_map import HEADER_TENSOR, to_transformer_names, with_convolutions

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ...sana.autoencoder import DCAutoencoder
 from ...sana.autoencoder_layers import Decoder, Encoder
-from ...sana.checkpoint import autoencoder_tensors, check_tensors, detect_autoencoder
+from ...sana.checkpoint import check_tensors
 from ...sana.config import LATENT_CHANNELS
+from ...sana.detection import autoencoder_tensors, detect_autoencoder
 from ...sana.files import CheckpointError, TensorFile, read_tensors
 from ...sana.streaming import least_bytes, whole_bytes
 

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from ..autoencoder import DCAutoencoder
-from ..checkpoint import TransformerIdentity, load_autoencoder, load_transformer
+from ..checkpoint import load_autoencoder, load_transformer
 from ..config import DOWNSAMPLE, AutoencoderConfig, StageConfig, TransformerConfig
+from ..detection import TransformerIdentity
 from ..pipeline import SanaPipeline
 from ..prompt import INSTRUCTION
 from ..text_checkpoint import load_text_encoder

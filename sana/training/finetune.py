@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import build_transformer, identify_transformer, load_autoencoder
+from ..checkpoint import build_transformer, load_autoencoder
+from ..detection import identify_transformer
 from ..files import read_tensors
 from ..pipeline import MODELS
 from ..text_checkpoint import load_text_encoder

@@ -12,18 +12,17 @@ from torch import Tensor
 
 from sana import CheckpointError, load_autoencoder, load_transformer
 from sana.autoencoder import DCAutoencoder
-from sana.checkpoint import (
+from sana.checkpoint import build_transformer, check_tensors
+from sana.config import AUTOENCODERS, VARIANTS, AutoencoderConfig
+from sana.detection import (
     TransformerIdentity,
     autoencoder_tensors,
-    build_transformer,
-    check_tensors,
     describe,
     detect_autoencoder,
     header_tensor,
     identify_transformer,
     transformer_header,
 )
-from sana.config import AUTOENCODERS, VARIANTS, AutoencoderConfig
 from sana.files import TensorFile, read_tensors
 from sana.key_map import HEADER_TENSOR, with_convolutions
 from sana.transformer import SanaTransformer

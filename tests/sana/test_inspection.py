@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sana import CheckpointError, load_autoencoder, load_transformer
-from sana.checkpoint import autoencoder_tensors, detect_autoencoder, identify_transformer, transformer_tensors
+from sana.detection import autoencoder_tensors, detect_autoencoder, identify_transformer, transformer_tensors
 from sana.files import read_tensors
 from sana.inspection import convert, describe_file
 from tests.sana.dialects import early_diffusers_transformer, official_transformer, original_autoencoder

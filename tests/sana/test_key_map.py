@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from sana.autoencoder import DCAutoencoder
-from sana.checkpoint import autoencoder_tensors, build_transformer, detect_autoencoder, fill, identify_transformer
+from sana.checkpoint import build_transformer, fill
 from sana.config import AUTOENCODERS, VARIANTS
 from sana.controlnet import SanaControlNet
+from sana.detection import autoencoder_tensors, detect_autoencoder, identify_transformer
 from sana.files import TensorFile
 from sana.key_map import (
     dialect_prefix,

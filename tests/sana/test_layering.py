@@ -39,7 +39,8 @@ STRANGERS = {
     "streaming": {"*", "-config", "-layers", "-autoencoder_layers"},
     "autoencoder": {"*", "-config", "-layers", "-autoencoder_layers", "-streaming"},
     "text_encoder": {"*", "-config", "-prompt"},
-    "guidance": {"files", "key_map", "checkpoint", "autoencoder", "text_encoder", "pipeline"},
+    "detection": {"*", "-config", "-files", "-key_map"},
+    "guidance": {"files", "key_map", "detection", "checkpoint", "autoencoder", "text_encoder", "pipeline"},
     "checkpoint": {"schedule", "solvers", "guidance", "text_encoder", "pipeline"},
     "pipeline": {"__main__", "inspection"},
 }

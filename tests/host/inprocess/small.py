@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sana
-from sana.checkpoint import TransformerIdentity, transformer_header
 from sana.config import LATENT_SCALE, VARIANTS
+from sana.detection import TransformerIdentity, transformer_header
 from sana.guidance import Condition, Guidance, guided_denoiser
 from sana.key_map import with_convolutions
 from sana.pipeline import MODELS

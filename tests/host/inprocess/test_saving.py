@@ -10,7 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 import sana
-from sana.checkpoint import identify_transformer
+from sana.detection import identify_transformer
 from sana.files import read_tensors
 from tests.host.inprocess.small import (
     EQUAL,
