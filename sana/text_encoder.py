@@ -234,15 +234,33 @@ def build_gemma(
     return model.eval()
 
 
+class FollowingNorm(nn.Module):
+    """The RMS norm of Gemma-2, which multiplies by one more than its weight, wherever that is."""
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., C). Computed in float32."""
+        exact = x.float()
+        exact = exact * torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (exact * (1.0 + self.weight.to(x.device, torch.float32))).to(x.dtype)
+
+
 def swap_layers(
     model: nn.Module, operations: type | ModuleType, dtype: torch.dtype | None, compute_dtype: torch.dtype | None
 ) -> None:
-    """Replace every Linear and the embedding of a Gemma-2 on meta by layers from `operations`."""
+    """Replace every Linear, the embedding and the norms of a Gemma-2 on meta by layers whose weights a host may leave elsewhere."""
+    norm = type(model.norm)
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if type(layer) is nn.Linear:
                 sizes = (layer.in_features, layer.out_features, layer.bias is not None)
                 setattr(parent, name, operations.Linear(*sizes, dtype=dtype, device="meta"))
+            elif type(layer) is norm:
+                setattr(parent, name, FollowingNorm(layer.weight, layer.eps))
     table = model.embed_tokens
     embedding = operations.Embedding(table.num_embeddings, table.embedding_dim, dtype=dtype, device="meta")
     # Newer transformers scale in the embedding, older ones in the model.

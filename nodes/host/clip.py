@@ -50,7 +50,16 @@ class SanaTokenizer:
 
 
 class HostGemma(GemmaTextEncoder):
-    """An encoder whose weights the host moves and patches: their version is the host's."""
+    """An encoder whose weights the host moves and patches: their version is the host's.
+
+    It computes on `execution_device`, which the host sets, wherever it has left the weights; None: where they are.
+    """
+
+    execution_device: torch.device | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.execution_device or super().device
 
     def weights_version(self) -> object:
         return (getattr(self.owner(), "current_weight_patches_uuid", None), self.device, self.dtype)
@@ -70,10 +79,11 @@ class SanaTextModel(nn.Module):
         return self.gemma2_2b["transformer"]
 
     def set_clip_options(self, options: Mapping[str, object]) -> None:
-        """Nothing to choose: SANA reads the last layer."""
+        """Where to compute. There is no layer to choose: SANA reads the last one."""
+        self.encoder.execution_device = options.get("execution_device", self.encoder.execution_device)
 
     def reset_clip_options(self) -> None:
-        """See `set_clip_options`."""
+        self.encoder.execution_device = None
 
     def encode_token_weights(self, tokens: Tokens) -> tuple[Tensor, None, dict[str, Tensor]]:
         """Text (1, 300, C) and its mask (1, 300), on the host's intermediate device."""

@@ -195,7 +195,9 @@ class SanaModel(comfy.model_base.BaseModel):
                 f"this latent has {x.shape[1]} channels, and SANA takes {channels}; use EmptySanaLatentImage, or encode the image "
                 "with a DC-AE"
             )
-        context = self.text_context(c_crossattn, given.pop("attention_mask"), options)
+        # The host moves a text only where it hands it to the network, and keys and values are made before that.
+        text, mask = c_crossattn.to(x.device), given.pop("attention_mask").to(x.device)
+        context = self.text_context(text, mask, options)
         arguments = {"keys_values": [part for pair in context.keys_values for part in pair], "text_bias": context.mask}
         if self.identity.config.guidance_embed:
             arguments["guidance_scale"] = float(options.get(GUIDANCE_EMBED, DEFAULT_GUIDANCE_EMBED))
@@ -222,7 +224,9 @@ class SanaModel(comfy.model_base.BaseModel):
             bias = bias.masked_fill(~context.mask, torch.finfo(dtype).min)
             return context._replace(mask=open_length(bias, 3))
 
-        key = (id(network), tuple(options.get("uuids", ())), tuple(text.shape), text.device)
+        # Conditions of a part of the picture give their id to the host's stand-in on the other side, with another text.
+        ids = (tuple(options.get("uuids", ())), tuple(options.get("cond_or_uncond", ())))
+        key = (id(network), ids, tuple(text.shape), text.device)
         return make() if run is None else run.context(key, make)
 
     def process_latent_out(self, latent: Tensor) -> Tensor:

@@ -26,7 +26,9 @@ class SamplingRun:
         masks = [cond["attention_mask"] for cond in conds.get("positive", []) if cond.get("attention_mask") is not None]
         lengths = {mask.shape[-1] for mask in masks}
         rows = [mask.reshape(-1, mask.shape[-1]) > 0 for mask in masks]
-        self.prompt_mask = torch.cat(rows).any(dim=0) if len(lengths) == 1 else None  # (L,) of all prompts together
+        two_prompts = "middle" in conds  # of core's Dual CFG Guider, for which number 1 is the second prompt
+        # (L,) of all prompts together
+        self.prompt_mask = torch.cat(rows).any(dim=0) if len(lengths) == 1 and not two_prompts else None
         # With hooks, the weights behind keys and values may change from step to step.
         self.keeps = not any("hooks" in cond for group in conds.values() for cond in group)
         self.contexts: dict[object, TextContext] = {}

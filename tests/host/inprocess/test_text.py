@@ -13,6 +13,7 @@ from tests.host.inprocess.small import (
     HEIGHT,
     OTHER_PROMPT,
     PROMPT,
+    SEED,
     TEXT_ENCODER,
     WIDTH,
     Conditioning,
@@ -123,6 +124,68 @@ def test_prompts_for_parts_of_the_picture(small: Small) -> None:
     ours = small.ksampler(positive=both, **one_step)
     assert difference(ours[..., :2], small.ksampler(**one_step)[..., :2]) <= EQUAL
     assert difference(ours[..., 2:], small.ksampler(positive=other, **one_step)[..., 2:]) <= EQUAL
+
+
+def test_prompts_for_areas_on_a_device_with_little_memory(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host evaluates conditions one by one, and gives the negative side of an area the id of the positive one."""
+    area = {"width": 0.5, "height": 1.0, "x": 0.0, "y": 0.0, "strength": 1.0}
+    (left,) = small.host.call("ConditioningSetAreaPercentage", conditioning=small.encode(OTHER_PROMPT), **area)
+    (both,) = small.host.call("ConditioningCombine", conditioning_1=left, conditioning_2=small.positive)
+    together = small.ksampler(positive=both)
+    monkeypatch.setattr(small.model.model, "memory_required", lambda *unused, **named: 2**60)
+    assert difference(small.ksampler(positive=both), together) <= EQUAL
+
+
+def test_text_goes_to_the_device_of_the_latent(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host leaves conditions on the CPU until it calls the network."""
+
+    class Seen(Exception):
+        """Ends the evaluation, whose weights are not on that device."""
+
+    def look(text: Tensor, mask: Tensor, options: object) -> None:
+        raise Seen(text.device.type, mask.device.type)
+
+    monkeypatch.setattr(small.model.model, "text_context", look)
+    ((text, options),) = small.positive
+    with pytest.raises(Seen) as seen:
+        small.model.model.apply_model(
+            torch.empty(1, 32, 3, 4, device="meta"),
+            torch.ones(1),
+            c_crossattn=text,
+            attention_mask=options["attention_mask"],
+        )
+    assert seen.value.args == ("meta", "meta")
+
+
+def test_encoder_computes_where_the_host_says(small: Small) -> None:
+    """Its own weights may be elsewhere: the host loads as many as fit."""
+    model = small.clip.cond_stage_model
+    model.set_clip_options({"execution_device": torch.device("meta")})
+    assert model.encoder.device.type == "meta"
+    norm = model.encoder.model.layers[0].input_layernorm
+    assert norm(torch.empty(1, 2, 192, device="meta")).device.type == "meta"
+    model.reset_clip_options()
+    assert model.encoder.device.type == "cpu"
+    assert difference(small.encode("a red circle")[0][0], small.encode("a red circle")[0][0]) == 0
+
+
+def test_second_prompt_of_the_dual_guider_keeps_its_own_mask(small: Small) -> None:
+    """It has the number that a negative prompt has elsewhere. Without guidance between the two, it is the first alone."""
+    other = small.encode("a large green triangle and a small yellow star on a light blue background")
+    given = {"model": small.model, "cond1": small.encode("a ring"), "negative": small.negative}
+    noise = small.host.call("RandomNoise", noise_seed=SEED)[0]
+    sampler = small.host.call("KSamplerSelect", sampler_name="euler")[0]
+    (sigmas,) = small.host.call("FlowDPMScheduler", model=small.model, steps=2, denoise=1.0, flow_shift=0.0)
+
+    def sample(**scales: object) -> Tensor:
+        (guider,) = small.host.call("DualCFGGuider", **given, cond2=other, style="regular", **scales)
+        parts = {"noise": noise, "guider": guider, "sampler": sampler, "sigmas": sigmas, "latent_image": small.empty()}
+        return small.host.call("SamplerCustomAdvanced", **parts)[0]["samples"]
+
+    (guider,) = small.host.call("BasicGuider", model=small.model, conditioning=other)
+    parts = {"noise": noise, "guider": guider, "sampler": sampler, "sigmas": sigmas, "latent_image": small.empty()}
+    alone = small.host.call("SamplerCustomAdvanced", **parts)[0]["samples"]
+    assert difference(sample(cfg_conds=0.0, cfg_cond2_negative=1.0), alone) <= EQUAL
 
 
 def test_prompts_for_parts_of_the_schedule(small: Small) -> None:
