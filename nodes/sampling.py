@@ -8,6 +8,7 @@ from .host.perturbed import perturb_attention
 from .host.sampler import (
     SanaGuidance,
     flow_dpm_sampler,
+    flow_model,
     flow_shift_of,
     sample_seeded,
     sana_model,
@@ -129,7 +130,7 @@ def schedule(model: io.Model.Type, steps: int, denoise: float, flow_shift: float
 
 def perturbed(model: io.Model.Type, scale: float, block: int, low: float = 0.0, high: float = 1.0) -> io.Model.Type:
     """A copy of a MODEL with perturbed-attention guidance; the MODEL itself if scale is 0."""
-    config = sana_model(model).identity.config
+    config = flow_model(model).identity.config
     if scale == 0:
         return model
     clone = model.clone()
@@ -205,7 +206,7 @@ class FlowDPMScheduler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: io.Model.Type, steps: int, denoise: float, flow_shift: float) -> io.NodeOutput:
-        sana_model(model)
+        flow_model(model)
         return io.NodeOutput(schedule(model, steps, denoise, flow_shift))
 
 
@@ -258,7 +259,7 @@ class SanaGuider(io.ComfyNode):
         guidance_to: float = 1.0,
         mask_convention: str = "nvlabs",
     ) -> io.NodeOutput:
-        sana_model(model)
+        flow_model(model)
         guider = SanaGuidance(with_reference(model, mask_convention))
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)

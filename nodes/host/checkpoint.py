@@ -31,7 +31,7 @@ def load_model(
         patcher = comfy.sd.load_diffusion_model_state_dict(
             dict(file.tensors),
             model_options={"dtype": dtype} if dtype else {},
-            metadata=header,
+            metadata={**file.metadata, **header},
             disable_dynamic=disable_dynamic,
         )
     except CheckpointError as error:

@@ -26,16 +26,18 @@ class HostControlNet(SanaControlNet):
         timesteps: Tensor,
         context: Tensor,
         attention_mask: Tensor,
+        time: Tensor,
         model: SanaModel,
         options: dict[str, object],
     ) -> dict[str, list[Tensor]]:
-        """Corrections for the blocks of `model`. x, hint: (B, 32, H, W); timesteps: (B,); context: (B, L, C).
+        """Corrections for the blocks of `model`. x, hint: (B, 32, H, W); time: (B,) float32; context: (B, L, C).
 
+        timesteps: the host's, which has rounded them to the dtype of the weights; `time` is exact.
         The ControlNet branches off after the first block of the model, which is computed here once more.
         """
         transformer = model.diffusion_model
         text = model.text_context(context, attention_mask, options)
-        modulation = transformer.modulation(timesteps, None, x.dtype)
+        modulation = transformer.modulation(time, None, x.dtype)
         block = transformer.transformer_blocks[0]
         tokens = block(transformer.embed(x), x.shape[-1], modulation.blocks, text.keys_values[0], text.mask)
         own = model.text_context(context, attention_mask, options, self)
@@ -61,16 +63,21 @@ class SanaControl(comfy.controlnet.ControlNet):
         """Raises ValueError for a model that the ControlNet cannot correct."""
         if not isinstance(model, SanaModel):
             raise ValueError("this ControlNet is for SANA, and the model is another one; use a ControlNet made for it")
-        theirs, ours = model.identity.config.hidden_size, self.control_model.config.hidden_size
-        if theirs != ours:
-            raise ValueError(f"this ControlNet is {ours} wide and the SANA model {theirs}; use the one of its size")
+        theirs, ours = model.identity.config, self.control_model.config
+        if theirs.guidance_embed:
+            raise ValueError("SANA-Sprint takes no ControlNet; use the SANA model that this one was made for")
+        if theirs.hidden_size != ours.hidden_size:
+            raise ValueError(
+                f"this ControlNet is {ours.hidden_size} wide and the SANA model {theirs.hidden_size}; use the one of its size"
+            )
         super().pre_run(model, *arguments)
         self.model = model
 
     def get_control(
         self, x_noisy: Tensor, t: Tensor, cond: dict[str, Tensor], batched_number: int, options: dict[str, object]
     ) -> dict[str, list[Tensor]] | None:
-        self.extra_args = {"model": self.model, "options": options}
+        time = self.model_sampling_current.timestep(t).float()
+        self.extra_args = {"time": time, "model": self.model, "options": options}
         self.manual_cast_dtype = self.model.get_dtype_inference()
         return super().get_control(x_noisy, t, cond, batched_number, options)
 

@@ -1,6 +1,6 @@
 """Our solvers as samplers of the host, its noise from seeds, and guidance within an interval."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import comfy.sample
 import comfy.samplers
@@ -54,16 +54,13 @@ def flow_dpm_sampler() -> comfy.samplers.KSAMPLER:
     return comfy.samplers.KSAMPLER(sample_flow_dpm)
 
 
-def scm_sampler(shape: torch.Size, seed: int) -> comfy.samplers.KSAMPLER:
+def scm_sampler(shape: torch.Size, seeds: Sequence[int]) -> comfy.samplers.KSAMPLER:
     """The consistency sampler of Sprint as a SAMPLER for a latent of this shape (B, C, H, W).
 
     At an angle with sigma = sin / (sin + cos), Sprint's x and the flow's differ by a factor alone, so a step goes to the
-    denoised latent and puts fresh noise of the next sigma on it. The k-th image has its noise from seed + k.
+    denoised latent and puts fresh noise of the next sigma on it. seeds: of the noise of each image.
     """
-    generators = [torch.Generator().manual_seed(seed + k) for k in range(shape[0])]
-
-    def draw() -> Tensor:
-        return torch.cat([torch.randn((1, *shape[1:]), generator=generator) for generator in generators])
+    draw = noise_source(shape, seeds)
 
     def steps(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
         draw()  # what the latent started from
@@ -74,6 +71,12 @@ def scm_sampler(shape: torch.Size, seed: int) -> comfy.samplers.KSAMPLER:
             x = next_x
 
     return comfy.samplers.KSAMPLER(host_sampler(steps))
+
+
+def noise_source(shape: torch.Size, seeds: Sequence[int]) -> Callable[[], Tensor]:
+    """A function that draws standard normal noise of this shape (B, C, H, W), each image's from a seed of its own."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return lambda: torch.cat([torch.randn((1, *shape[1:]), generator=generator) for generator in generators])
 
 
 class SanaGuidance(comfy.samplers.CFGGuider):
@@ -102,6 +105,14 @@ def sana_model(patcher: ModelPatcher) -> SanaModel:
     return patcher.model
 
 
+def flow_model(patcher: ModelPatcher) -> SanaModel:
+    """The same for what samples flows. Raises ValueError for Sprint, too."""
+    model = sana_model(patcher)
+    if model.identity.config.guidance_embed:
+        raise ValueError("this MODEL is SANA-Sprint; use SANA Sprint schedule and SANA Sprint sampler for it")
+    return model
+
+
 def with_reference(patcher: ModelPatcher, reference: str) -> ModelPatcher:
     """A copy of a MODEL that follows a mask convention, see `sana.guidance.Guidance`."""
     clone = patcher.clone()
@@ -124,20 +135,23 @@ def flow_shift_of(patcher: ModelPatcher) -> float:
 def sample_seeded(
     guider: comfy.samplers.CFGGuider, sampler: comfy.samplers.KSAMPLER | None, sigmas: Tensor, latent: Latent, seed: int
 ) -> Latent:
-    """Sample a LATENT with noise of seed + k for its k-th image. sampler: None: that of Sprint."""
+    """Sample a LATENT with noise of seed + k for its k-th image, counted in the batch it was taken from, if it was.
+
+    sampler: None: that of Sprint.
+    """
     samples = comfy.sample.fix_empty_latent_channels(
         guider.model_patcher, latent["samples"], latent.get("downscale_ratio_spacial")
     )
-    shape = (1, *samples.shape[1:])
-    generators = (torch.Generator().manual_seed(seed + k) for k in range(len(samples)))
-    noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
+    places = latent.get("batch_index") or []
+    seeds = [seed + k for k in (places if len(places) == len(samples) else range(len(samples)))]
+    noise = noise_source(samples.shape, seeds)()
     if not samples.any():
         noise = noise / float(sigmas[0])  # which the host multiplies by; SANA starts from noise as it is
     steps = len(sigmas) - 1
     out = guider.sample(
         noise,
         samples,
-        sampler or scm_sampler(samples.shape, seed),
+        sampler or scm_sampler(samples.shape, seeds),
         sigmas,
         denoise_mask=latent.get("noise_mask"),
         callback=latent_preview.prepare_callback(guider.model_patcher, steps),

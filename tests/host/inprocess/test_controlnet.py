@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import comfy.samplers
 import pytest
+import torch
 from comfy.k_diffusion.sampling import sample_euler
 from safetensors.torch import save_file
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from sana.config import LATENT_SCALE
 from sana.controlnet import SanaControlNet
 from sana.transformer import Modulation, SanaTransformer, TextContext
-from tests.host.inprocess.small import EQUAL, Small, difference, picture, randomise
+from tests.host.inprocess.small import EQUAL, Small, difference, load, picture, randomise, write_variant
 
 NAME = "control.safetensors"
 Control = object
@@ -92,6 +93,30 @@ def test_control_is_that_of_the_standalone_networks(
     expected = small.reference(sample_euler, sigmas, small.empty(), transformer=transformer)
     assert difference(found, expected) < EQUAL
     assert difference(found, small.ksampler()) > 100 * EQUAL
+
+
+def test_control_sees_the_exact_time_in_bfloat16(
+    small: Small, control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host rounds the time to the dtype of the weights, to multiples of 4 near 1000."""
+    model = load(small.host, small.path.name, "bf16")[0]
+    network, seen = model.model.diffusion_model, []
+    modulation = network.modulation
+
+    def look(time: Tensor, *arguments: object) -> Modulation:
+        seen.append(float(time[0]))
+        return modulation(time, *arguments)
+
+    monkeypatch.setattr(model.model, "get_dtype_inference", lambda: torch.bfloat16)  # a CPU computes in float32
+    monkeypatch.setattr(network, "modulation", look)
+    small.ksampler(model=model, steps=3, **apply(small, control, 1.0))
+    assert len(seen) == 6 and len(set(seen)) == 3  # the control's and the model's own, in each step
+
+
+def test_sprint_is_refused(small: Small, control: Control) -> None:
+    sprint = load(small.host, write_variant(small.host, "sana-sprint-0.6b-1024px").name)[0]
+    with pytest.raises(ValueError, match="SANA-Sprint takes no ControlNet"):
+        small.ksampler(model=sprint, **apply(small, control, 1.0))
 
 
 def test_no_strength_changes_nothing(small: Small, control: Control) -> None:

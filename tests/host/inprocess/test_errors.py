@@ -202,6 +202,22 @@ def test_nodes_refuse_parts_of_other_models(small: Small) -> None:
     }
     with pytest.raises(ValueError, match=r"^this MODEL is not SANA-Sprint; use SANA sampler \(Flow-DPM\) for it$"):
         small.host.call("SCMSampler", model=small.model, **scm)
+    sprint = load(small.host, write_variant(small.host, "sana-sprint-0.6b-1024px").name)[0]
+    prompts = {"positive": small.positive, "negative": small.negative}
+    nodes = {
+        "FlowDPMSampler": {
+            **prompts,
+            **{"seed": 0, "steps": 2, "cfg": 4.5, "latent": small.empty(), "denoise": 1.0, "flow_shift": 0.0},
+        },
+        "FlowDPMScheduler": {"steps": 2, "denoise": 1.0, "flow_shift": 0.0},
+        "SanaGuider": {**prompts, "cfg": 4.5},
+        "SanaPerturbedAttention": {"pag_scale": 1.0, "pag_block": -1},
+    }
+    for node, inputs in nodes.items():
+        with pytest.raises(
+            ValueError, match=r"^this MODEL is SANA-Sprint; use SANA Sprint schedule and SANA Sprint sam"
+        ):
+            small.host.call(node, model=sprint, **inputs)
     with pytest.raises(ValueError, match=r"^block 7 does not exist; this model has blocks 0 to 2$"):
         small.host.call("SanaPerturbedAttention", model=small.model, pag_scale=1.0, pag_block=7)
     for interval in ({"guidance_from": 0.8, "guidance_to": 0.2}, {"guidance_from": 0.5, "guidance_to": 0.5}):

@@ -1,6 +1,7 @@
 """What the loaders find and read: the demo, files, folders, every dialect, every dtype, and what the lists show."""
 
 import ast
+import json
 import logging
 import re
 import shutil
@@ -21,9 +22,11 @@ from tests.host.hosts import host_folder
 from tests.host.inprocess.small import (
     AUTOENCODER,
     DEMO,
+    EQUAL,
     TEXT_ENCODER,
     VARIANT,
     Small,
+    difference,
     load,
     write_variant,
 )
@@ -192,3 +195,20 @@ def test_steps_and_sizes_of_the_inputs(host: Host) -> None:
     assert all(
         host.nodes[node.define_schema().node_id].CATEGORY.startswith("SANA") for node in host.pack("nodes").NODES
     )
+
+
+def test_quantised_layers_that_the_header_names(small: Small) -> None:
+    """The host's own format: scales beside the weights, and the layers in the metadata of the file."""
+    folder, layer = small.path.parent, "transformer_blocks.0.attn1.to_v"
+    tensors = load_file(small.path)
+    with safe_open(small.path, framework="pt") as opened:
+        metadata = opened.metadata()
+    scale = tensors[f"{layer}.weight"].abs().max() / 448
+    quantised = (tensors[f"{layer}.weight"] / scale).to(torch.float8_e4m3fn)
+    save_file({**tensors, f"{layer}.weight": quantised.float() * scale}, folder / "plain.safetensors", metadata)
+    packed = {**tensors, f"{layer}.weight": quantised, f"{layer}.weight_scale": scale}
+    entry = {"format_version": "1.0", "layers": {layer: {"format": "float8_e4m3fn"}}}
+    header = {**metadata, "_quantization_metadata": json.dumps(entry)}
+    save_file(packed, folder / "packed.safetensors", header)
+    plain, scaled = (small.sample(model=load(small.host, f"{name}.safetensors")[0]) for name in ("plain", "packed"))
+    assert difference(scaled, plain) <= EQUAL

@@ -69,6 +69,15 @@ def test_pictures_of_a_batch_are_those_of_the_pipeline_and_of_their_own_seeds(sm
     assert difference(latents[2:], small.sample(seed=SEED + 2)) <= EQUAL
 
 
+def test_picture_taken_out_of_a_batch_keeps_its_seed(small: Small, sprint: object) -> None:
+    """LatentFromBatch and RebatchLatents say which pictures of the batch theirs are."""
+    batch = small.empty(3)
+    (third,) = small.host.call("LatentFromBatch", samples=batch, batch_index=2, length=1)
+    assert difference(small.sample(latent=third), small.sample(latent=batch)[2:]) <= EQUAL
+    found = sprint_latents(small.host, sprint, small, latent=third)
+    assert difference(found, sprint_latents(small.host, sprint, small, latent=batch)[2:]) <= 10 * EQUAL
+
+
 def test_mask_convention_of_diffusers(small: Small) -> None:
     """Defect 4 of the official nodes: their masks followed neither NVlabs, which all other tests follow, nor diffusers."""
     positive = small.encode(PROMPT, "custom", DIFFUSERS_INSTRUCTION)
