@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from .config import VARIANTS
+from .images import read_picture
 from .inspection import convert, describe_file
 from .pipeline import SanaPipeline, Settings
 from .prompt import INSTRUCTION
@@ -79,8 +80,9 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     add("--text-encoder", help="for a transformer file: file or folder of Gemma-2-2b-it")
     add("--variant", choices=tuple(VARIANTS), help="for a file that cannot tell 1K from 2K or 4K")
     add("--negative", default="", help="what to avoid")
-    add("--height", type=int, help="pixels, a multiple of 32 (default: the model's)")
-    add("--width", type=int, help="pixels, a multiple of 32 (default: the model's)")
+    size_help = "pixels, a multiple of 32 (default: the model's; with --image the image's, unless that is far larger)"
+    add("--height", type=int, help=size_help)
+    add("--width", type=int, help=size_help)
     add("--steps", type=int, help="evaluations of the model (default: 20; Sprint: 2)")
     add("--guidance-scale", type=float, default=4.5, help="1 is off (default: 4.5)")
     add(
@@ -102,7 +104,7 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=1, help="pictures of each prompt (default: 1)")
     add("--image", type=Path, help="picture to start from")
     add("--mask", type=Path, help="of --image: white is painted anew, black is kept")
-    add("--strength", type=float, default=1.0, help="share of the noise put on --image, in (0, 1] (default: 1)")
+    add("--strength", type=float, help="share of the noise put on --image, in (0, 1] (default: 0.5; with --mask: 1)")
     add("--max-bytes", type=int, help="bound on the working memory of the autoencoder")
     add("--dtype", choices=DTYPES, help="default: float32 on a CPU, else that of the release")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -128,8 +130,8 @@ def run_generate(options: argparse.Namespace) -> int:
         solver=options.solver,
         flow_shift=options.flow_shift,
         instruction=options.instruction or None,
-        image=read_picture(options.image),
-        mask=read_picture(options.mask),
+        image=read_picture(options.image) if options.image else None,
+        mask=read_picture(options.mask) if options.mask else None,
         strength=options.strength,
         max_bytes=options.max_bytes,
     )
@@ -210,20 +212,6 @@ def check_output(path: Path) -> None:
         raise ValueError(f"--out is {path}; give the name of a PNG file, such as {path.with_suffix('.png')}")
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise ValueError(f"--out {path} cannot be written; give a file in a folder that exists and is yours to write")
-
-
-def read_picture(path: Path | None) -> Image.Image | None:
-    """A picture from a file. Raises ValueError if it is none."""
-    if path is None:
-        return None
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not a picture; give a PNG or JPEG file") from error
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as a picture ({error}); give another file") from error
 
 
 def write_png(picture: Image.Image, path: Path, record: dict[str, object]) -> None:

@@ -1,5 +1,6 @@
 """From a prompt to pictures: the parts of this package put together, without a host."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,16 +16,22 @@ from .checkpoint import build_transformer, load_autoencoder
 from .detection import TransformerIdentity, identify_transformer
 from .files import read_tensors
 from .guidance import Condition, Guidance, Reference, guided_denoiser, inpainting_denoiser, scm_denoiser
+from .images import to_picture, to_tensor
 from .prompt import DIFFUSERS_INSTRUCTION, INSTRUCTION
-from .resolution import check_size
+from .resolution import check_size, nearest_bucket
 from .schedule import flow_euler_sigmas, partial_sigmas, scm_angles
 from .solvers import SCM_DEVIATION, SOLVERS, Step, scm_steps
+from .streaming import least_bytes, whole_bytes
 from .text_checkpoint import load_text_encoder
 from .text_encoder import GemmaTextEncoder
 from .transformer import SanaTransformer
 
 MODELS = {"demo": Path(__file__).parent / "demo" / "checkpoint"}  # names that stand for a folder
 DEFAULT_STEPS, SPRINT_STEPS = 20, 2
+DEFAULT_STRENGTH = 0.5  # of an image to start from, without a mask
+LARGE = 2  # times the pixels of the model's square, from which on an image does not suggest its own size
+
+log = logging.getLogger(__name__)
 
 
 class SamplingError(RuntimeError):
@@ -54,7 +61,9 @@ class Settings:
     instruction: str | None = INSTRUCTION  # None: none
     image: Image.Image | None = None  # to start from; cut to the size of the picture
     mask: Image.Image | None = None  # of `image`: white is painted anew, black is kept
-    strength: float = 1.0  # share of the noise schedule to run, in (0, 1]; 1 keeps nothing of an image outside a mask
+    strength: float | None = (
+        None  # share of the noise schedule to run, in (0, 1]; None: 0.5 for an image without a mask, else 1
+    )
     max_bytes: int | None = None  # bound on the working memory of the autoencoder
 
     def __post_init__(self) -> None:
@@ -62,10 +71,16 @@ class Settings:
             raise ValueError(f"solver {self.solver!r} is unknown; use one of {', '.join(SOLVERS)}")
         if self.mask is not None and self.image is None:
             raise ValueError("a mask needs the image that it is a mask of; give both")
-        if not 0 < self.strength <= 1:
+        if self.strength is not None and not 0 < self.strength <= 1:
             raise ValueError(f"strength is {self.strength}; it must be above 0 and at most 1")
-        if self.strength != 1 and self.image is None:
+        if self.strength not in (None, 1) and self.image is None:
             raise ValueError(f"strength {self.strength} needs an image to start from; give both")
+
+    @property
+    def noise_share(self) -> float:
+        """The strength, or what the rest suggests: half of the schedule for an image without a mask, else all of it."""
+        suggested = DEFAULT_STRENGTH if self.image is not None and self.mask is None else 1.0
+        return suggested if self.strength is None else self.strength
 
 
 class SanaPipeline:
@@ -140,6 +155,7 @@ class SanaPipeline:
         prompts = [prompt] * batch_size if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise ValueError("there is no picture to draw; ask for at least one")
+        self._check_bound(settings)
         sprint = self.identity.config.guidance_embed
         for step in self._sprint_steps(prompts, settings) if sprint else self._flow_steps(prompts, settings):
             if not bool(torch.isfinite(step.next_x).all()):
@@ -157,9 +173,12 @@ class SanaPipeline:
 
     @torch.no_grad()
     def pictures(self, latent: Tensor, max_bytes: int | None = None) -> list[Image.Image]:
-        """Decode a latent (B, 32, H, W), one picture at a time."""
+        """Decode a latent (B, 32, H, W), one picture at a time.
+
+        Where that runs out of memory, it goes on within less: the pictures are the same.
+        """
         scale = self.autoencoder.config.latent_scale
-        return [to_picture(self.autoencoder.decode(part / scale, max_bytes)[0]) for part in latent.split(1)]
+        return [to_picture(self._decode(part / scale, max_bytes)[0]) for part in latent.split(1)]
 
     def step_count(self, settings: Settings) -> int:
         """How many steps `sample` takes. Raises ValueError for a schedule that cannot be."""
@@ -176,15 +195,48 @@ class SanaPipeline:
         return {"prompt": prompt, "seed": settings.seed, **model, **plain, **started, "height": height, "width": width}
 
     def size(self, settings: Settings) -> tuple[int, int]:
-        """Height and width of the pictures, px. Raises ValueError for sizes no model takes."""
-        factor = self.autoencoder.config.downsample
-        suggested = (self.identity.base_size, self.identity.base_size)
+        """Height and width of the pictures, px. Raises ValueError for sizes no model takes.
+
+        An image suggests its own, or if it is large the size nearest in shape among those the model was trained on.
+        """
+        factor, base_size = self.autoencoder.config.downsample, self.identity.base_size
+        suggested = (base_size, base_size)
         if settings.image is not None:
-            suggested = tuple(max(factor, side // factor * factor) for side in reversed(settings.image.size))
+            width, height = settings.image.size
+            suggested = tuple(max(factor, side // factor * factor) for side in (height, width))
+            if height * width > LARGE * base_size**2:
+                suggested = nearest_bucket(height, width, base_size)
         height = suggested[0] if settings.height is None else settings.height
         width = suggested[1] if settings.width is None else settings.width
         check_size(height, width, factor)
         return height, width
+
+    def _check_bound(self, settings: Settings) -> None:
+        """Raises ValueError, before anything is computed, if max_bytes is too little for pictures of this size."""
+        if settings.max_bytes is None:
+            return
+        height, width = self.size(settings)
+        config, dtype = self.autoencoder.config, self.autoencoder.dtype
+        cells = (height // config.downsample, width // config.downsample)
+        needed = least_bytes(self.autoencoder.decoder, torch.Size((1, config.latent_channels, *cells)), dtype)
+        if settings.image is not None:
+            needed = max(needed, least_bytes(self.autoencoder.encoder, torch.Size((1, 3, height, width)), dtype))
+        if settings.max_bytes < needed:
+            raise ValueError(f"max_bytes {settings.max_bytes} is too little for this size; it takes at least {needed}")
+
+    def _decode(self, ae_latent: Tensor, max_bytes: int | None) -> Tensor:
+        """An image (1, 3, height, width). After running out of memory, again within half as much."""
+        network, dtype = self.autoencoder.decoder, self.autoencoder.dtype
+        least = least_bytes(network, ae_latent.shape, dtype)
+        taken = max_bytes or whole_bytes(network, ae_latent.shape, dtype)
+        while True:
+            try:
+                return self.autoencoder.decode(ae_latent, max_bytes)
+            except torch.OutOfMemoryError:
+                if taken <= least:
+                    raise
+            taken = max_bytes = max(least, taken // 2)
+            log.warning("Out of memory in the autoencoder; going on within %.1f GiB.", max_bytes / 2**30)
 
     def _guidance(self, settings: Settings) -> Guidance:
         blocks = (self.transformer.config.perturbed_block,) if settings.pag_blocks is None else settings.pag_blocks
@@ -218,6 +270,10 @@ class SanaPipeline:
         noise = torch.cat([self._draw(generator, settings) for generator in generators]) * SCM_DEVIATION
         x = noise
         if settings.image is not None:
+            if angles[0] == scm_angles(1)[0]:
+                log.warning(
+                    "With this strength and number of steps nothing of the image is kept; use less, or more steps."
+                )
             clean = self._encode_image(settings) * SCM_DEVIATION
             x = torch.cos(angles[0]).to(noise) * clean + torch.sin(angles[0]).to(noise) * noise
         cond = self._encode_prompts(prompts, settings)
@@ -233,14 +289,14 @@ class SanaPipeline:
         """Angles for Sprint. With an image, the first ones are left out: pipeline_sana_sprint_img2img.py of diffusers."""
         angles = scm_angles(SPRINT_STEPS if settings.steps is None else settings.steps)
         steps = len(angles) - 1
-        return angles if settings.image is None else angles[int(max(steps - steps * settings.strength, 0)) :]
+        return angles[int(max(steps - steps * settings.noise_share, 0)) :]
 
     def _sigmas(self, settings: Settings) -> Tensor:
         steps = DEFAULT_STEPS if settings.steps is None else settings.steps
         flow_shift = self.identity.flow_shift if settings.flow_shift is None else settings.flow_shift
-        if settings.solver == "flow_euler" and settings.strength == 1:
+        if settings.solver == "flow_euler" and settings.noise_share == 1:
             return flow_euler_sigmas(steps, flow_shift)
-        return partial_sigmas(steps, flow_shift, settings.strength)
+        return partial_sigmas(steps, flow_shift, settings.noise_share)
 
     def _encode(self, prompts: list[str], settings: Settings) -> tuple[Condition, Condition | None]:
         cond = self._encode_prompts(prompts, settings)
@@ -276,20 +332,12 @@ class SanaPipeline:
     def _encode_image(self, settings: Settings) -> Tensor:
         """The latent (1, 32, H, W) of the image to start from."""
         height, width = self.size(settings)
-        pixels = np.asarray(ImageOps.fit(settings.image.convert("RGB"), (width, height), Image.Resampling.LANCZOS))
-        image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float().div(127.5).sub(1)
-        image = image.to(self.transformer.scale_shift_table.device)
+        image = to_tensor(settings.image, height, width).to(self.transformer.scale_shift_table.device)
         return self.autoencoder.encode(image, settings.max_bytes) * self.autoencoder.config.latent_scale
 
     def _latent_mask(self, settings: Settings, like: Tensor) -> Tensor:
-        """The mask at the size of a latent: (1, 1, H, W) in [0, 1]."""
+        """The mask at the size of a latent: (1, 1, H, W) in [0, 1]. A cell is painted anew as far as any of its pixels is."""
         height, width = self.size(settings)
         pixels = np.asarray(ImageOps.fit(settings.mask.convert("L"), (width, height), Image.Resampling.NEAREST))
         mask = torch.from_numpy(pixels.copy())[None, None].float().div(255)
-        return F.interpolate(mask, size=like.shape[-2:], mode="bilinear").to(like)
-
-
-def to_picture(image: Tensor) -> Image.Image:
-    """A decoded image (3, height, width), near [-1, 1], as an 8-bit picture."""
-    pixels = image.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+        return F.max_pool2d(mask, self.autoencoder.config.downsample).to(like)

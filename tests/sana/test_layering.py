@@ -39,6 +39,7 @@ STRANGERS = {
     "streaming": {"*", "-config", "-layers", "-autoencoder_layers"},
     "autoencoder": {"*", "-config", "-layers", "-autoencoder_layers", "-streaming"},
     "text_encoder": {"*", "-config", "-prompt"},
+    "images": {"*"},
     "detection": {"*", "-config", "-files", "-key_map"},
     "guidance": {"files", "key_map", "detection", "checkpoint", "autoencoder", "text_encoder", "pipeline"},
     "checkpoint": {"schedule", "solvers", "guidance", "text_encoder", "pipeline"},

@@ -25,7 +25,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import Gemma2Model
 
 from sana.files import CheckpointError
-from sana.pipeline import SamplingError, SanaPipeline, Settings, to_picture
+from sana.pipeline import SamplingError, SanaPipeline, Settings
 from sana.prompt import DIFFUSERS_INSTRUCTION, INSTRUCTION
 from sana.schedule import flow_sigmas, partial_sigmas
 from sana.solvers import Step
@@ -326,11 +326,6 @@ def test_the_call_returns_pictures_of_the_size_asked_for(pipeline: SanaPipeline)
     assert [picture.size for picture in pipeline([*PROMPTS], steps=1)] == [(64, 64)] * len(PROMPTS)  # its base size
 
 
-def test_a_decoded_image_is_rounded_to_the_nearest_of_256_values() -> None:
-    image = torch.tensor([-1.5, -1.0, 0.0, 0.499 / 127.5, 0.501 / 127.5, 1.0, 1.5]).expand(3, 1, -1)
-    assert np.asarray(to_picture(image))[0, :, 0].tolist() == [0, 0, 128, 128, 128, 255, 255]
-
-
 @pytest.mark.parametrize("strength", [0.3, 0.6, 1.0])
 def test_a_picture_to_start_from_is_put_at_the_noise_level_of_the_strength(
     pipeline: SanaPipeline, strength: float
@@ -374,12 +369,68 @@ def test_inpainting_keeps_the_latent_outside_the_mask(pipeline: SanaPipeline, st
 
 
 def test_a_picture_suggests_its_own_size_and_is_cut_to_the_one_asked_for(pipeline: SanaPipeline) -> None:
-    large = picture().resize((150, 70))
-    assert pipeline.size(Settings(image=large)) == (64, 128)
-    assert pipeline.size(Settings(image=large, height=32)) == (32, 128)
+    wide = picture().resize((120, 65))
+    assert pipeline.size(Settings(image=wide)) == (64, 96)
+    assert pipeline.size(Settings(image=wide, height=32)) == (32, 96)
     assert pipeline.size(Settings(image=picture().resize((5, 5)))) == (32, 32)
-    grey = large.convert("LA")
-    assert pipeline("", image=grey, mask=half_mask(), steps=1)[0].size == (128, 64)
+    grey = wide.convert("LA")
+    assert pipeline("", image=grey, mask=half_mask(), steps=1)[0].size == (96, 64)
+
+
+def test_a_photo_far_larger_than_the_model_suggests_a_size_of_the_model(pipeline: SanaPipeline) -> None:
+    assert pipeline.size(Settings(image=Image.new("RGB", (4000, 3000)))) == (64, 64)
+    assert pipeline.size(Settings(image=Image.new("RGB", (1000, 4000)))) == (128, 32)
+
+
+def test_a_picture_without_a_mask_is_kept_in_part(pipeline: SanaPipeline) -> None:
+    half = sample(pipeline, "", image=picture(), strength=0.5, steps=4)
+    assert torch.equal(sample(pipeline, "", image=picture(), steps=4), half)
+    whole = sample(pipeline, "", image=picture(), mask=half_mask(), strength=1.0, steps=4)
+    assert torch.equal(sample(pipeline, "", image=picture(), mask=half_mask(), steps=4), whole)
+
+
+def test_sprint_says_when_it_keeps_nothing_of_a_picture(sprint: SanaPipeline, caplog: pytest.LogCaptureFixture) -> None:
+    sample(sprint, "", image=picture())
+    assert not caplog.messages
+    sample(sprint, "", image=picture(), strength=0.6)
+    assert [message for message in caplog.messages if "nothing of the image is kept" in message]
+
+
+def test_a_thin_stroke_of_a_mask_is_painted(pipeline: SanaPipeline) -> None:
+    mask = Image.new("L", (WIDTH, HEIGHT))
+    mask.paste(255, (0, 20, WIDTH, 22))  # between the pixels that a bilinear sample would read
+    clean = encoded(pipeline, picture())
+    latent = sample(pipeline, PROMPTS[0], image=picture(), mask=mask, steps=3)
+    assert (latent - clean)[:, :, 0].abs().mean() > 0.5
+    torch.testing.assert_close(latent[:, :, 1], clean[:, :, 1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", ["noise", "picture"])
+def test_too_little_memory_is_refused_before_sampling(pipeline: SanaPipeline, start: str) -> None:
+    evaluations = count_evaluations(pipeline)
+    with pytest.raises(ValueError, match=r"^max_bytes 1000 is too little for this size; it takes at least \d+$"):
+        pipeline(PROMPTS[0], max_bytes=1000, **SIZE, **STARTS[start])
+    assert not evaluations
+
+
+def test_decoding_goes_on_within_less_memory_after_running_out(
+    pipeline: SanaPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    latent = sample(pipeline, PROMPTS[0], steps=1)
+    expected = np.asarray(pipeline.pictures(latent)[0], np.int16)
+    decode, enough = pipeline.autoencoder.decode, 2**23
+
+    def on_a_small_card(ae_latent: Tensor, max_bytes: int | None = None) -> Tensor:
+        if max_bytes is None or max_bytes > enough:
+            raise torch.OutOfMemoryError("out of memory")
+        return decode(ae_latent, max_bytes)
+
+    monkeypatch.setattr(pipeline.autoencoder, "decode", on_a_small_card)
+    assert np.abs(np.asarray(pipeline.pictures(latent)[0], np.int16) - expected).max() <= 1
+    assert len(caplog.messages) == 1 and "Out of memory in the autoencoder; going on" in caplog.messages[0]
+    enough = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        pipeline.pictures(latent)
 
 
 def test_a_caller_can_stop_early_and_decode_what_is_there(pipeline: SanaPipeline) -> None:
@@ -437,7 +488,7 @@ def test_step_count_is_that_of_sampling(pipeline: SanaPipeline, options: dict[st
 
 @pytest.mark.parametrize(
     ("options", "count"),
-    [({}, 2), ({"steps": 4}, 4), ({"image": picture(), "strength": 0.4}, 1), ({"image": picture()}, 2)],
+    [({}, 2), ({"steps": 4}, 4), ({"image": picture(), "strength": 1.0}, 2), ({"image": picture()}, 1)],
 )
 def test_step_count_of_sprint(sprint: SanaPipeline, options: dict[str, object], count: int) -> None:
     settings = Settings(**SIZE, **options)

@@ -1,0 +1,51 @@
+"""Pictures from files and to tensors, and back."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+
+from sana.images import read_picture, to_picture, to_tensor
+
+
+def test_a_photo_is_turned_upright(tmp_path: Path) -> None:
+    photo = Image.new("RGB", (4, 2), "white")
+    photo.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # the camera was held upright, its left side down
+    photo.save(tmp_path / "photo.png", exif=exif)
+    upright = read_picture(tmp_path / "photo.png")
+    assert upright.size == (2, 4)
+    assert upright.getpixel((1, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("content", [b"no picture", None])
+def test_what_is_no_picture_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "file.png"
+    if content is None:
+        Image.effect_noise((64, 64), 50).save(path)
+        path.write_bytes(path.read_bytes()[:-200])
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="file.png .*picture.*give "):
+        read_picture(path)
+
+
+def test_a_picture_is_cut_at_the_middle_and_scaled() -> None:
+    picture = Image.new("L", (300, 100), 255)
+    picture.paste(0, (100, 0, 200, 100))
+    tensor = to_tensor(picture, 50, 50)
+    assert tensor.shape == (1, 3, 50, 50) and tensor.dtype == torch.float32
+    assert (tensor[..., 4:-4] == -1).all()
+
+
+def test_pixels_survive_the_way_to_a_tensor_and_back() -> None:
+    pixels = np.random.default_rng(0).integers(256, size=(32, 64, 3), dtype=np.uint8)
+    assert (np.asarray(to_picture(to_tensor(Image.fromarray(pixels), 32, 64)[0])) == pixels).all()
+
+
+def test_a_decoded_image_is_rounded_to_the_nearest_of_256_values() -> None:
+    image = torch.tensor([-1.5, -1.0, 0.0, 0.499 / 127.5, 0.501 / 127.5, 1.0, 1.5]).expand(3, 1, -1)
+    assert np.asarray(to_picture(image))[0, :, 0].tolist() == [0, 0, 128, 128, 128, 255, 255]
