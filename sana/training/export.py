@@ -62,6 +62,7 @@ def transformer_json(config: TransformerConfig, base_size: int) -> dict[str, obj
         "interpolation_scale": config.position_interpolation if config.position_base else None,
         "guidance_embeds": config.guidance_embed,
         "qk_norm": "rms_norm_across_heads" if config.qk_norm else None,
+        "timestep_scale": 0.001 if config.continuous_time and not config.guidance_embed else 1.0,
     }
 
 

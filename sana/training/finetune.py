@@ -1,10 +1,12 @@
 """Fine-tuning of a SANA transformer on a folder of pictures with captions, with its autoencoder and text encoder frozen."""
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 from ..checkpoint import build_transformer, load_autoencoder
 from ..detection import identify_transformer
@@ -14,7 +16,7 @@ from ..text_checkpoint import load_text_encoder
 from .export import write_transformer
 from .flow import FlowObjective
 from .loop import TrainingConfig, train
-from .pictures import PictureStates, read_pictures
+from .pictures import Picture, PictureStates, read_pictures, write_states
 
 
 @dataclass(frozen=True)
@@ -39,22 +41,22 @@ def finetune(
     """Train all of a transformer. model, autoencoder, text_encoder: as for `SanaPipeline.load`.
 
     folder: receives the states of the pictures, the state of the training, and the result, a transformer in diffusers layout,
-    whose folder is returned. Stopped and started again, it goes on. Raises ValueError for pictures without captions.
+    whose folder is returned. Stopped and started again, it goes on. Raises ValueError for Sprint, for pictures that cannot be
+    read or have no caption, and for a folder of another model or other data.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     model = MODELS.get(str(model), model)
     file = read_tensors(model, "transformer")
     identity = identify_transformer(file)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    states = PictureStates.prepare(
-        folder / "states.safetensors",
-        read_pictures(data, identity.base_size),
-        load_autoencoder(autoencoder or model, device=device),
-        load_text_encoder(text_encoder or model, device=device),
-    )
+    if identity.config.guidance_embed:
+        raise ValueError(
+            f"{file.path.name} is a Sprint model, which learns from a teacher; fine-tune a SANA or SANA-1.5 model"
+        )
+    pictures = read_pictures(data, identity.base_size)
+    _claim(folder, {"model": str(Path(model).resolve()), "data": str(data.resolve())})
+    states = _encode(folder / "states", pictures, str(autoencoder or model), str(text_encoder or model))
     transformer = build_transformer(file, identity.config).train().requires_grad_(True)
     transformer.recompute = config.recompute
-    objective = FlowObjective(transformer, flow_shift=identity.flow_shift or 1.0, null=states.null.float())
+    objective = FlowObjective(transformer, flow_shift=identity.flow_shift, null=states.null)
     objective = train(
         objective,
         partial(states.batch, size=config.batch_size),
@@ -64,3 +66,26 @@ def finetune(
     dtype = getattr(torch, identity.dtype)
     write_transformer(folder / "transformer", objective.transformer, identity.base_size, dtype)
     return folder / "transformer"
+
+
+def _claim(folder: Path, run: dict[str, str]) -> None:
+    """Make a work folder and note what it is for. Raises ValueError if it is for something else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "run.json"
+    known = json.loads(note.read_text(encoding="utf-8")) if note.exists() else run
+    if known != run:
+        raise ValueError(f"{folder} holds a training of {known['model']} on {known['data']}; give another --out")
+    note.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+
+
+def _encode(folder: Path, pictures: list[Picture], autoencoder: str, text_encoder: str) -> PictureStates:
+    """The states of the pictures; of several processes each encodes its part."""
+    machine = PartialState(cpu=not torch.cuda.is_available())
+    encoders = f"{autoencoder}, {text_encoder}"
+    gemma = load_text_encoder(text_encoder, device=machine.device)
+    own = pictures[machine.process_index :: machine.num_processes]
+    write_states(folder, own, encoders, load_autoencoder(autoencoder, device=machine.device), gemma)
+    machine.wait_for_everyone()
+    with torch.no_grad():
+        null = gemma([""], None)[0][0].float().cpu()
+    return PictureStates.read(folder, pictures, encoders, null)

@@ -8,12 +8,13 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -29,7 +30,7 @@ class TrainingConfig:
     learning_rate: float
     warmup: int = 200  # the rate rises linearly over the first, ...
     cooldown: float = 0.3  # ... and falls linearly to zero over the last share of the steps
-    ema_decay: float = 0.999
+    ema_decay: float = 0.999  # of the average, at most; see `update_average`
     clip: float = 1.0  # largest norm of the gradient
     weight_decay: float = 0.01
     save_every: int = 500
@@ -56,7 +57,7 @@ def train(
     """
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16")
-    average = AveragedModel(objective, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+    average = AveragedModel(objective, multi_avg_fn=partial(update_average, config.ema_decay), use_buffers=True)
     average.to(accelerator.device)
     wrapped, *updates = accelerator.prepare(objective, *optimizers(objective, config, matrices))
     state = TrainingState(folder / "state.pt", accelerator.unwrap_model(wrapped), average, updates)
@@ -83,6 +84,15 @@ def train(
         if sheet is not None and ((step + 1) % config.sheet_every == 0 or step + 1 == config.steps):
             sheet(average.module).save(folder / f"sheet-{step + 1:06d}.png")
     return average.module
+
+
+def update_average(decay: float, average: list[Tensor], weights: list[Tensor], count: int | Tensor) -> None:
+    """Move the average of the weights of `count` steps on, in place.
+
+    The decay grows up to the one given (diffusers src/diffusers/training_utils.py, EMAModel), or a short run would end with
+    an average that is mostly the weights of its start.
+    """
+    get_ema_multi_avg_fn(min(decay, (1 + int(count)) / (10 + int(count))))(average, weights, count)
 
 
 def optimizers(

@@ -1,27 +1,27 @@
 """A folder of pictures with captions, as latents and text states computed once, in batches of one size."""
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from safetensors import safe_open
-from safetensors.torch import save_file
+from PIL import ExifTags, Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from ..autoencoder import DCAutoencoder
+from ..images import read_picture, to_tensor
 from ..prompt import INSTRUCTION
 from ..resolution import nearest_bucket
 from ..text_encoder import GemmaTextEncoder
-from .autoencoder import to_unit
 from .flow import FlowBatch
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SIDEWAYS = 5  # Exif orientations from this one on swap height and width
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,17 @@ class Picture:
     caption: str
     size: tuple[int, int]  # (height, width) px
 
-    def pixels(self) -> np.ndarray:
-        """Scaled and cut to its size: (height, width, 3) uint8."""
-        with Image.open(self.path) as image:
-            return np.array(ImageOps.fit(image.convert("RGB"), self.size[::-1], Image.Resampling.LANCZOS))
+    def key(self, encoders: str) -> str:
+        """A name for its states, which changes with everything that they depend on."""
+        stat = self.path.stat()
+        parts = (self.path, stat.st_size, stat.st_mtime_ns, self.caption, self.size, encoders)
+        return sha256(repr(parts).encode()).hexdigest()[:24]
 
 
 def read_pictures(folder: Path, base_size: int) -> list[Picture]:
     """The pictures in a folder, each with the text file of its name, and the bucket of base_size nearest to its shape.
 
-    Raises ValueError if there are none, or if one has no caption.
+    Raises ValueError if there are none, if one has no caption, and for a file that is no picture or no text in UTF-8.
     """
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
@@ -53,13 +54,24 @@ def read_pictures(folder: Path, base_size: int) -> list[Picture]:
         raise ValueError(
             f"{len(silent)} of {len(paths)} pictures have no caption, first {silent[0].name}; write a .txt for each"
         )
-    pictures = []
-    for path in paths:
+    return [Picture(path, _read_caption(path), nearest_bucket(*_read_size(path), base_size)) for path in paths]
+
+
+def _read_size(path: Path) -> tuple[int, int]:
+    """Height and width, px, of a picture held upright."""
+    try:
         with Image.open(path) as image:
-            width, height = image.size
-        caption = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
-        pictures.append(Picture(path, caption, nearest_bucket(height, width, base_size)))
-    return pictures
+            sideways = image.getexif().get(ExifTags.Base.Orientation, 1) >= SIDEWAYS
+            return image.size if sideways else image.size[::-1]
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as a picture ({error}); give another file") from error
+
+
+def _read_caption(path: Path) -> str:
+    try:
+        return path.with_suffix(".txt").read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.with_suffix('.txt')} is not a text in UTF-8; write the caption anew") from error
 
 
 @dataclass(frozen=True)
@@ -71,17 +83,10 @@ class PictureStates:
     null: Tensor  # of the empty prompt, (300, C)
 
     @classmethod
-    def prepare(
-        cls, path: Path, pictures: Sequence[Picture], autoencoder: DCAutoencoder, text_encoder: GemmaTextEncoder
-    ) -> "PictureStates":
-        """Read the file at path, or compute the states and write it. It is computed anew if the pictures have changed."""
-        wanted = json.dumps([[str(picture.path), picture.caption, picture.size] for picture in pictures])
-        if not path.exists() or _contents(path) != wanted:
-            save_file(compute_states(pictures, autoencoder, text_encoder), path, {"pictures": wanted})
-        with safe_open(path, framework="pt") as file:
-            count = range(len(pictures))
-            read = file.get_tensor
-            return cls([read(f"latent.{i}") for i in count], [read(f"text.{i}") for i in count], read("null"))
+    def read(cls, folder: Path, pictures: Sequence[Picture], encoders: str, null: Tensor) -> "PictureStates":
+        """What `write_states` has written for these pictures."""
+        states = [load_file(_states_path(folder, picture, encoders)) for picture in pictures]
+        return cls([state["latent"] for state in states], [state["text"] for state in states], null)
 
     def batch(self, step: int, process: int, *, size: int, seed: int = 0) -> FlowBatch:
         """Random pictures of one size; sizes come up as often as their pictures do."""
@@ -97,18 +102,32 @@ class PictureStates:
 
 
 @torch.no_grad()
-def compute_states(
-    pictures: Sequence[Picture], autoencoder: DCAutoencoder, text_encoder: GemmaTextEncoder
-) -> dict[str, Tensor]:
-    """Latents as float16 and text states as bfloat16, by name."""
-    states = {"null": text_encoder([""], None)[0][0].bfloat16().cpu()}
+def write_states(
+    folder: Path,
+    pictures: Sequence[Picture],
+    encoders: str,
+    autoencoder: DCAutoencoder,
+    text_encoder: GemmaTextEncoder,
+) -> None:
+    """Latents as float16 and text states as bfloat16, a file for each picture; those that are there are left.
+
+    encoders: what tells one pair of encoders from another.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     device = next(autoencoder.parameters()).device
-    for i, picture in enumerate(tqdm(pictures, desc="encoding pictures")):
-        image = to_unit(picture.pixels()[None]).to(device)
-        states[f"latent.{i}"] = (autoencoder.encode(image)[0] * autoencoder.config.latent_scale).half().cpu()
+    missing = [picture for picture in pictures if not _states_path(folder, picture, encoders).exists()]
+    for picture in tqdm(missing, desc="encoding pictures", disable=not missing):
+        image = to_tensor(read_picture(picture.path), *picture.size).to(device)
+        latent = autoencoder.encode(image)[0] * autoencoder.config.latent_scale
         text, text_mask = text_encoder([picture.caption], INSTRUCTION)
-        states[f"text.{i}"] = text[0][text_mask[0]].bfloat16().cpu()
-    return states
+        states = {"latent": latent.half().cpu(), "text": text[0][text_mask[0]].bfloat16().cpu()}
+        path = _states_path(folder, picture, encoders)
+        save_file(states, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+
+
+def _states_path(folder: Path, picture: Picture, encoders: str) -> Path:
+    return folder / f"{picture.key(encoders)}.safetensors"
 
 
 def pad_texts(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -116,8 +135,3 @@ def pad_texts(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     text = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
     lengths = torch.tensor([[len(part)] for part in texts])
     return text, torch.arange(text.shape[1]) < lengths
-
-
-def _contents(path: Path) -> str:
-    with safe_open(path, framework="pt") as file:
-        return (file.metadata() or {}).get("pictures", "")

@@ -70,6 +70,14 @@ def test_returned_weights_are_averaged(tmp_path: Path) -> None:
     assert not torch.equal(averaged["out.weight"], last["out.weight"])
 
 
+def test_the_average_of_a_short_run_has_forgotten_its_start(tmp_path: Path) -> None:
+    start = Objective().state_dict()
+    averaged = run(tmp_path, TrainingConfig(steps=100, learning_rate=0.02, warmup=2, ema_decay=0.999))
+    last = torch.load(tmp_path / "state.pt", weights_only=True)["objective"]
+    for name in ("hidden.weight", "out.weight"):
+        assert (averaged[name] - last[name]).norm() < 0.2 * (start[name] - last[name]).norm()
+
+
 def test_sheets_are_drawn_with_averaged_weights(tmp_path: Path) -> None:
     from PIL import Image
 

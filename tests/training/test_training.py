@@ -1,19 +1,24 @@
 """Training as its user runs it: the demo model from nothing and a fine-tuning, both cut short, and the files they leave."""
 
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
+from sana import load_transformer
 from sana.pipeline import MODELS, SanaPipeline
 from sana.training.__main__ import main
 from sana.training.demo import TRANSFORMER, new_transformer
+from sana.training.export import write_transformer
 from sana.training.flow import FlowBatch, FlowObjective
 from sana.training.latents import SceneLatents
+from sana.training.pictures import read_pictures
 from sana.training.scenes import KIND_SHARE, RESOLUTIONS, caption, draw, sample_scene
+from sana.transformer import SanaTransformer
 
 MOST_BYTES = 25_000_000
 
@@ -85,6 +90,67 @@ def test_finetuning_without_captions_says_what_is_missing(
     (pictures / "3.txt").unlink()
     assert main(["finetune", "--data", str(pictures), "--out", str(tmp_path / "out")]) == 1
     assert "1 of 6 pictures have no caption, first 3.png" in capsys.readouterr().err
+
+
+def finetune(pictures: Path, folder: Path, *more: str) -> int:
+    command = ["finetune", "--data", str(pictures), "--out", str(folder), "--steps", "1", "--batch-size", "1", *more]
+    return main(command)
+
+
+def test_finetuning_encodes_a_picture_once(pictures: Path, tmp_path: Path) -> None:
+    """Also when it was stopped in between, or when pictures come and go."""
+    out = tmp_path / "out"
+    assert finetune(pictures, out) == 0
+    first = {path.name: path.stat().st_mtime_ns for path in (out / "states").iterdir()}
+    (pictures / "0.txt").write_text("another caption")
+    assert finetune(pictures, out) == 0
+    second = {path.name: path.stat().st_mtime_ns for path in (out / "states").iterdir()}
+    assert len(first) == 6 and len(second) == 7 and first.items() < second.items()
+
+
+def test_finetuning_refuses_the_folder_of_another_run(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune(pictures, tmp_path / "out") == 0
+    pictures = pictures.rename(tmp_path / "others")
+    assert finetune(pictures, tmp_path / "out") == 1
+    assert "holds a training of " in capsys.readouterr().err
+
+
+def test_finetuning_refuses_sprint_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = replace(TRANSFORMER, guidance_embed=True, continuous_time=True)
+    write_transformer(tmp_path / "sprint", SanaTransformer(config), 256, torch.float16)
+    assert finetune(tmp_path, tmp_path / "out", "--model", str(tmp_path / "sprint")) == 1
+    assert "is a Sprint model, which learns from a teacher" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_transformer_of_continuous_time_is_written_as_one(tmp_path: Path) -> None:
+    """The teacher of Sprint: SANA-1.5 with times from 0 to 1."""
+    config = replace(TRANSFORMER, continuous_time=True)
+    write_transformer(tmp_path, SanaTransformer(config), 256, torch.float16)
+    assert load_transformer(tmp_path).config == config
+
+
+def test_files_that_cannot_be_trained_on_are_named(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, caption = (pictures / "2.png").read_bytes(), (pictures / "2.txt").read_bytes()
+    for name, content in (("2.png", b"no picture"), ("2.png", whole[:-60]), ("2.txt", b"caf\xe9")):
+        (pictures / "2.png").write_bytes(whole)
+        (pictures / "2.txt").write_bytes(caption)
+        (pictures / name).write_bytes(content)
+        assert finetune(pictures, tmp_path / "out") == 1
+        assert str(pictures / name) in capsys.readouterr().err
+
+
+def test_a_photo_taken_upright_is_trained_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "photo.png", exif=exif)
+    (tmp_path / "photo.txt").write_text("a wall")
+    (picture,) = read_pictures(tmp_path, 1024)
+    assert picture.size == (1408, 704)
 
 
 def test_recomputed_activations_give_the_same_gradients() -> None:
