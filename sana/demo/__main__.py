@@ -1,4 +1,4 @@
-"""Draw a prompt with the demo model: python3 sana/demo "a red circle above a blue square" [options].
+"""Draw a prompt with the demo model: python3 sana/demo "a red circle left of a blue square" [options].
 
 Makes the environment .venv/demo on the first run, then runs `python -m sana generate` in it with the same arguments.
 Standard library only.
@@ -10,7 +10,7 @@ import sys
 
 import environment
 
-PROMPT = "a red circle above a blue square"
+PROMPT = "a red circle left of a blue square"
 USAGE = f'Usage: python3 sana/demo "{PROMPT}" [options of python -m sana generate, such as --seed 1 --out picture.png]'
 
 

@@ -65,8 +65,23 @@ GEMMA: dict[str, object] = {
     "bos_token_id": BOS,
 }
 
-# For a tenth of the steps. What goes above what is learnt within a few hundred of these, and not in 1500 with KIND_SHARE.
-MOSTLY_RELATIONS: dict[Kind, float] = {"single": 0.08, "count": 0.1, "relation": 0.64, "inside": 0.08, "pair": 0.1}
+
+@dataclass(frozen=True)
+class Lesson:
+    """What batches of one part of the training hold."""
+
+    until: float  # share of all steps
+    shares: dict[Kind, float]
+    layout_share: float  # of the samples at noise levels where it is decided what goes where
+
+
+LESSONS = (
+    Lesson(0.4, KIND_SHARE, 0.5),
+    # What goes where is learnt within a few hundred of these steps, and not in 1500 of the others.
+    Lesson(0.55, {"single": 0.04, "count": 0.06, "relation": 0.8, "inside": 0.05, "pair": 0.05}, 0.8),
+    # Small things inside of others take longest.
+    Lesson(1.0, {"single": 0.09, "count": 0.2, "relation": 0.18, "inside": 0.37, "pair": 0.16}, 0.3),
+)
 
 
 @dataclass(frozen=True)
@@ -102,9 +117,10 @@ def train_demo(folder: Path, config: DemoConfig, start: Path | None = None) -> P
     )
 
     def batches(step: int, process: int) -> FlowBatch:
-        relations = 0.4 <= step / config.transformer_steps < 0.5
-        shares, layout_share = (MOSTLY_RELATIONS, 0.8) if relations else (KIND_SHARE, 0.5)
-        return latents.batch(step, process, size=config.batch_size, shares=shares, layout_share=layout_share)
+        lesson = next(lesson for lesson in LESSONS if step < lesson.until * config.transformer_steps)
+        return latents.batch(
+            step, process, size=config.batch_size, shares=lesson.shares, layout_share=lesson.layout_share
+        )
 
     objective = FlowObjective(transformer, text_encoder, flow_shift=FLOW_SHIFT)
     objective = train(

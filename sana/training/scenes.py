@@ -2,7 +2,7 @@
 
 A scene is sampled, then drawn and captioned; all three depend on nothing but the numbers stored in it. About a tenth of
 the combinations is held out: `split_of` hashes what a scene means, and `sample_scene` never crosses that line.
-Knows numpy and Pillow only.
+Knows numpy, Pillow and the size of a latent cell only.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,8 @@ from typing import Literal, TypeVar, get_args
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from ..config import DOWNSAMPLE
 
 T = TypeVar("T")
 Kind = Literal["single", "count", "relation", "inside", "pair"]
@@ -270,9 +272,14 @@ def _arrange(rng: np.random.Generator, looks: Looks, relation: str | None, resol
 
 
 def _arrange_nested(rng: np.random.Generator, looks: Looks, resolution: Resolution) -> Things:
-    """The inner thing sits at the middle of the outer one, lower in a triangle, whose room is below its middle."""
-    ((x, y),) = _scattered(rng, 1, OUTER_EXTENT, resolution)
+    """The inner thing sits at the middle of the outer one, lower in a triangle, whose room is below its middle.
+
+    Its own middle is that of a latent cell: the shape of a small thing is learnt far better there.
+    """
     lower = LATTICE if looks[1].shape == "triangle" else 0
+    height, width = resolution
+    x = _pick(rng, [x for x in _lattice(OUTER_EXTENT, width) if x % DOWNSAMPLE == DOWNSAMPLE // 2])
+    y = _pick(rng, [y for y in _lattice(OUTER_EXTENT, height) if (y + lower) % DOWNSAMPLE == DOWNSAMPLE // 2])
     return _placed(looks[0], x, y + lower, EXTENTS[looks[0].size]), _placed(looks[1], x, y, OUTER_EXTENT)
 
 

@@ -102,4 +102,4 @@ def test_signal_is_reported_as_shells_do() -> None:
 def test_help_needs_no_environment() -> None:
     result = subprocess.run([sys.executable, ROOT / "sana" / "demo", "-h"], capture_output=True, text=True)
     assert result.returncode == 0
-    assert result.stdout.startswith('Usage: python3 sana/demo "a red circle above a blue square" [options of')
+    assert result.stdout.startswith('Usage: python3 sana/demo "a red circle left of a blue square" [options of')

@@ -7,6 +7,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
+from sana.config import DOWNSAMPLE
 from sana.training.scenes import (
     BACKGROUNDS,
     BORDER,
@@ -205,6 +206,13 @@ def test_things_keep_their_distance_from_the_edge_and_from_each_other() -> None:
 def test_middles_lie_on_the_lattice() -> None:
     for thing in (thing for scene in sample(1000, seed=6) for thing in scene.things):
         assert (thing.left + thing.extent // 2) % LATTICE == (thing.top + thing.extent // 2) % LATTICE == 0
+
+
+def test_the_inner_of_two_nested_things_is_in_the_middle_of_a_latent_cell() -> None:
+    inner = [scene.things[0] for scene in sample(1000, seed=6) if scene.relation == "inside"]
+    middles = {(thing.left + thing.extent // 2, thing.top + thing.extent // 2) for thing in inner}
+    assert {place % DOWNSAMPLE for middle in middles for place in middle} == {DOWNSAMPLE // 2}
+    assert len(middles) >= 20
 
 
 def test_relations_are_clear() -> None:

@@ -34,9 +34,9 @@ START = Scene(
     width=SIDE,
 )
 PROMPTS = {
-    "sana_demo": "a red circle above a blue square on a white background",
+    "sana_demo": "a red circle left of a blue square on a white background",
     "sana_1k_text_to_image": "a large green star on a light blue background",
-    "sana_2k_text_to_image": "three orange circles on a cream background",
+    "sana_2k_text_to_image": "three blue squares on a cream background",
     "sana_4k_text_to_image": "a yellow star inside a purple circle on a grey background",
     "sana_1_5_text_to_image": "a large pink triangle on a mint background",
     "sana_img2img": "a green circle above a yellow square on a white background",
