@@ -1,6 +1,7 @@
 """The shell: python -m sana generate PROMPT, python -m sana info PATH, python -m sana convert SRC DST."""
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -135,15 +136,19 @@ def run_generate(options: argparse.Namespace) -> int:
         strength=options.strength,
         max_bytes=options.max_bytes,
     )
-    pipeline = SanaPipeline.load(
-        options.model,
-        autoencoder=options.autoencoder,
-        text_encoder=options.text_encoder,
-        variant=options.variant,
-        dtype=getattr(torch, options.dtype) if options.dtype else None,
-        device=options.device,
-        compiled=options.compile,
-    )
+    gc.disable()  # what is imported and loaded here stays; looking for garbage among it takes a part of the start
+    try:
+        pipeline = SanaPipeline.load(
+            options.model,
+            autoencoder=options.autoencoder,
+            text_encoder=options.text_encoder,
+            variant=options.variant,
+            dtype=getattr(torch, options.dtype) if options.dtype else None,
+            device=options.device,
+            compiled=options.compile,
+        )
+    finally:
+        gc.enable()
     for job in jobs:
         draw(pipeline, job, replace(settings, seed=job.seed))
     return 0

@@ -48,7 +48,7 @@ def prepare() -> Path:
     environment.check_python()
     downloads.fetch_hosts()
     more = downloads.host_requirements()
-    python = environment.prepare("tests", ["demo", "test"], more=more, finish=downloads.repair_torchvision)
+    python = environment.prepare("tests", ["test"], more=more, finish=downloads.repair_torchvision)
     downloads.fetch_chromium()
     return python
 
