@@ -36,11 +36,11 @@ class HostControlNet(SanaControlNet):
         The ControlNet branches off after the first block of the model, which is computed here once more.
         """
         transformer = model.diffusion_model
-        text = model.text_context(context, attention_mask, options)
+        text = model.text_context(context, attention_mask, x.device, options)
         modulation = transformer.modulation(time, None, x.dtype)
         block = transformer.transformer_blocks[0]
         tokens = block(transformer.embed(x), x.shape[-1], modulation.blocks, text.keys_values[0], text.mask)
-        own = model.text_context(context, attention_mask, options, self)
+        own = model.text_context(context, attention_mask, x.device, options, self)
         return {"output": super().forward(tokens, hint, modulation, own)}
 
 

@@ -195,38 +195,42 @@ class SanaModel(comfy.model_base.BaseModel):
                 f"this latent has {x.shape[1]} channels, and SANA takes {channels}; use EmptySanaLatentImage, or encode the image "
                 "with a DC-AE"
             )
-        # The host moves a text only where it hands it to the network, and keys and values are made before that.
-        text, mask = c_crossattn.to(x.device), given.pop("attention_mask").to(x.device)
-        context = self.text_context(text, mask, options)
+        context = self.text_context(c_crossattn, given.pop("attention_mask"), x.device, options)
         arguments = {"keys_values": [part for pair in context.keys_values for part in pair], "text_bias": context.mask}
         if self.identity.config.guidance_embed:
             arguments["guidance_scale"] = float(options.get(GUIDANCE_EMBED, DEFAULT_GUIDANCE_EMBED))
         return super()._apply_model(x, t, control=control, transformer_options=options, **arguments)
 
     def text_context(
-        self, text: Tensor, mask: Tensor, options: Options, network: SanaControlNet | None = None
+        self,
+        text: Tensor,
+        mask: Tensor,
+        device: torch.device,
+        options: Options,
+        network: SanaControlNet | None = None,
     ) -> TextContext:
-        """Keys, values and an additive mask for a batch of texts, from the run if it has them already.
+        """Keys, values and an additive mask for a batch of texts on a device, from the run if it has them already.
 
+        text, mask: wherever they are; the host leaves them on the CPU until it calls the network, which is later.
         network: whose keys and values; None: the transformer's.
         """
         run: SamplingRun | None = options.get(RUN)
 
         def make() -> TextContext:
             dtype = self.get_dtype_inference()
-            seen = mask > 0
+            seen = mask.to(device) > 0
             if run is not None and options.get(REFERENCE) == "nvlabs":
                 seen = run.with_prompt_mask(seen, options["cond_or_uncond"])
-            context = (network or self.diffusion_model).text_context(text.to(dtype), seen)
+            context = (network or self.diffusion_model).text_context(text.to(device, dtype), seen)
             if context.mask is None:
                 return context
-            bias = torch.zeros(context.mask.shape, dtype=dtype, device=text.device)
+            bias = torch.zeros(context.mask.shape, dtype=dtype, device=device)
             bias = bias.masked_fill(~context.mask, torch.finfo(dtype).min)
             return context._replace(mask=open_length(bias, 3))
 
         # Conditions of a part of the picture give their id to the host's stand-in on the other side, with another text.
         ids = (tuple(options.get("uuids", ())), tuple(options.get("cond_or_uncond", ())))
-        key = (id(network), ids, tuple(text.shape), text.device)
+        key = (id(network), ids, tuple(text.shape), device)
         return make() if run is None else run.context(key, make)
 
     def process_latent_out(self, latent: Tensor) -> Tensor:

@@ -142,10 +142,10 @@ def test_text_goes_to_the_device_of_the_latent(small: Small, monkeypatch: pytest
     class Seen(Exception):
         """Ends the evaluation, whose weights are not on that device."""
 
-    def look(text: Tensor, mask: Tensor, options: object) -> None:
+    def look(text: Tensor, mask: Tensor) -> None:
         raise Seen(text.device.type, mask.device.type)
 
-    monkeypatch.setattr(small.model.model, "text_context", look)
+    monkeypatch.setattr(small.model.model.diffusion_model, "text_context", look)
     ((text, options),) = small.positive
     with pytest.raises(Seen) as seen:
         small.model.model.apply_model(
