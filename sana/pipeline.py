@@ -21,7 +21,7 @@ from .prompt import DIFFUSERS_INSTRUCTION, INSTRUCTION
 from .resolution import check_size, nearest_bucket
 from .schedule import flow_euler_sigmas, partial_sigmas, scm_angles
 from .solvers import SCM_DEVIATION, SOLVERS, Step, scm_steps
-from .streaming import least_bytes, whole_bytes
+from .streaming import check_bound, smaller_bound
 from .text_checkpoint import load_text_encoder
 from .text_encoder import GemmaTextEncoder
 from .transformer import SanaTransformer
@@ -216,26 +216,24 @@ class SanaPipeline:
         if settings.max_bytes is None:
             return
         height, width = self.size(settings)
-        config, dtype = self.autoencoder.config, self.autoencoder.dtype
+        autoencoder, config = self.autoencoder, self.autoencoder.config
         cells = (height // config.downsample, width // config.downsample)
-        needed = least_bytes(self.autoencoder.decoder, torch.Size((1, config.latent_channels, *cells)), dtype)
+        latent = torch.Size((1, config.latent_channels, *cells))
+        check_bound(autoencoder.decoder, latent, autoencoder.dtype, settings.max_bytes)
         if settings.image is not None:
-            needed = max(needed, least_bytes(self.autoencoder.encoder, torch.Size((1, 3, height, width)), dtype))
-        if settings.max_bytes < needed:
-            raise ValueError(f"max_bytes {settings.max_bytes} is too little for this size; it takes at least {needed}")
+            image = torch.Size((1, 3, height, width))
+            check_bound(autoencoder.encoder, image, autoencoder.dtype, settings.max_bytes)
 
     def _decode(self, ae_latent: Tensor, max_bytes: int | None) -> Tensor:
         """An image (1, 3, height, width). After running out of memory, again within half as much."""
-        network, dtype = self.autoencoder.decoder, self.autoencoder.dtype
-        least = least_bytes(network, ae_latent.shape, dtype)
-        taken = max_bytes or whole_bytes(network, ae_latent.shape, dtype)
         while True:
             try:
                 return self.autoencoder.decode(ae_latent, max_bytes)
             except torch.OutOfMemoryError:
-                if taken <= least:
+                bound = smaller_bound(self.autoencoder.decoder, ae_latent.shape, self.autoencoder.dtype, max_bytes)
+                if bound is None:
                     raise
-            taken = max_bytes = max(least, taken // 2)
+            max_bytes = bound
             log.warning("Out of memory in the autoencoder; going on within %.1f GiB.", max_bytes / 2**30)
 
     def _guidance(self, settings: Settings) -> Guidance:

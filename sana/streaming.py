@@ -148,10 +148,8 @@ def stream(network: layers.Encoder | layers.Decoder, x: Tensor, dtype: torch.dty
     Images of a batch are processed one by one. The result has the dtype of x.
     Raises ValueError if max_bytes is less than processing one row at a time takes.
     """
+    check_bound(network, x.shape, dtype, max_bytes)
     route = stretches(network, x.shape, dtype)
-    needed = max(stretch.bytes_with(1, dtype.itemsize) for stretch in route)
-    if needed > max_bytes:
-        raise ValueError(f"max_bytes {max_bytes} is too little for this size; it takes at least {needed}")
     bands = [fitting_band(stretch, dtype.itemsize, max_bytes) for stretch in route]
     last = route[-1]
     out = x.new_empty(len(x), last.sweep.ops[-1].outputs, *last.size.after(last.sweep.ops))
@@ -166,6 +164,23 @@ def stream(network: layers.Encoder | layers.Decoder, x: Tensor, dtype: torch.dty
 def least_bytes(network: layers.Encoder | layers.Decoder, shape: torch.Size, dtype: torch.dtype) -> int:
     """The smallest max_bytes that works for an input of this shape (B, C, H, W)."""
     return max(stretch.bytes_with(1, dtype.itemsize) for stretch in stretches(network, shape, dtype))
+
+
+def check_bound(
+    network: layers.Encoder | layers.Decoder, shape: torch.Size, dtype: torch.dtype, max_bytes: int
+) -> None:
+    """Raises ValueError if max_bytes is too little for an input of this shape (B, C, H, W)."""
+    needed = least_bytes(network, shape, dtype)
+    if needed > max_bytes:
+        raise ValueError(f"max_bytes {max_bytes} is too little for this size; it takes at least {needed}")
+
+
+def smaller_bound(
+    network: layers.Encoder | layers.Decoder, shape: torch.Size, dtype: torch.dtype, max_bytes: int | None
+) -> int | None:
+    """Half of max_bytes, or of what the whole takes, for another try after running out of memory; None: there is no less."""
+    taken, least = max_bytes or whole_bytes(network, shape, dtype), least_bytes(network, shape, dtype)
+    return max(least, taken // 2) if taken > least else None
 
 
 def whole_bytes(network: layers.Encoder | layers.Decoder, shape: torch.Size, dtype: torch.dtype) -> int:

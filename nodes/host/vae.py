@@ -19,7 +19,7 @@ from ...sana.checkpoint import check_tensors
 from ...sana.config import LATENT_CHANNELS
 from ...sana.detection import autoencoder_tensors, detect_autoencoder
 from ...sana.files import CheckpointError, TensorFile, read_tensors
-from ...sana.streaming import least_bytes, whole_bytes
+from ...sana.streaming import least_bytes, smaller_bound, whole_bytes
 
 log = logging.getLogger(__name__)
 
@@ -123,10 +123,10 @@ class SanaVAE(comfy.sd.VAE):
                 try:
                     out = run(part, bound)
                 except management.OOM_EXCEPTION:
-                    taken = bound or whole_bytes(network, x.shape, self.vae_dtype)
-                    if management.is_device_cpu(self.device) or taken <= least:
+                    less = smaller_bound(network, x.shape, self.vae_dtype, bound)
+                    if management.is_device_cpu(self.device) or less is None:
                         raise
-                    bound = max(least, taken // 2)
+                    bound = less
                     log.warning("Out of memory in the autoencoder; going on within %.1f GiB.", bound / GIB)
                     management.soft_empty_cache()
                     continue
