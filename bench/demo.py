@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from sana.images import to_pixels, to_unit
 from sana.pipeline import SanaPipeline, Settings
-from sana.training.autoencoder import to_pixels, to_unit
 from sana.training.scenes import COLOURS, CaptionedScene, Scene, draw, held_out_scenes
 
 from .machine import write_result

@@ -1,18 +1,35 @@
 """Pictures: from files, to tensors, and from what an autoencoder decodes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+SIDEWAYS = 5  # Exif orientations from this one on swap height and width
 
 
 def read_picture(path: Path) -> Image.Image:
     """A picture from a file, upright as its camera says. Raises ValueError, with the path, if it is none or broken."""
+    with _opened(path) as picture:
+        return ImageOps.exif_transpose(picture)
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Height and width, px, of what `read_picture` would give, from the beginning of the file. Raises as it does."""
+    with _opened(path) as picture:
+        sideways = picture.getexif().get(ExifTags.Base.Orientation, 1) >= SIDEWAYS
+        return picture.size if sideways else picture.size[::-1]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture)
+            yield picture
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is not a picture; give a PNG or JPEG file") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
@@ -22,10 +39,20 @@ def read_picture(path: Path) -> Image.Image:
 def to_tensor(picture: Image.Image, height: int, width: int) -> Tensor:
     """A picture scaled, and cut at the middle, to a size in px: (1, 3, height, width) float32 in [-1, 1]."""
     fitted = ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None].float().div(127.5).sub(1)
+    return to_unit(np.array(fitted)[None])
 
 
 def to_picture(image: Tensor) -> Image.Image:
     """A decoded image (3, height, width), near [-1, 1], as an 8-bit picture."""
-    pixels = image.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    return Image.fromarray(to_pixels(image[None])[0])
+
+
+def to_unit(pictures: np.ndarray) -> Tensor:
+    """uint8 (B, height, width, 3) to float32 (B, 3, height, width) in [-1, 1], channels last in memory."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+
+
+def to_pixels(images: Tensor) -> np.ndarray:
+    """The inverse of `to_unit`, clamped and rounded."""
+    pixels = images.float().clamp(-1, 1).add(1).mul(127.5).round()
+    return pixels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

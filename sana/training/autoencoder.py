@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..autoencoder import DCAutoencoder
 from ..config import DOWNSAMPLE
+from ..images import to_pixels, to_unit
 from .loop import step_generator
 from .scenes import RESOLUTIONS, draw, sample_scene
 
@@ -97,17 +98,6 @@ def scene_crops(step: int, process: int, *, size: int, side: int, seed: int = 1)
             corner.append(DOWNSAMPLE * int(rng.integers(-(-low // DOWNSAMPLE), high // DOWNSAMPLE, endpoint=True)))
         crops.append(draw(scene)[corner[0] : corner[0] + side, corner[1] : corner[1] + side])
     return ImageBatch(to_unit(np.stack(crops)), seed=step)
-
-
-def to_unit(pictures: np.ndarray) -> Tensor:
-    """uint8 (B, height, width, 3) to float32 (B, 3, height, width) in [-1, 1], channels last in memory."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
-
-
-def to_pixels(images: Tensor) -> np.ndarray:
-    """The inverse of `to_unit`, clamped and rounded."""
-    pixels = images.float().clamp(-1, 1).add(1).mul(127.5).round()
-    return pixels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def reconstruction_sheet(objective: nn.Module, batch: ImageBatch) -> Image.Image:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..autoencoder import DCAutoencoder
-from .autoencoder import to_unit
+from ..images import to_unit
 from .flow import FlowBatch
 from .scenes import KIND_SHARE, RESOLUTIONS, Kind, Resolution, Scene, caption, draw, sample_scene
 

@@ -8,20 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from ..autoencoder import DCAutoencoder
-from ..images import read_picture, to_tensor
+from ..images import read_picture, read_size, to_tensor
 from ..prompt import INSTRUCTION
 from ..resolution import nearest_bucket
 from ..text_encoder import GemmaTextEncoder
 from .flow import FlowBatch
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-SIDEWAYS = 5  # Exif orientations from this one on swap height and width
 
 
 @dataclass(frozen=True)
@@ -54,17 +52,7 @@ def read_pictures(folder: Path, base_size: int) -> list[Picture]:
         raise ValueError(
             f"{len(silent)} of {len(paths)} pictures have no caption, first {silent[0].name}; write a .txt for each"
         )
-    return [Picture(path, _read_caption(path), nearest_bucket(*_read_size(path), base_size)) for path in paths]
-
-
-def _read_size(path: Path) -> tuple[int, int]:
-    """Height and width, px, of a picture held upright."""
-    try:
-        with Image.open(path) as image:
-            sideways = image.getexif().get(ExifTags.Base.Orientation, 1) >= SIDEWAYS
-            return image.size if sideways else image.size[::-1]
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as a picture ({error}); give another file") from error
+    return [Picture(path, _read_caption(path), nearest_bucket(*read_size(path), base_size)) for path in paths]
 
 
 def _read_caption(path: Path) -> str:
@@ -115,13 +103,13 @@ def write_states(
     """
     folder.mkdir(parents=True, exist_ok=True)
     device = next(autoencoder.parameters()).device
-    missing = [picture for picture in pictures if not _states_path(folder, picture, encoders).exists()]
-    for picture in tqdm(missing, desc="encoding pictures", disable=not missing):
+    places = [(picture, _states_path(folder, picture, encoders)) for picture in pictures]
+    missing = [(picture, path) for picture, path in places if not path.exists()]
+    for picture, path in tqdm(missing, desc="encoding pictures", disable=not missing):
         image = to_tensor(read_picture(picture.path), *picture.size).to(device)
         latent = autoencoder.encode(image)[0] * autoencoder.config.latent_scale
         text, text_mask = text_encoder([picture.caption], INSTRUCTION)
         states = {"latent": latent.half().cpu(), "text": text[0][text_mask[0]].bfloat16().cpu()}
-        path = _states_path(folder, picture, encoders)
         save_file(states, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
 
