@@ -305,11 +305,15 @@ class SanaPipeline:
         return cond, Condition(text.expand_as(cond.text), text_mask.expand_as(cond.text_mask))
 
     def _encode_prompts(self, prompts: list[str], settings: Settings) -> Condition:
+        """A prompt of several pictures is encoded once."""
         instruction = settings.instruction
         if settings.reference == "diffusers":
             prompts = [prompt.lower() for prompt in prompts]
             instruction = DIFFUSERS_INSTRUCTION if instruction == INSTRUCTION else instruction
-        return Condition(*self.text_encoder(prompts, instruction))
+        distinct = list(dict.fromkeys(prompts))
+        text, text_mask = self.text_encoder(distinct, instruction)
+        rows = [distinct.index(prompt) for prompt in prompts]
+        return Condition(text[rows], text_mask[rows])
 
     def _noise(self, count: int, settings: Settings) -> Tensor:
         return torch.cat([self._draw(generator, settings) for generator in self._generators(count, settings)])
