@@ -3,28 +3,18 @@
 import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from torch import Tensor, nn
+from transformers import Gemma2Config, Gemma2Model
 
 from sana.autoencoder import DCAutoencoder
-from sana.config import AUTOENCODERS, VARIANTS
+from sana.config import AUTOENCODERS, VARIANTS, GemmaConfig
+from sana.gemma import Gemma2
 from sana.key_map import to_transformer_names
-from sana.text_encoder import BOS, GemmaTextEncoder, build_gemma
+from sana.text_checkpoint import gemma_json
+from sana.text_encoder import BOS, GemmaTextEncoder
 from sana.training.export import autoencoder_json, transformer_json
 from sana.transformer import SanaTransformer
 
-GEMMA_2_2B = {
-    "model_type": "gemma2",
-    "vocab_size": 256000,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "query_pre_attn_scalar": 256,
-    "bos_token_id": BOS,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-}
+GEMMA_2_2B = GemmaConfig()
 
 
 class WordTokenizer:
@@ -59,12 +49,12 @@ def autoencoder_pair(name: str, dtype: torch.dtype, device: str) -> tuple[DCAuto
 
 
 def gemma_pair(dtype: torch.dtype, device: str) -> tuple[GemmaTextEncoder, nn.Module]:
-    """Our text encoder, and the transformers model inside it, which the reference runs on its own."""
-    model = build_gemma(GEMMA_2_2B, device=device)
-    weights = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.named_parameters()}
-    model.load_state_dict(weights, assign=True)
-    randomise(model)
-    return GemmaTextEncoder(model, WordTokenizer()), model
+    """Our text encoder and transformers' network, with eager attention, its only implementation with soft-capping."""
+    theirs = Gemma2Model._from_config(Gemma2Config(**gemma_json(GEMMA_2_2B)), attn_implementation="eager", dtype=dtype)
+    randomise(theirs.to(device))
+    ours = Gemma2(GEMMA_2_2B, device="meta")
+    ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
+    return GemmaTextEncoder(ours.eval().requires_grad_(False), WordTokenizer()), theirs
 
 
 def filled(kind: type, config: dict[str, object], dtype: torch.dtype, device: str) -> nn.Module:

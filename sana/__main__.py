@@ -1,7 +1,6 @@
 """The shell: python -m sana generate PROMPT, python -m sana info PATH, python -m sana convert SRC DST."""
 
 import argparse
-import gc
 import json
 import logging
 import os
@@ -136,19 +135,15 @@ def run_generate(options: argparse.Namespace) -> int:
         strength=options.strength,
         max_bytes=options.max_bytes,
     )
-    gc.disable()  # what is imported and loaded here stays; looking for garbage among it takes a part of the start
-    try:
-        pipeline = SanaPipeline.load(
-            options.model,
-            autoencoder=options.autoencoder,
-            text_encoder=options.text_encoder,
-            variant=options.variant,
-            dtype=getattr(torch, options.dtype) if options.dtype else None,
-            device=options.device,
-            compiled=options.compile,
-        )
-    finally:
-        gc.enable()
+    pipeline = SanaPipeline.load(
+        options.model,
+        autoencoder=options.autoencoder,
+        text_encoder=options.text_encoder,
+        variant=options.variant,
+        dtype=getattr(torch, options.dtype) if options.dtype else None,
+        device=options.device,
+        compiled=options.compile,
+    )
     for job in jobs:
         draw(pipeline, job, replace(settings, seed=job.seed))
     return 0

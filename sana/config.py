@@ -85,6 +85,24 @@ VARIANTS: dict[str, Variant] = {
 
 
 @dataclass(frozen=True)
+class GemmaConfig:
+    """One Gemma-2 (arXiv 2408.00118); the defaults are Gemma-2-2b. Fields are named as in a Hugging Face `config.json`."""
+
+    vocab_size: int = 256_000
+    hidden_size: int = 2304
+    intermediate_size: int = 9216
+    num_hidden_layers: int = 26
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int = 256
+    query_pre_attn_scalar: float = 256  # attention logits are divided by its square root
+    attn_logit_softcapping: float = 50.0
+    sliding_window: int = 4096  # tokens that every other layer looks back
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One resolution of an encoder or a decoder."""
 

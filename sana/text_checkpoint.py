@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import ModuleType
 
@@ -9,16 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import fill
+from .config import GemmaConfig
 from .detection import describe
 from .files import CheckpointError, TensorFile, read_tensors
+from .gemma import Gemma2
 from .key_map import dialect_prefix
-from .text_encoder import GemmaTextEncoder, JsonTokenizer, SentencePieceTokenizer, Tokenizer, build_gemma
+from .text_encoder import BOS, EOS, PAD, GemmaTextEncoder, JsonTokenizer, SentencePieceTokenizer, Tokenizer
 
 MARK = "layers.0.post_feedforward_layernorm.weight"
-GEMMA_2_2B_WIDTH = 2304  # the one encoder whose attention heads need not be written down
 # Tensors of bytes in single-file encoders: the tokenizer (the first is the host's convention) and the configuration.
 TOKENIZERS = {"spiece_model": SentencePieceTokenizer, "tokenizer_json": JsonTokenizer}
 CONFIG = "gemma_config"
+MODEL_TYPE = "gemma2"  # in a Hugging Face config.json
 SOURCE = "Efficient-Large-Model/gemma-2-2b-it"
 
 
@@ -38,7 +41,7 @@ def load_text_encoder(
     file = read_tensors(path, "text_encoder")
     tensors = gemma_tensors(file)
     tokenizer = find_tokenizer(file)
-    model = build_gemma(gemma_config(tensors, file), operations=operations, dtype=dtype, device=device)
+    model = Gemma2(gemma_config(tensors, file), operations=operations, device="meta")
     return GemmaTextEncoder(fill(model, tensors, file.path.name, dtype, device), tokenizer)
 
 
@@ -58,18 +61,29 @@ def gemma_tensors(file: TensorFile) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in found.items() if name.startswith(("layers.", "embed_tokens.", "norm."))}
 
 
-def gemma_config(tensors: dict[str, Tensor], file: TensorFile) -> dict[str, object]:
+def gemma_config(tensors: dict[str, Tensor], file: TensorFile) -> GemmaConfig:
     """The configuration beside or in the file, or that of Gemma-2-2b. Raises CheckpointError for other sizes."""
     stored = _stored_bytes(file, CONFIG)
     if stored is not None:
-        return json.loads(stored)
-    if file.config.get("model_type") == "gemma2":
-        return file.config
-    if tensors["norm.weight"].shape[0] == GEMMA_2_2B_WIDTH:
-        return {}  # the defaults of transformers' Gemma2Config
-    raise CheckpointError(
-        f"{file.path.name} has width {tensors['norm.weight'].shape[0]}, not that of Gemma-2-2b; put its config.json beside it"
-    )
+        return _from_json(json.loads(stored))
+    if file.config.get("model_type") == MODEL_TYPE:
+        return _from_json(file.config)
+    width = tensors["norm.weight"].shape[0]
+    if width == GemmaConfig.hidden_size:
+        return GemmaConfig()
+    raise CheckpointError(f"{file.path.name} has width {width}, not that of Gemma-2-2b; put its config.json beside it")
+
+
+def gemma_json(config: GemmaConfig) -> dict[str, object]:
+    """The configuration of transformers' Gemma2Model."""
+    tokens = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": BOS}
+    return {"architectures": ["Gemma2Model"], "model_type": MODEL_TYPE, **asdict(config), **tokens}
+
+
+def _from_json(stored: dict[str, object]) -> GemmaConfig:
+    """Newer files have the base of the rotary positions in a dictionary of their own."""
+    stored = {**stored, **(stored.get("rope_parameters") or {})}
+    return GemmaConfig(**{field.name: stored[field.name] for field in fields(GemmaConfig) if field.name in stored})
 
 
 def find_tokenizer(file: TensorFile) -> Tokenizer:
@@ -95,10 +109,10 @@ def _tokenizer(kind: type[JsonTokenizer | SentencePieceTokenizer], source: bytes
         raise CheckpointError(f"{name} is not a readable tokenizer ({error}); download it again") from error
 
 
-def stored_companions(tokenizer: Tokenizer, config: dict[str, object]) -> dict[str, Tensor]:
+def stored_companions(tokenizer: Tokenizer, config: GemmaConfig) -> dict[str, Tensor]:
     """A tokenizer and a configuration as tensors of bytes, for files that hold nothing else."""
     name = next(name for name, kind in TOKENIZERS.items() if isinstance(tokenizer, kind))
-    parts = {name: tokenizer.source, CONFIG: json.dumps(config).encode()}
+    parts = {name: tokenizer.source, CONFIG: json.dumps(gemma_json(config)).encode()}
     return {name: torch.frombuffer(bytearray(part), dtype=torch.uint8) for name, part in parts.items()}
 
 

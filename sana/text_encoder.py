@@ -1,13 +1,11 @@
 """Gemma-2 as SANA uses it: prompts to hidden states after the final norm, with an instruction before them or without.
 
-The network is transformers' `Gemma2Model` with eager attention, its only implementation with soft-capping. What is ours is
-the choice of what to compute: attention is causal, so the keys and values of the instruction serve every prompt, and
+Only what is read is computed: attention is causal, so the keys and values of the instruction serve every prompt, and
 padding on the right reaches no prompt.
 """
 
 import logging
 from collections.abc import Sequence
-from types import ModuleType
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,13 +13,12 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdRef
 
 from .config import TEXT_TOKENS
+from .gemma import Gemma2, KeysValues
 from .prompt import INSTRUCTION, Window, common_prefix, window
 
 log = logging.getLogger(__name__)
 
-PAD, BOS = 0, 2  # token ids of every Gemma-2 vocabulary
-
-KeysValues = list[tuple[Tensor, Tensor]]  # per layer, each (B, h, L, d)
+PAD, EOS, BOS = 0, 1, 2  # token ids of every Gemma-2 vocabulary
 
 
 class Tokenizer(Protocol):
@@ -77,19 +74,17 @@ class Prefix(NamedTuple):
 class GemmaTextEncoder(nn.Module):
     """Prompts to `text` and `text_mask`; see `forward`."""
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer, dtype: torch.dtype | None = None) -> None:
-        """dtype: of the activations; None: that of the weights. Other dtypes need layers that cast their weights."""
+    def __init__(self, model: Gemma2, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
-        self._dtype = dtype
         self._prefixes: dict[
             str, tuple[object, Prefix]
         ] = {}  # by instruction, with the weights they were computed with
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._dtype or self.model.norm.weight.dtype
+        return self.model.compute_dtype or self.model.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
@@ -170,100 +165,10 @@ class GemmaTextEncoder(nn.Module):
         return [(WeakIdRef(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.model.parameters()]
 
     def _run(self, ids: list[list[int]], past: KeysValues = (), length: int = 0) -> tuple[Tensor, KeysValues]:
-        """Hidden states (B, L, C) of token ids, padded on the right to the longest or to `length`, and all keys and values.
+        """Run token ids, padded on the right to the longest or to `length`, after those of `past`, whose batch is 1.
 
-        past: keys and values of the tokens before them, of batch 1. Padding is never attended to.
+        Returns hidden states (B, L, C), and all keys and values.
         """
-        from transformers import DynamicCache
-
-        offset = past[0][0].shape[2] if past else 0
         length = max([length, *map(len, ids)])
         tokens = torch.tensor([row + [PAD] * (length - len(row)) for row in ids], device=self.device)
-        positions = torch.arange(offset, offset + length, device=self.device)
-        ends = torch.tensor([offset + len(row) for row in ids], device=self.device)
-        keys = torch.arange(offset + length, device=self.device)
-        seen = (keys <= positions[:, None]) & (keys < ends[:, None, None])  # (B, queries, keys)
-        mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
-        mask.masked_fill_(~seen, torch.finfo(self.dtype).min)
-
-        cache = DynamicCache()
-        for layer, (k, v) in enumerate(past):
-            cache.update(k.expand(len(ids), -1, -1, -1), v.expand(len(ids), -1, -1, -1), layer)
-        out = self.model(
-            input_ids=tokens,
-            attention_mask=mask[:, None],
-            position_ids=positions[None],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return out.last_hidden_state, _keys_values(cache)
-
-
-def _keys_values(cache: object) -> KeysValues:
-    """Keys and values of a transformers cache, before and since its layers became objects (4.54)."""
-    if hasattr(cache, "layers"):
-        return [(layer.keys, layer.values) for layer in cache.layers]
-    return list(zip(cache.key_cache, cache.value_cache, strict=True))
-
-
-def build_gemma(
-    config: dict[str, object],
-    *,
-    operations: type | ModuleType = nn,
-    dtype: torch.dtype | None = None,
-    compute_dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> nn.Module:
-    """transformers' `Gemma2Model` without weights, of a Hugging Face `config.json`, ready for `load_state_dict(assign=True)`.
-
-    Parameters are on meta. What is no parameter, the rotary frequencies and the scale of the embedding, is on `device`.
-    compute_dtype: of the activations, for operations that cast their weights; None: the dtype of the weights.
-    """
-    from transformers import Gemma2Config, Gemma2Model
-
-    known = {key: value for key, value in config.items() if key not in ("architectures", "torch_dtype", "dtype")}
-    settings = Gemma2Config(**{**known, "attn_implementation": "eager"})
-    with torch.device("meta"):
-        model = Gemma2Model(settings)
-    with torch.device(device or "cpu"):
-        model.rotary_emb = type(model.rotary_emb)(settings)
-        if hasattr(model.embed_tokens, "embed_scale"):
-            model.embed_tokens.embed_scale = torch.tensor(settings.hidden_size**0.5)
-    if operations is not nn:
-        swap_layers(model, operations, dtype, compute_dtype)
-    return model.eval()
-
-
-class FollowingNorm(nn.Module):
-    """The RMS norm of Gemma-2, which multiplies by one more than its weight, wherever that is."""
-
-    def __init__(self, weight: nn.Parameter, eps: float) -> None:
-        super().__init__()
-        self.weight = weight
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., C). Computed in float32."""
-        exact = x.float()
-        exact = exact * torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (exact * (1.0 + self.weight.to(x.device, torch.float32))).to(x.dtype)
-
-
-def swap_layers(
-    model: nn.Module, operations: type | ModuleType, dtype: torch.dtype | None, compute_dtype: torch.dtype | None
-) -> None:
-    """Replace every Linear, the embedding and the norms of a Gemma-2 on meta by layers whose weights a host may leave elsewhere."""
-    norm = type(model.norm)
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if type(layer) is nn.Linear:
-                sizes = (layer.in_features, layer.out_features, layer.bias is not None)
-                setattr(parent, name, operations.Linear(*sizes, dtype=dtype, device="meta"))
-            elif type(layer) is norm:
-                setattr(parent, name, FollowingNorm(layer.weight, layer.eps))
-    table = model.embed_tokens
-    embedding = operations.Embedding(table.num_embeddings, table.embedding_dim, dtype=dtype, device="meta")
-    # Newer transformers scale in the embedding, older ones in the model.
-    scale = float(table.embed_scale) if hasattr(table, "embed_scale") else 1.0
-    embedding.register_forward_hook(lambda module, arguments, out: out.to(compute_dtype or out.dtype) * scale)
-    model.embed_tokens = embedding
+        return self.model(tokens, torch.tensor([len(row) for row in ids], device=self.device), past)

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ...sana.checkpoint import check_tensors
+from ...sana.config import GemmaConfig
 from ...sana.files import TensorFile, read_tensors
+from ...sana.gemma import Gemma2
 from ...sana.text_checkpoint import find_tokenizer, gemma_config, gemma_tensors, stored_companions
-from ...sana.text_encoder import GemmaTextEncoder, Tokenizer, build_gemma
+from ...sana.text_encoder import GemmaTextEncoder, Tokenizer
 
 NAME = "gemma2_2b"  # of the token list, and of the encoder in LoRA and checkpoint files, as in the host
 INSTRUCTION = "instruction"  # entry of the tokens
@@ -29,7 +31,7 @@ Tokens = Mapping[str, object]
 class SanaTokenizer:
     """The host's view of a tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer, config: dict[str, object]) -> None:
+    def __init__(self, tokenizer: Tokenizer, config: GemmaConfig) -> None:
         self.tokenizer = tokenizer
         self.config = config
 
@@ -87,7 +89,6 @@ class SanaTextModel(nn.Module):
 
     def encode_token_weights(self, tokens: Tokens) -> tuple[Tensor, None, dict[str, Tensor]]:
         """Text (1, 300, C) and its mask (1, 300), on the host's intermediate device."""
-        self.encoder.model.rotary_emb.to(self.encoder.device)  # has no weights, so the host leaves it where it is
         ids = [[token for token, _ in row] for row in tokens[NAME]]
         text, text_mask = self.encoder.encode(ids, tokens[INSTRUCTION])
         place = management.intermediate_device()
@@ -114,15 +115,15 @@ def make_clip(file: TensorFile, dtype: torch.dtype | None = None) -> comfy.sd.CL
     name = file.path.name
     quantised = {key.removesuffix(".comfy_quant") for key in tensors if key.endswith(".comfy_quant")}
     if not quantised:
-        check_tensors(build_gemma(config).state_dict(), tensors, name)
+        check_tensors(Gemma2(config, device="meta").state_dict(), tensors, name)
         tensors = {key: tensor.to(dtype) if dtype else tensor for key, tensor in tensors.items()}
     stored = tensors["layers.0.mlp.up_proj.weight"].dtype
     compute = compute_dtype(tensors["norm.weight"].dtype)
     operations = comfy.ops.mixed_precision_ops({"mixed_ops": True}, compute) if quantised else comfy.ops.manual_cast
 
     def build(dtype: torch.dtype, device: torch.device, model_options: Mapping[str, object]) -> SanaTextModel:
-        model = build_gemma(config, operations=operations, dtype=stored, compute_dtype=compute)
-        return SanaTextModel(HostGemma(model.requires_grad_(False), tokenizer, compute), stored)
+        model = Gemma2(config, operations=operations, dtype=stored, compute_dtype=compute, device="meta")
+        return SanaTextModel(HostGemma(model.eval().requires_grad_(False), tokenizer), stored)
 
     def wrap(embedding_directory: str | None, tokenizer_data: Mapping[str, object]) -> SanaTokenizer:
         return SanaTokenizer(tokenizer, config)

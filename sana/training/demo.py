@@ -15,12 +15,13 @@ from PIL import Image
 
 from ..autoencoder import DCAutoencoder
 from ..checkpoint import load_autoencoder, load_transformer
-from ..config import DOWNSAMPLE, AutoencoderConfig, StageConfig, TransformerConfig
+from ..config import DOWNSAMPLE, AutoencoderConfig, GemmaConfig, StageConfig, TransformerConfig
 from ..detection import TransformerIdentity
+from ..gemma import Gemma2
 from ..pipeline import SanaPipeline
 from ..prompt import INSTRUCTION
 from ..text_checkpoint import load_text_encoder
-from ..text_encoder import BOS, PAD, GemmaTextEncoder, JsonTokenizer, build_gemma
+from ..text_encoder import GemmaTextEncoder, JsonTokenizer
 from ..transformer import SanaTransformer
 from .autoencoder import ReconstructionObjective, initialise, reconstruction_sheet, scene_crops, whole_scenes
 from .export import write_pipeline
@@ -49,21 +50,16 @@ TRANSFORMER = TransformerConfig(
     qk_norm=True,
     position_base=SIDE // DOWNSAMPLE,
 )
-GEMMA: dict[str, object] = {
-    "model_type": "gemma2",
-    "vocab_size": 768,
-    "hidden_size": 192,
-    "intermediate_size": 576,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "head_dim": 64,
-    "query_pre_attn_scalar": 64,
-    "max_position_embeddings": 1024,
-    "pad_token_id": PAD,
-    "eos_token_id": 1,
-    "bos_token_id": BOS,
-}
+GEMMA = GemmaConfig(
+    vocab_size=768,
+    hidden_size=192,
+    intermediate_size=576,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    num_key_value_heads=1,
+    head_dim=64,
+    query_pre_attn_scalar=64,
+)
 
 
 @dataclass(frozen=True)
@@ -136,7 +132,6 @@ def train_demo(folder: Path, config: DemoConfig, start: Path | None = None) -> P
         objective.transformer,
         autoencoder,
         objective.text_encoder,
-        gemma_config=GEMMA,
         tokenizer=tokenizer,
         base_size=SIDE,
         flow_shift=FLOW_SHIFT,
@@ -147,7 +142,7 @@ def train_demo(folder: Path, config: DemoConfig, start: Path | None = None) -> P
 def make_tokenizer(path: Path) -> Path:
     """A tokenizer that has seen the instruction and captions of training scenes."""
     if not path.exists():
-        train_tokenizer(_texts(), int(GEMMA["vocab_size"]), path)
+        train_tokenizer(_texts(), GEMMA.vocab_size, path)
     return path
 
 
@@ -193,7 +188,7 @@ def new_transformer() -> SanaTransformer:
 
 def new_text_encoder(tokenizer: Path) -> GemmaTextEncoder:
     """A Gemma-2 of the demo's size with random weights; norms add one to theirs, so zeros are the identity."""
-    model = build_gemma(GEMMA)
+    model = Gemma2(GEMMA, device="meta")
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, parameter in model.named_parameters():

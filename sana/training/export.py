@@ -10,6 +10,7 @@ from torch import Tensor
 from ..autoencoder import DCAutoencoder
 from ..config import DOWNSAMPLE, HEAD_WIDTH, AutoencoderConfig, StageConfig, TransformerConfig
 from ..key_map import with_convolutions
+from ..text_checkpoint import gemma_json
 from ..text_encoder import GemmaTextEncoder
 from ..transformer import SanaTransformer
 
@@ -22,7 +23,6 @@ def write_pipeline(
     autoencoder: DCAutoencoder,
     text_encoder: GemmaTextEncoder,
     *,
-    gemma_config: dict[str, object],
     tokenizer: Path,
     base_size: int,
     flow_shift: float,
@@ -31,8 +31,8 @@ def write_pipeline(
     write_transformer(folder / "transformer", transformer, base_size, torch.float16)
     vae = {"_class_name": "AutoencoderDC", **autoencoder_json(autoencoder.config)}
     _write(folder / "vae", WEIGHTS, autoencoder.state_dict(), vae, torch.float16)
-    gemma = {"architectures": ["Gemma2Model"], **gemma_config}
-    _write(folder / "text_encoder", "model.safetensors", text_encoder.model.state_dict(), gemma, torch.float32)
+    gemma = text_encoder.model
+    _write(folder / "text_encoder", "model.safetensors", gemma.state_dict(), gemma_json(gemma.config), torch.float32)
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(flow_shift))
     _write_json(folder / "tokenizer" / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     (folder / "tokenizer" / "tokenizer.json").write_bytes(tokenizer.read_bytes())

@@ -30,7 +30,7 @@ def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (cases, networks):
         monkeypatch.setattr(module, "VARIANTS", variants)
     monkeypatch.setattr(networks, "AUTOENCODERS", {cases.AUTOENCODER: tiny_autoencoder_config(cases.AUTOENCODER)})
-    monkeypatch.setattr(networks, "GEMMA_2_2B", {**GEMMA, "vocab_size": 256_000})
+    monkeypatch.setattr(networks, "GEMMA_2_2B", replace(GEMMA, vocab_size=256_000))
     monkeypatch.setattr(memory, "SIDES", (64, 128))
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sana.config import VARIANTS, TransformerConfig
+from sana.text_checkpoint import gemma_json
 from tests.host.server import Server
 from tests.sana import dialects, models, networks
 
@@ -32,7 +33,10 @@ def official_transformer(variant: str) -> Tensors:
 
 def text_encoder() -> Tensors:
     """As in a `gemma_2_2b_it_elm_*.safetensors`, with its tokenizer. Being small, it says its sizes, too."""
-    companions = {"spiece_model": models.tokenizer_model(), "gemma_config": json.dumps(models.GEMMA).encode()}
+    companions = {
+        "spiece_model": models.tokenizer_model(),
+        "gemma_config": json.dumps(gemma_json(models.GEMMA)).encode(),
+    }
     weights = {f"model.{name}": tensor for name, tensor in models.gemma().state_dict().items()}
     return {
         **weights,

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer, PreTrainedTokenizerFast
 
 from sana.autoencoder import DCAutoencoder
-from sana.config import TransformerConfig
+from sana.config import GemmaConfig, TransformerConfig
+from sana.gemma import Gemma2
 from sana.prompt import INSTRUCTION
+from sana.text_checkpoint import gemma_json
 from sana.text_encoder import BOS, GemmaTextEncoder, JsonTokenizer
 from sana.training.export import write_pipeline
 from sana.training.tokenizer import train_tokenizer
@@ -30,19 +32,17 @@ PROMPTS = (
     "🐱👩‍🚀 a cat with an astronaut",
     "ein Mädchen, 夕阳, sunset 🌅, déjà vu",
 )
-GEMMA = {
-    "model_type": "gemma2",
-    "vocab_size": 600,
-    "hidden_size": TEXT_WIDTH,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "query_pre_attn_scalar": 16,
-    "attn_logit_softcapping": 10.0,
-    "sliding_window": 4096,
-}
+GEMMA = GemmaConfig(
+    vocab_size=600,
+    hidden_size=TEXT_WIDTH,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    query_pre_attn_scalar=16,
+    attn_logit_softcapping=10.0,
+)
 TRANSFORMER = replace(tiny_config("sana-0.6b-1024px"), text_width=TEXT_WIDTH)
 SPRINT = replace(tiny_config("sana-sprint-0.6b-1024px"), text_width=TEXT_WIDTH)
 
@@ -50,12 +50,19 @@ SPRINT = replace(tiny_config("sana-sprint-0.6b-1024px"), text_width=TEXT_WIDTH)
 def gemma(**changes: object) -> Gemma2Model:
     """transformers' own network, with attention logits so large that soft-capping matters."""
     torch.manual_seed(0)
-    model = Gemma2Model(Gemma2Config(**{**GEMMA, **changes}, attn_implementation="eager"))
+    model = Gemma2Model(Gemma2Config(**{**gemma_json(GEMMA), **changes}, attn_implementation="eager"))
     for name, parameter in model.named_parameters():
         gain = 2.0 if "q_proj" in name or "k_proj" in name else 1.0
         # Gemma's norms multiply by 1 + weight
         nn.init.normal_(parameter, std=0.1 if parameter.ndim == 1 else gain / parameter.shape[1] ** 0.5)
     return model.eval().requires_grad_(False)
+
+
+def text_encoder() -> GemmaTextEncoder:
+    """Ours, with the weights of `gemma`."""
+    model = Gemma2(GEMMA, device="meta")
+    model.load_state_dict(gemma().state_dict(), assign=True)
+    return GemmaTextEncoder(model.eval().requires_grad_(False), JsonTokenizer(tokenizer_json()))
 
 
 def transformer(config: TransformerConfig = TRANSFORMER) -> SanaTransformer:
@@ -76,8 +83,7 @@ def write_model(folder: Path, config: TransformerConfig = TRANSFORMER) -> Path:
         folder,
         transformer(config),
         autoencoder(),
-        GemmaTextEncoder(gemma(), JsonTokenizer(tokenizer_json())),
-        gemma_config=GEMMA,
+        text_encoder(),
         tokenizer=tokenizer,
         base_size=64,
         flow_shift=2.0,
@@ -90,7 +96,7 @@ def tokenizer_json() -> bytes:
     """A `tokenizer.json` of the tokenizers library."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "tokenizer.json")
-        train_tokenizer(_corpus(), GEMMA["vocab_size"], path)
+        train_tokenizer(_corpus(), GEMMA.vocab_size, path)
         return path.read_bytes()
 
 
@@ -102,7 +108,7 @@ def tokenizer_model() -> bytes:
         sentence_iterator=iter(_corpus()),
         model_writer=model,
         model_type="bpe",
-        vocab_size=GEMMA["vocab_size"],
+        vocab_size=GEMMA.vocab_size,
         byte_fallback=True,
         normalization_rule_name="identity",
         add_dummy_prefix=False,

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
+from sana.config import GemmaConfig
 from sana.files import CheckpointError, TensorFile
-from sana.text_checkpoint import GEMMA_2_2B_WIDTH, TOKENIZERS, gemma_config, load_text_encoder, stored_companions
+from sana.text_checkpoint import TOKENIZERS, gemma_config, gemma_json, load_text_encoder, stored_companions
 from sana.text_encoder import JsonTokenizer, SentencePieceTokenizer, Tokenizer
 from tests.sana.models import GEMMA, PROMPTS, gemma, tokenizer_json, tokenizer_model
 
@@ -40,7 +41,7 @@ def write_folder(folder: Path, tensors: Tensors, *, tokenizer: bool = True, conf
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
     if config:
-        (folder / "config.json").write_text(json.dumps(GEMMA))
+        (folder / "config.json").write_text(json.dumps(gemma_json(GEMMA)))
     if tokenizer:
         (folder / "tokenizer.json").write_bytes(tokenizer_json())
     return folder
@@ -90,7 +91,7 @@ def test_single_file_with_embedded_tokenizer(
     encoder = load_text_encoder(path)
     assert isinstance(encoder.tokenizer, kind)
     assert encoder.tokenizer.source == source
-    states = encoder.model(torch.tensor([token_ids()])).last_hidden_state
+    states, _ = encoder.model(torch.tensor([token_ids()]))
     torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
 
 
@@ -102,7 +103,7 @@ def test_the_file_of_a_host_with_a_sentencepiece_tensor_and_a_configuration_besi
     folder = write_folder(tmp_path, {**tensors, "spiece_model": spiece}, tokenizer=False)
     encoder = load_text_encoder(folder / "model.safetensors")
     assert encoder.tokenizer.backend.serialized_model_proto() == tokenizer_model()
-    states = encoder.model(torch.tensor([token_ids()])).last_hidden_state
+    states, _ = encoder.model(torch.tensor([token_ids()]))
     torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
 
 
@@ -141,7 +142,7 @@ def test_layers_can_come_from_another_namespace(tmp_path: Path, tensors: Tensors
             pass
 
     model = load_text_encoder(write_folder(tmp_path, tensors), operations=Operations).model
-    states = model(torch.tensor([token_ids()])).last_hidden_state
+    states, _ = model(torch.tensor([token_ids()]))
     torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
     assert not [layer for layer in model.modules() if type(layer) is torch.nn.Linear]
     assert type(model.embed_tokens) is Operations.Embedding
@@ -149,7 +150,7 @@ def test_layers_can_come_from_another_namespace(tmp_path: Path, tensors: Tensors
 
 def test_width_of_gemma_2_2b_needs_no_configuration() -> None:
     file = TensorFile(Path("gemma.safetensors"), {})
-    assert gemma_config({"norm.weight": torch.empty(GEMMA_2_2B_WIDTH)}, file) == {}
+    assert gemma_config({"norm.weight": torch.empty(2304)}, file) == GemmaConfig()
 
 
 def without_layer(tensors: Tensors) -> Tensors:

@@ -56,10 +56,10 @@ def runs(model: nn.Module) -> Iterator[list[int]]:
     """Collects how many tokens each run of the network computes."""
     lengths: list[int] = []
 
-    def record(module: nn.Module, arguments: tuple[()], options: dict[str, Tensor]) -> None:
-        lengths.append(options["input_ids"].shape[1])
+    def record(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        lengths.append(arguments[0].shape[1])
 
-    handle = model.register_forward_pre_hook(record, with_kwargs=True)
+    handle = model.register_forward_pre_hook(record)
     yield lengths
     handle.remove()
 
