@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "sana" / "demo")]
 
 import downloads  # noqa: E402
 import environment  # noqa: E402
-from host.hosts import HOSTS  # noqa: E402
+from host.hosts import HOSTS, NEWEST  # noqa: E402
 
 IN_PROCESS = "tests/host/inprocess"
 NO_TESTS = 5  # the exit code of pytest that found none
@@ -68,6 +68,8 @@ def list_stages(arguments: list[str]) -> list[Stage]:
     if inside or not paths:
         command = ["-m", "pytest", *options, *(inside or [IN_PROCESS])]
         stages += [Stage(f"tests inside ComfyUI {version}", command, {"SANA_TEST_HOST": version}) for version in HOSTS]
+        second = {"SANA_TEST_HOST": NEWEST, "SANA_TEST_DEVICE": "second"}
+        stages.append(Stage(f"tests inside ComfyUI {NEWEST} on a second device", command, second))
     return stages
 
 

@@ -121,7 +121,7 @@ class SanaVAE(comfy.sd.VAE):
             while len(parts) < len(x):
                 part = x[len(parts) : len(parts) + 1].to(self.device, self.vae_dtype)
                 try:
-                    out = run(part, bound)
+                    out = run(part, bound).to(self.output_device, self.vae_output_dtype())
                 except management.OOM_EXCEPTION:
                     less = smaller_bound(network, x.shape, self.vae_dtype, bound)
                     if management.is_device_cpu(self.device) or less is None:
@@ -130,7 +130,7 @@ class SanaVAE(comfy.sd.VAE):
                     log.warning("Out of memory in the autoencoder; going on within %.1f GiB.", bound / GIB)
                     management.soft_empty_cache()
                     continue
-                parts.append(out.to(self.output_device, self.vae_output_dtype()))
+                parts.append(out)
         return torch.cat(parts)
 
     def _free_bound(self, network: Encoder | Decoder, shape: torch.Size) -> int | None:

@@ -17,7 +17,9 @@ from types import ModuleType
 from tests.host.base_directory import PACK, make_base_directory
 from tests.host.hosts import host_folder
 
-FLAGS = ["--cpu", "--disable-api-nodes", "--database-url", "sqlite:///:memory:"]
+FLAGS = ["--disable-api-nodes", "--database-url", "sqlite:///:memory:"]
+ON_CPU = ["--cpu"]
+ON_SECOND_DEVICE = ["--fp32-unet", "--fp32-vae", "--fp32-text-enc"]  # where results are compared with those of a CPU
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,11 @@ class Host:
         return importlib.import_module(f"{_module_name(self.base)}.{name}")
 
 
-def boot(version: str, base: Path) -> Host:
+def boot(version: str, base: Path, *flags: str) -> Host:
     """Starts ComfyUI `version` with `base` as its base directory and loads all nodes, as main.py does."""
     make_base_directory(base)
     sys.path.insert(0, str(host_folder(version)))
-    with _arguments([*FLAGS, "--base-directory", str(base)]):
+    with _arguments([*FLAGS, *flags, "--base-directory", str(base)]):
         importlib.import_module("comfy.options").enable_args_parsing()
         importlib.import_module("comfy.cli_args")
     log = io.StringIO()

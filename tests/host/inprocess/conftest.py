@@ -1,4 +1,7 @@
-"""Boots the host that SANA_TEST_HOST names before any module here is imported: they can `import comfy` at the top."""
+"""Boots the host that SANA_TEST_HOST names before any module here is imported: they can `import comfy` at the top.
+
+With SANA_TEST_DEVICE=second the host computes on a stand-in for a GPU, and the tests marked `cpu` are left out.
+"""
 
 import os
 import tempfile
@@ -8,16 +11,32 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.host.boot import Host, boot
+from tests.host import second_device
+from tests.host.boot import ON_CPU, ON_SECOND_DEVICE, Host, boot
 from tests.host.hosts import HOSTS
 
 VERSION = os.environ.get("SANA_TEST_HOST", "")
 if VERSION not in HOSTS:
     raise pytest.UsageError(f"set SANA_TEST_HOST to one of {', '.join(HOSTS)} to run tests inside that version")
+SECOND = os.environ.get("SANA_TEST_DEVICE") == "second"
 FOLDER = tempfile.TemporaryDirectory(prefix="sana-host-")
-HOST = boot(VERSION, Path(FOLDER.name))
+if SECOND:
+    second_device.install()
+HOST = boot(VERSION, Path(FOLDER.name), *(ON_SECOND_DEVICE if SECOND else ON_CPU))
+
+if SECOND:  # exact, to be compared
+    import comfy.model_management as management
+
+    management.LORA_COMPUTE_DTYPES[management.get_torch_device()] = torch.float32
 
 from tests.host.inprocess.small import Small, load_small  # noqa: E402 - it imports the host
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    elsewhere = "cpu" if SECOND else "second_device"
+    left_out = [item for item in items if item.get_closest_marker(elsewhere)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")

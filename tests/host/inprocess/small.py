@@ -124,7 +124,7 @@ def condition(conditioning: Conditioning, batch_size: int = 1) -> Condition:
 def difference(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference at any place; infinite if a number is not finite."""
     assert ours.shape == theirs.shape
-    found = (ours.float() - theirs.float()).abs().max()
+    found = (ours.cpu().float() - theirs.cpu().float()).abs().max()
     return float(found) if bool(found.isfinite()) else float("inf")
 
 

@@ -175,6 +175,7 @@ def test_lora_of_the_text_encoder(small: Small) -> None:
     assert torch.equal(small.encode("a red circle")[0][0], before)
 
 
+@pytest.mark.cpu
 def test_lora_that_the_host_trains_loads_again(small: Small) -> None:
     (lora, losses, steps) = train(small)
     assert steps == 2 and len(losses["loss"]) == 2 and all(torch.tensor(losses["loss"]).isfinite())

@@ -52,7 +52,7 @@ def layer_dtypes(model: ModelPatcher) -> set[torch.dtype]:
 def same_bits(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(
         ours[name].dtype == theirs[name].dtype
-        and torch.equal(ours[name].view(torch.uint8), theirs[name].view(torch.uint8))
+        and torch.equal(ours[name].cpu().view(torch.uint8), theirs[name].cpu().view(torch.uint8))
         for name in ours
     )
 
