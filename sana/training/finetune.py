@@ -63,8 +63,9 @@ def finetune(
         TrainingConfig(config.steps, config.learning_rate, warmup=min(100, config.steps // 10), cooldown=0.1),
         folder,
     )
-    dtype = getattr(torch, identity.dtype)
-    write_transformer(folder / "transformer", objective.transformer, identity.base_size, dtype)
+    if PartialState().is_main_process:
+        dtype = getattr(torch, identity.dtype)
+        write_transformer(folder / "transformer", objective.transformer, identity.base_size, dtype)
     return folder / "transformer"
 
 

@@ -4,6 +4,7 @@ A step depends on nothing but the weights, the optimiser and the step number, wh
 run that was killed and resumed ends with the same weights as one that was not.
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
+
+log = logging.getLogger(__name__)
 
 Batches = Callable[[int, int], object]  # (step, process) -> what the objective's `forward` takes
 Sheet = Callable[[nn.Module], Image.Image]  # objective with averaged weights -> pictures to look at
@@ -52,7 +55,8 @@ def train(
 ) -> nn.Module:
     """Minimise `objective(batch)`, a scalar, and return the objective with averaged weights.
 
-    matrices: two-dimensional weights for Muon to update (see `optimizers`). folder: receives `state.pt` (resumed from if it is there), `log.csv` (step, loss, images per second) and sheets as PNG.
+    matrices: two-dimensional weights for Muon to update (see `optimizers`). folder: receives `state.pt` (resumed from if it
+    is there), `log.csv` (step, loss, images per second) and sheets as PNG. A finished run is not repeated, and the log says so.
     A batch needs a length, the number of its images.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,6 +66,8 @@ def train(
     wrapped, *updates = accelerator.prepare(objective, *optimizers(objective, config, matrices))
     state = TrainingState(folder / "state.pt", accelerator.unwrap_model(wrapped), average, updates)
     first = state.resume()
+    if first >= config.steps and accelerator.is_main_process:
+        log.warning("%s has all of its %d steps behind it; nothing is trained.", folder, first)
 
     for step, meter in _progress(first, config.steps, accelerator.is_main_process):
         for group in (group for update in updates for group in update.param_groups):
@@ -159,8 +165,8 @@ class Meter:
 
     def write(self, path: Path, step: int) -> None:
         """Append the means since the last call."""
-        with path.open("a") as log:
-            log.write(f"{step},{self.mean_loss():.6f},{self.speed():.2f}\n")
+        with path.open("a") as rows:
+            rows.write(f"{step},{self.mean_loss():.6f},{self.speed():.2f}\n")
         self.losses, self.images, self.since = [], 0, time.monotonic()
 
 

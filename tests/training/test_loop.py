@@ -46,14 +46,16 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_finished_run_is_not_repeated(tmp_path: Path) -> None:
+def test_finished_run_is_not_repeated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     expected = run(tmp_path)
+    assert not caplog.messages
 
     def none_left(step: int, process: int) -> Tensor:
         raise AssertionError("a finished run asked for a batch")
 
     found = run(tmp_path, source=none_left)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert caplog.messages == [f"{tmp_path} has all of its {CONFIG.steps} steps behind it; nothing is trained."]
 
 
 def test_loss_falls_and_is_logged(tmp_path: Path) -> None:
