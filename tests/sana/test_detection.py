@@ -1,0 +1,175 @@
+"""What a file holds, from its tensors, and what they cannot tell, from what stands beside them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sana.config import AUTOENCODERS, VARIANTS
+from sana.detection import (
+    TransformerIdentity,
+    detect_autoencoder,
+    header_tensor,
+    identify_transformer,
+    transformer_header,
+)
+from sana.files import CheckpointError, TensorFile
+from sana.key_map import HEADER_TENSOR
+from sana.transformer import SanaTransformer
+from tests.sana.networks import tiny_config
+from tests.sana.released import released
+
+Tensors = dict[str, Tensor]
+HEADS = {"num_cross_attention_heads": 2}  # what a config.json beside so small a network has to say
+FILE = Path("model.safetensors")
+
+
+def identity_of(
+    name: str, dialect: str = "official", dtype: torch.dtype = torch.float32, **companions: dict
+) -> TransformerIdentity:
+    tensors = released("transformers", dialect, name).tensors
+    return identify_transformer(
+        TensorFile(FILE, {key: tensor.to(dtype) for key, tensor in tensors.items()}, **companions)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "variant", "released_dtype"),
+    [
+        ("Sana_1600M_1024px", torch.float32, "sana-1.6b-1024px", "bfloat16"),
+        ("Sana_1600M_1024px", torch.bfloat16, "sana-1.6b-1024px", "bfloat16"),
+        ("Sana_1600M_1024px", torch.float16, "sana-1.6b-1024px-fp16", "float16"),
+        ("Sana_600M_1024px", torch.float32, "sana-0.6b-1024px", "float16"),
+        ("Sana_600M_1024px", torch.bfloat16, "sana-0.6b-1024px", "bfloat16"),
+        ("Sprint_1.6B", torch.float16, "sana-sprint-1.6b-1024px", "float16"),
+    ],
+)
+def test_the_dtype_is_that_of_the_file_if_it_has_16_bits(
+    name: str, dtype: torch.dtype, variant: str, released_dtype: str
+) -> None:
+    identity = identity_of(name, dtype=dtype)
+    assert (identity.variant, identity.dtype) == (variant, released_dtype)
+
+
+def test_without_anything_beside_them_tensors_are_those_of_the_first_row() -> None:
+    for name, variant in (("Sana_1600M_4Kpx", "sana-1.6b-1024px"), ("Sana_600M_512px", "sana-0.6b-1024px")):
+        tensors = released("transformers", "official", name).tensors
+        del tensors["pos_embed"]
+        identity = identify_transformer(TensorFile(FILE, tensors))
+        assert identity.variant == variant
+        assert identity.origin == "the table, since the file does not say"
+
+
+def test_a_given_variant_must_have_the_network_of_the_file() -> None:
+    tensors = released("transformers", "official", "Sana_1600M_4Kpx").tensors
+    del tensors["pos_embed"]
+    row = VARIANTS["sana-1.6b-4096px"]
+    given = identify_transformer(TensorFile(FILE, tensors), "sana-1.6b-4096px")
+    assert (given.config, given.base_size, given.flow_shift) == (row.transformer, row.base_size, row.flow_shift)
+    assert given.origin == "the given variant"
+    for variant in ("sana-0.6b-1024px", "sana-1.5-1.6b-1024px", "sana-1.5-4.8b-1024px", "sana-sprint-1.6b-1024px"):
+        with pytest.raises(
+            CheckpointError, match=f"^.* has 20 blocks of width 2240 and is no {variant}; give the variant"
+        ):
+            identify_transformer(TensorFile(FILE, tensors), variant)
+
+
+@pytest.mark.parametrize(
+    ("sample_size", "interpolation", "variant", "base_size"),
+    [
+        (16, None, "sana-1.6b-512px", 512),
+        (32, None, "sana-1.6b-1024px", 1024),
+        (64, 1.0, "sana-1.6b-2048px", 2048),
+        (128, 2.0, "sana-1.6b-4096px", 4096),
+        (24, None, "custom", 768),
+    ],
+)
+def test_a_sibling_configuration_tells_the_size(
+    sample_size: int, interpolation: float | None, variant: str, base_size: int
+) -> None:
+    config = {"sample_size": sample_size, "interpolation_scale": interpolation}
+    identity = identity_of("Sana_1600M_1024px", "diffusers", config=config)
+    assert (identity.variant, identity.base_size, identity.origin) == (variant, base_size, "config.json")
+
+
+@pytest.mark.parametrize("key", ["flow_shift", "shift"])
+@pytest.mark.parametrize(
+    ("variant", "stored", "flow_shift"),
+    [
+        ("sana-0.6b-1024px", 3.0, 4.0),  # what converters wrote everywhere; it was trained with the table's
+        ("sana-0.6b-1024px", 2.5, 2.5),
+        ("sana-1.6b-4096px", 6.0, 6.0),
+        ("sana-sprint-0.6b-1024px", 3.0, None),
+    ],
+)
+def test_the_scheduler_of_a_pipeline_tells_the_flow_shift(
+    tmp_path: Path, key: str, variant: str, stored: float, flow_shift: float | None
+) -> None:
+    scheduler = tmp_path / "scheduler" / "scheduler_config.json"
+    scheduler.parent.mkdir()
+    scheduler.write_text(json.dumps({key: stored}))
+    row = VARIANTS[variant]
+    network = SanaTransformer(row.transformer, device="meta")
+    config = {
+        "sample_size": row.base_size // 32,
+        "interpolation_scale": row.transformer.position_interpolation if row.transformer.position_base else None,
+    }
+    (tmp_path / "transformer").mkdir()
+    for path in (tmp_path / "transformer", tmp_path / "transformer" / "model.safetensors"):
+        identity = identify_transformer(TensorFile(path, dict(network.state_dict()), config=config))
+        assert (identity.variant, identity.flow_shift) == (variant, flow_shift)
+
+
+def test_a_network_that_was_never_released_is_custom(diffusers: Tensors) -> None:
+    identity = identify_transformer(TensorFile(FILE, diffusers, config=HEADS))
+    assert identity.config == tiny_config("sana-0.6b-1024px")
+    assert (identity.variant, identity.base_size, identity.flow_shift) == ("custom", 1024, 3.0)
+    assert identity.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("where", ["header", "tensor", "prefixed tensor"])
+@pytest.mark.parametrize("variant", ["sana-1.6b-4096px", "sana-sprint-1.6b-1024px", "custom"])
+def test_a_header_tells_everything(diffusers: Tensors, where: str, variant: str) -> None:
+    row = VARIANTS.get(variant)
+    config = row.transformer if row else tiny_config("sana-0.6b-1024px")
+    identity = TransformerIdentity(config, variant, 2048, row and row.flow_shift, "float16", "its header")
+    tensors, metadata = dict(diffusers), {}
+    if where == "header":
+        metadata = transformer_header(identity)
+    else:
+        prefix = "model.diffusion_model." if where == "prefixed tensor" else ""
+        tensors = {
+            prefix + name: tensor for name, tensor in {**tensors, HEADER_TENSOR: header_tensor(identity)}.items()
+        }
+    assert identify_transformer(TensorFile(FILE, tensors, metadata)) == identity
+
+
+def test_an_unknown_variant_is_refused_with_the_known_ones(diffusers: Tensors) -> None:
+    with pytest.raises(
+        ValueError, match="^variant 'sana-9b' is unknown; use one of sana-0.6b-1024px, sana-0.6b-512px, "
+    ):
+        identify_transformer(TensorFile(FILE, diffusers, config=HEADS), "sana-9b")
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"), [({}, 0.41407), ({"scaling_factor": 0.5}, 0.5), ({"_class_name": "AutoencoderDC"}, 0.41407)]
+)
+def test_latent_scale_of_an_autoencoder(config: dict[str, object], scale: float) -> None:
+    tensors = released("autoencoders", "diffusers", "dc-ae-f32c32-sana-1.1").tensors
+    assert detect_autoencoder(tensors, TensorFile(FILE, tensors, config=config)).latent_scale == scale
+
+
+def test_latent_scale_of_the_first_autoencoder_of_equal_structure() -> None:
+    tensors = released("autoencoders", "diffusers", "dc-ae-f32c32-mix-1.0").tensors
+    found = detect_autoencoder(tensors, TensorFile(FILE, tensors))
+    assert found == AUTOENCODERS["dc-ae-f32c32-in-1.0"]
+
+
+def test_heads_of_an_unknown_width_need_a_configuration(diffusers: Tensors) -> None:
+    message = (
+        "model.safetensors has width 96, whose number of cross-attention heads is unknown; put the model's config.json"
+    )
+    with pytest.raises(CheckpointError, match=f"^{message} beside the file$"):
+        identify_transformer(TensorFile(FILE, diffusers))
