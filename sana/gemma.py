@@ -51,7 +51,7 @@ class Gemma2(nn.Module):
         """
         offset = past[0][0].shape[2] if past else 0
         keys = torch.arange(offset + tokens.shape[1], device=tokens.device)
-        ends = keys.new_tensor(len(keys)) if lengths is None else offset + lengths[:, None, None]
+        ends = len(keys) if lengths is None else offset + lengths[:, None, None]
         distance = keys[offset:, None] - keys
         seen = (distance >= 0) & (keys < ends)  # (queries, keys), or with lengths (B, queries, keys)
         near = seen & (distance < self.config.sliding_window)
