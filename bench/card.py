@@ -1,0 +1,109 @@
+"""A picture on a small card: .venv/tests/bin/python -m bench.card, after python3 tests. Writes results/card-SIDE.json.
+
+The real ComfyUI with its offloading, our nodes, and random weights at the real sizes in bfloat16, on the tests' stand-in for a
+GPU: it computes on the CPU, but counts what PyTorch allocates and runs out of memory. Not counted, as on a GPU they would be:
+workspaces of kernels, and gaps between allocations. An 8 GiB card has about 7 to give.
+"""
+
+import argparse
+import gc
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors.torch import save_file
+
+from sana.key_map import with_convolutions
+from sana.text_checkpoint import stored_companions
+from sana.text_encoder import JsonTokenizer
+from tests.host import second_device
+from tests.host.boot import Host, boot
+from tests.host.hosts import NEWEST
+from tests.host.second_device import MEMORY
+from tests.sana.models import tokenizer_json
+
+from .cases import AUTOENCODER
+from .machine import device_name, write_result
+from .memory import DTYPE, GIB, LONG_PROMPT, gibibytes
+from .networks import autoencoder_pair, gemma_pair, transformer_pair
+
+NAME = "random.safetensors"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a picture. peak: bytes allocated at most, the weights that the host keeps meanwhile included."""
+
+    part: str
+    before: int
+    peak: int
+    seconds: float  # on the CPU
+
+
+def write_models(folder: Path, variant: str) -> dict[str, str]:
+    """Files of all three parts where the host looks for them. Returns the inputs of the node that loads them."""
+    transformer, _ = transformer_pair(variant, DTYPE, "cpu")
+    save_file(with_convolutions(transformer.state_dict()), folder / "diffusion_models" / NAME)
+    del transformer
+    gemma, _ = gemma_pair(DTYPE, "cpu")
+    companions = stored_companions(JsonTokenizer(tokenizer_json()), gemma.model.config)
+    save_file({**gemma.model.state_dict(), **companions}, folder / "text_encoders" / NAME)
+    del gemma
+    autoencoder, _ = autoencoder_pair(AUTOENCODER, DTYPE, "cpu")
+    save_file(autoencoder.state_dict(), folder / "vae" / NAME)
+    return {"model": NAME, "text_encoder": NAME, "vae": NAME, "dtype": "auto", "variant": variant}
+
+
+@torch.inference_mode()
+def draw(host: Host, models: dict[str, str], side: int, steps: int) -> list[Part]:
+    """A picture with guidance, node by node."""
+    parts: list[Part] = []
+
+    def run(part: str, node: str, **inputs: object) -> object:
+        gc.collect()
+        MEMORY.peak = before = MEMORY.used
+        start = time.monotonic()
+        result = host.call(node, **inputs)
+        parts.append(Part(part, before, MEMORY.peak, time.monotonic() - start))
+        print(f"| {part} | {gibibytes(before)} | {gibibytes(MEMORY.peak)} | {parts[-1].seconds:.0f} |", flush=True)
+        return result[0]
+
+    model, clip, vae = host.call("SanaCheckpointLoader", **models)
+    texts = {"clip": clip, "custom_instruction": ""}
+    positive = run("prompt of 280 words", "GemmaTextEncode", **texts, text=LONG_PROMPT, instruction="official")
+    negative = run("negative prompt", "GemmaTextEncode", **texts, text="blurry", instruction="none")
+    (latent,) = host.call(
+        "EmptySanaLatentImage", size=host.pack("nodes.latent").FREE, width=side, height=side, batch_size=1
+    )
+    sampling = {"seed": 0, "steps": steps, "cfg": 4.5, "denoise": 1.0, "flow_shift": 0.0}
+    prompts = {"positive": positive, "negative": negative}
+    samples = run("sampling with guidance", "FlowDPMSampler", model=model, latent=latent, **prompts, **sampling)
+    image = run("decoding", "DCAEDecode", samples=samples, vae=vae, max_memory=0.0)
+    if image.shape != (1, side, side, 3) or not bool(image.isfinite().all()):
+        raise RuntimeError(f"the picture is {tuple(image.shape)} or not finite")
+    return parts
+
+
+def main() -> None:
+    top = argparse.ArgumentParser(prog="python -m bench.card", description=__doc__.splitlines()[0])
+    top.add_argument("--gib", type=float, default=7.0, help="that the card has to give (default: %(default)s)")
+    top.add_argument("--side", type=int, default=1024, help="px (default: %(default)s)")
+    top.add_argument("--steps", type=int, default=2, help="default: %(default)s")
+    top.add_argument("--variant", default="sana-1.6b-1024px", help="default: %(default)s")
+    options = top.parse_args()
+    second_device.install()
+    MEMORY.capacity = int(options.gib * GIB)
+    with TemporaryDirectory() as folder:
+        host = boot(NEWEST, Path(folder, "host"))
+        models = write_models(host.base / "models", options.variant)
+        print(f"{device_name()}, ComfyUI {NEWEST}, {options.variant}, {options.side} px, {options.gib} GiB")
+        print("\n| part | GiB before | GiB at most | s |\n|---|---:|---:|---:|", flush=True)
+        parts = draw(host, models, options.side, options.steps)
+    result = {"comfyui": NEWEST, **vars(options), "parts": [asdict(part) for part in parts]}
+    print(write_result(f"card-{options.side}", result))
+
+
+if __name__ == "__main__":
+    main()
