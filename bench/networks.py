@@ -52,6 +52,9 @@ def gemma_pair(dtype: torch.dtype, device: str) -> tuple[GemmaTextEncoder, nn.Mo
     """Our text encoder and transformers' network, with eager attention, its only implementation with soft-capping."""
     theirs = Gemma2Model._from_config(Gemma2Config(**gemma_json(GEMMA_2_2B)), attn_implementation="eager", dtype=dtype)
     randomise(theirs.to(device))
+    for name, tensor in theirs.named_parameters():
+        if "norm" in name:
+            tensor.zero_()  # Gemma adds one
     ours = Gemma2(GEMMA_2_2B, device="meta")
     ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
     return GemmaTextEncoder(ours.eval().requires_grad_(False), WordTokenizer()), theirs

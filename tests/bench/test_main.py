@@ -1,0 +1,29 @@
+"""The command: what it writes when a case fails."""
+
+import sys
+
+import pytest
+import torch
+
+from bench import __main__ as command
+from bench.cases import Case
+from bench.race import Call, Floor
+
+
+def adding(error: float) -> Case:
+    def build(dtype: torch.dtype, device: str, compiled: bool) -> dict[str, Call]:
+        return {"ours": lambda: torch.ones(8), "reference": lambda: torch.ones(8) + error}
+
+    return Case(f"off by {error}", 0, 1.0, 1.0, build)
+
+
+def test_unequal_case_is_named_and_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: dict[str, object] = {}
+    monkeypatch.setattr(sys, "argv", ["bench", "--repeats", "1"])
+    monkeypatch.setattr(command, "all_cases", lambda steps: [adding(0.0), adding(0.5), adding(1e-6)])
+    monkeypatch.setattr(command.Floor, "measure", lambda dtype, device: Floor(1e9, 1e9))
+    monkeypatch.setattr(command, "write_result", lambda name, result: written.update(result))
+    assert command.main() == 1
+    assert {row["case"] for row in written["rows"]} == {"off by 0.0", "off by 1e-06"}
+    (unequal,) = written["unequal"]
+    assert unequal.startswith("off by 0.5: reference differs by")
