@@ -145,6 +145,7 @@ def test_no_folder_is_added_to_those_of_the_host(host: Host) -> None:
     assert not [name for name in folder_paths.folder_names_and_paths if "sana" in name.lower()]
 
 
+@pytest.mark.cpu  # the tests of the second device import diffusers themselves
 def test_only_packages_of_the_host_are_needed(host: Host) -> None:
     """Defect 14 of the official nodes: packages that were imported but not declared."""
     requirements = (host_folder(host.version) / "requirements.txt").read_text(encoding="utf-8")

@@ -16,7 +16,6 @@ from tests.host.boot import Host
 from tests.host.inprocess.small import AUTOENCODER, EQUAL, PROMPT, TEXT_ENCODER, Small, difference, load, picture
 from tests.host.second_device import MEMORY, NAME
 
-pytestmark = pytest.mark.second_device
 BFLOAT16 = 0.005  # of pixels in [0, 1], on average; measured: 0.0005
 
 
