@@ -27,6 +27,7 @@ BATCH = 20
 STEPS = (4, 8, 14, 20, 28, 50)
 REFERENCE_STEPS = 200
 SOLVERS = ("flow_dpm", "flow_euler")
+GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0)  # beside the default
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,10 @@ def measure(pipeline: SanaPipeline, numbers: Numbers) -> dict[str, object]:
         "autoencoder_psnr_db": round(reconstruction_psnr(pipeline, items), 2),
         "accuracy": share_right(verdicts),
         "accuracy_by_kind": {kind: share_right(chosen) for kind, chosen in by_kind(items, verdicts).items()},
-        "accuracy_with_guidance_1": accuracy(pipeline, items, Settings(guidance_scale=1.0)),
+        **{
+            f"accuracy_with_guidance_{scale:g}": accuracy(pipeline, items, Settings(guidance_scale=scale))
+            for scale in GUIDANCE_SCALES
+        },
         "accuracy_after_changing_one_word": accuracy(pipeline, list(recoloured(items)), Settings()),
         "step_captions": len(few),
         "error_captions": numbers.error_captions,
@@ -163,7 +167,7 @@ def draw_sheet(pipeline: SanaPipeline, path: Path, columns: int = 6, rows: int =
 def print_tables(result: dict[str, object]) -> None:
     """As Markdown."""
     print(f"\nAutoencoder: {result['autoencoder_psnr_db']} dB\n")
-    names = ("accuracy", "accuracy_with_guidance_1", "accuracy_after_changing_one_word")
+    names = [name for name in result if name.startswith("accuracy") and name != "accuracy_by_kind"]
     columns = list(result["accuracy"])
     print(f"| | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
     rows = {name.replace("_", " "): result[name] for name in names} | result["accuracy_by_kind"]
