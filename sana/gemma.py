@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import GemmaConfig
-from .layers import merge_heads, split_heads
+from .layers import Build, merge_heads, split_heads
 
 KeysValues = Sequence[tuple[Tensor, Tensor]]  # per layer, each (B, h, L, d)
 
@@ -34,12 +34,11 @@ class Gemma2(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
-        made = {"dtype": dtype, "device": device}
+        build = Build(operations, dtype, device)
         table = EmptyEmbedding if operations is nn else operations.Embedding
-        self.embed_tokens = table(config.vocab_size, config.hidden_size, **made)
-        layers = range(config.num_hidden_layers)
-        self.layers = nn.ModuleList(GemmaLayer(config, i % 2 == 0, operations, **made) for i in layers)
-        self.norm = GemmaNorm(config, **made)
+        self.embed_tokens = table(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.layers = nn.ModuleList(GemmaLayer(config, i % 2 == 0, build) for i in range(config.num_hidden_layers))
+        self.norm = GemmaNorm(config, build)
 
     def forward(
         self, tokens: Tensor, lengths: Tensor | None = None, past: KeysValues = ()
@@ -78,15 +77,15 @@ class EmptyEmbedding(nn.Embedding):
 class GemmaLayer(nn.Module):
     """Attention and gated feed-forward, each between two norms. sliding: attention reaches `sliding_window` tokens back."""
 
-    def __init__(self, config: GemmaConfig, sliding: bool, operations: type | ModuleType, **made: object) -> None:
+    def __init__(self, config: GemmaConfig, sliding: bool, build: Build) -> None:
         super().__init__()
         self.sliding = sliding
-        self.self_attn = GemmaAttention(config, operations, **made)
-        self.mlp = GemmaFeedForward(config, operations, **made)
-        self.input_layernorm = GemmaNorm(config, **made)
-        self.post_attention_layernorm = GemmaNorm(config, **made)
-        self.pre_feedforward_layernorm = GemmaNorm(config, **made)
-        self.post_feedforward_layernorm = GemmaNorm(config, **made)
+        self.self_attn = GemmaAttention(config, build)
+        self.mlp = GemmaFeedForward(config, build)
+        self.input_layernorm = GemmaNorm(config, build)
+        self.post_attention_layernorm = GemmaNorm(config, build)
+        self.pre_feedforward_layernorm = GemmaNorm(config, build)
+        self.post_feedforward_layernorm = GemmaNorm(config, build)
 
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], seen: Tensor, past: tuple[Tensor, Tensor] | None
@@ -99,15 +98,15 @@ class GemmaLayer(nn.Module):
 class GemmaAttention(nn.Module):
     """Attention with rotary positions and soft-capped logits, in which groups of query heads share keys and values."""
 
-    def __init__(self, config: GemmaConfig, operations: type | ModuleType, **made: object) -> None:
+    def __init__(self, config: GemmaConfig, build: Build) -> None:
         super().__init__()
         self.config = config
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = operations.Linear(config.hidden_size, queries, bias=False, **made)
-        self.k_proj = operations.Linear(config.hidden_size, keys, bias=False, **made)
-        self.v_proj = operations.Linear(config.hidden_size, keys, bias=False, **made)
-        self.o_proj = operations.Linear(queries, config.hidden_size, bias=False, **made)
+        self.q_proj = build.linear(config.hidden_size, queries, bias=False)
+        self.k_proj = build.linear(config.hidden_size, keys, bias=False)
+        self.v_proj = build.linear(config.hidden_size, keys, bias=False)
+        self.o_proj = build.linear(queries, config.hidden_size, bias=False)
 
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], seen: Tensor, past: tuple[Tensor, Tensor] | None
@@ -132,11 +131,11 @@ class GemmaAttention(nn.Module):
 
 
 class GemmaFeedForward(nn.Module):
-    def __init__(self, config: GemmaConfig, operations: type | ModuleType, **made: object) -> None:
+    def __init__(self, config: GemmaConfig, build: Build) -> None:
         super().__init__()
-        self.gate_proj = operations.Linear(config.hidden_size, config.intermediate_size, bias=False, **made)
-        self.up_proj = operations.Linear(config.hidden_size, config.intermediate_size, bias=False, **made)
-        self.down_proj = operations.Linear(config.intermediate_size, config.hidden_size, bias=False, **made)
+        self.gate_proj = build.linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = build.linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = build.linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
@@ -145,9 +144,9 @@ class GemmaFeedForward(nn.Module):
 class GemmaNorm(nn.Module):
     """RMS norm in float32 that multiplies by one more than its weight, wherever a host has left that."""
 
-    def __init__(self, config: GemmaConfig, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
+    def __init__(self, config: GemmaConfig, build: Build) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype, device=device))
+        self.weight = build.parameter(config.hidden_size)
         self.eps = config.rms_norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
