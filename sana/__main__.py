@@ -144,21 +144,22 @@ def run_generate(options: argparse.Namespace) -> int:
         device=options.device,
         compiled=options.compile,
     )
-    for job in jobs:
-        draw(pipeline, job, replace(settings, seed=job.seed))
+    with tqdm(total=len(jobs) * pipeline.step_count(settings), unit="step") as bar:
+        for job in jobs:
+            draw(pipeline, job, replace(settings, seed=job.seed), bar)
     return 0
 
 
-def draw(pipeline: SanaPipeline, job: Job, settings: Settings) -> None:
-    """Sample the pictures of a job, with a progress bar, and write them."""
-    with tqdm(total=pipeline.step_count(settings), desc=job.prompt[:40], unit="step") as bar:
-        for step in pipeline.sample(job.prompt, settings, batch_size=len(job.paths)):
-            latent = step.next_x
-            bar.update()
+def draw(pipeline: SanaPipeline, job: Job, settings: Settings, bar: tqdm) -> None:
+    """Sample the pictures of a job and write them, and show it on the bar of all jobs."""
+    bar.set_description(job.prompt[:40])
+    for step in pipeline.sample(job.prompt, settings, batch_size=len(job.paths)):
+        latent = step.next_x
+        bar.update()
     pictures = pipeline.pictures(latent, settings.max_bytes)
     for k, (picture, path) in enumerate(zip(pictures, job.paths, strict=True)):
         write_png(picture, path, pipeline.record(job.prompt, replace(settings, seed=settings.seed + k)))
-        print(path)
+        bar.write(str(path))
 
 
 def pending_jobs(options: argparse.Namespace) -> Iterator[Job]:

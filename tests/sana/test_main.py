@@ -65,7 +65,7 @@ class Shell:
 def error_line(outcome: Outcome) -> str:
     *progress, line = outcome.err.splitlines()
     assert line.startswith("error: ")
-    assert all("step" in line or not line for line in progress)  # nothing else but the progress bar
+    assert all("step" in line or not line.strip() for line in progress)  # nothing else but the progress bar
     return line.removeprefix("error: ")
 
 
@@ -232,6 +232,14 @@ def test_progress_shows_every_step(shell: Shell) -> None:
     outcome = shell.generate("a cat", "--steps", 3)
     assert "a cat: 100%" in outcome.err
     assert "3/3" in outcome.err
+
+
+def test_progress_is_that_of_all_prompts(shell: Shell) -> None:
+    prompts = shell.folder / "prompts.txt"
+    prompts.write_text("a cat\na dog\n", encoding="utf-8")
+    outcome = shell.generate("--prompts", prompts, "--steps", 3)
+    assert "a cat:  50%" in outcome.err
+    assert "a dog: 100%" in outcome.err
 
 
 @pytest.mark.parametrize(
