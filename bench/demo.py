@@ -27,7 +27,7 @@ BATCH = 20
 STEPS = (4, 8, 14, 20, 28, 50)
 REFERENCE_STEPS = 200
 SOLVERS = ("flow_dpm", "flow_euler")
-GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0)  # beside the default
+GUIDANCE_SCALES = (1.0, 1.5, 3.0, 4.5)  # beside the default
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import torch
 from comfy_api.latest import io
 
 from ..sana.config import VARIANTS
+from ..sana.detection import DEFAULT_GUIDANCE_SCALE
 from .host.checkpoint import load_model
 from .host.clip import load_clip
 from .host.preview import fit_preview, show_previews
@@ -73,7 +74,9 @@ class SanaCheckpointLoader(io.ComfyNode):
         identity = patcher.model.identity
         parts = (("text encoder", encoder_path), ("autoencoder", autoencoder_path))
         origins = [f"its own {part}" if found == path else f"{part} {found.name}" for part, found in parts]
-        report(cls, f"{identity.variant}, made for {identity.base_size} px; {' and '.join(origins)}")
+        usual = identity.guidance_scale == DEFAULT_GUIDANCE_SCALE
+        made_for = f"{identity.base_size} px" + ("" if usual else f" and cfg {identity.guidance_scale:g}")
+        report(cls, f"{identity.variant}, made for {made_for}; {' and '.join(origins)}")
         return io.NodeOutput(patcher, clip, autoencoder)
 
 

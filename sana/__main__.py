@@ -84,7 +84,7 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     add("--height", type=int, help=size_help)
     add("--width", type=int, help=size_help)
     add("--steps", type=int, help="evaluations of the model (default: 20; Sprint: 2)")
-    add("--guidance-scale", type=float, default=4.5, help="1 is off (default: 4.5)")
+    add("--guidance-scale", type=float, help="1 is off (default: the model's, which is 4.5 for every release)")
     add(
         "--guidance-interval",
         type=float,

@@ -1,7 +1,8 @@
 """Which transformer or autoencoder a file holds.
 
 The variant is read from the tensors, never from the file name. What tensors cannot tell, the size a model was trained for and
-its flow shift, comes from the header of a file we wrote, from the configuration beside it, or from the table of variants.
+its flow shift and the guidance that suits it, comes from the header of a file we wrote, from the configuration beside it, or from
+the table of variants.
 """
 
 import json
@@ -28,6 +29,7 @@ from .key_map import (
 
 HEADER = "sana"  # key of our entry in a safetensors header: JSON of what the tensors cannot tell
 DEFAULT_FLOW_SHIFT = 3.0
+DEFAULT_GUIDANCE_SCALE = 4.5  # of the official demo, for every release
 # Sides in pixels that the position buffer of an official file was made for, by its length, with the position settings.
 POSITIONS_2K_4K = {64**2: (64, 1.0), 128**2: (128, 2.0)}
 
@@ -42,6 +44,7 @@ class TransformerIdentity:
     flow_shift: float | None  # None: Sprint
     dtype: str  # precision of the release: that of the file if it has 16 bits, else of the table
     origin: str  # where base size and flow shift were found
+    guidance_scale: float = DEFAULT_GUIDANCE_SCALE  # to draw with unless told otherwise
 
 
 def identify_transformer(file: TensorFile, variant: str | None = None) -> TransformerIdentity:
@@ -83,6 +86,8 @@ def _complete_identity(config: TransformerConfig, file: TensorFile) -> Transform
     else:
         base_size, origin = None, "the table, since the file does not say"
     flow_shift = None if config.guidance_embed else _sibling_flow_shift(file)
+    told = file.config.get("guidance_scale")
+    guidance_scale = float(told) if isinstance(told, int | float) else DEFAULT_GUIDANCE_SCALE
     stored = _stored_dtype(file)
     rows = [
         (name, row)
@@ -92,14 +97,15 @@ def _complete_identity(config: TransformerConfig, file: TensorFile) -> Transform
     if not rows:
         default = None if config.guidance_embed else DEFAULT_FLOW_SHIFT
         dtype = "bfloat16" if stored == "float32" else stored
-        return TransformerIdentity(config, "custom", base_size or 1024, flow_shift or default, dtype, origin)
+        return TransformerIdentity(
+            config, "custom", base_size or 1024, flow_shift or default, dtype, origin, guidance_scale
+        )
     name, row = next((found for found in rows if found[1].dtype == stored), rows[0])
     # Converters wrote 3.0 beside every model below 4096 px, also beside one that was trained with another value.
     if flow_shift is None or flow_shift == DEFAULT_FLOW_SHIFT:
         flow_shift = row.flow_shift
-    return TransformerIdentity(
-        config, name, row.base_size, flow_shift, row.dtype if stored == "float32" else stored, origin
-    )
+    dtype = row.dtype if stored == "float32" else stored
+    return TransformerIdentity(config, name, row.base_size, flow_shift, dtype, origin, guidance_scale)
 
 
 def _stored_dtype(file: TensorFile) -> str:

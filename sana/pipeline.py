@@ -51,7 +51,7 @@ class Settings:
     width: int | None = None
     steps: int | None = None
     seed: int = 0  # of the first picture; the k-th has seed + k, so that the size of a batch changes no picture
-    guidance_scale: float = 4.5
+    guidance_scale: float | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     pag_scale: float = 0.0
     pag_blocks: Sequence[int] | None = None
@@ -192,7 +192,8 @@ class SanaPipeline:
         plain = {name: value for name, value in changed.items() if name not in ("image", "mask", "max_bytes")}
         started = {"image": "given"} if settings.image is not None else {}
         model = {"model": self.identity.variant, "steps": self.step_count(settings)}
-        return {"prompt": prompt, "seed": settings.seed, **model, **plain, **started, "height": height, "width": width}
+        resolved = {"guidance_scale": self._guidance_scale(settings), "height": height, "width": width}
+        return {"prompt": prompt, "seed": settings.seed, **model, **plain, **started, **resolved}
 
     def size(self, settings: Settings) -> tuple[int, int]:
         """Height and width of the pictures, px. Raises ValueError for sizes no model takes.
@@ -236,10 +237,13 @@ class SanaPipeline:
             max_bytes = bound
             log.warning("Out of memory in the autoencoder; going on within %.1f GiB.", max_bytes / 2**30)
 
+    def _guidance_scale(self, settings: Settings) -> float:
+        return self.identity.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+
     def _guidance(self, settings: Settings) -> Guidance:
         blocks = (self.transformer.config.perturbed_block,) if settings.pag_blocks is None else settings.pag_blocks
         return Guidance(
-            settings.guidance_scale,
+            self._guidance_scale(settings),
             settings.guidance_interval,
             settings.pag_scale,
             frozenset(blocks),
@@ -298,7 +302,7 @@ class SanaPipeline:
 
     def _encode(self, prompts: list[str], settings: Settings) -> tuple[Condition, Condition | None]:
         cond = self._encode_prompts(prompts, settings)
-        if settings.guidance_scale == 1:
+        if self._guidance_scale(settings) == 1:
             return cond, None
         negative = settings.negative.lower() if settings.reference == "diffusers" else settings.negative
         text, text_mask = self.text_encoder([negative], None)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..autoencoder import DCAutoencoder
 from ..config import DOWNSAMPLE, HEAD_WIDTH, AutoencoderConfig, StageConfig, TransformerConfig
+from ..detection import TransformerIdentity
 from ..key_map import with_convolutions
 from ..text_checkpoint import gemma_json
 from ..text_encoder import GemmaTextEncoder
@@ -24,24 +25,29 @@ def write_pipeline(
     text_encoder: GemmaTextEncoder,
     *,
     tokenizer: Path,
-    base_size: int,
-    flow_shift: float,
+    identity: TransformerIdentity,
 ) -> None:
     """Write a whole model. The transformer and the autoencoder are stored as float16, the text encoder as float32."""
-    write_transformer(folder / "transformer", transformer, base_size, torch.float16)
+    write_transformer(folder / "transformer", transformer, identity, torch.float16)
     vae = {"_class_name": "AutoencoderDC", **autoencoder_json(autoencoder.config)}
     _write(folder / "vae", WEIGHTS, autoencoder.state_dict(), vae, torch.float16)
     gemma = text_encoder.model
     _write(folder / "text_encoder", "model.safetensors", gemma.state_dict(), gemma_json(gemma.config), torch.float32)
-    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(flow_shift))
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(identity.flow_shift))
     _write_json(folder / "tokenizer" / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     (folder / "tokenizer" / "tokenizer.json").write_bytes(tokenizer.read_bytes())
     _write_json(folder / "model_index.json", INDEX)
 
 
-def write_transformer(folder: Path, transformer: SanaTransformer, base_size: int, dtype: torch.dtype) -> None:
+def write_transformer(
+    folder: Path, transformer: SanaTransformer, identity: TransformerIdentity, dtype: torch.dtype
+) -> None:
     """Write a transformer alone, as the folder `transformer` of a pipeline."""
-    config = {"_class_name": "SanaTransformer2DModel", **transformer_json(transformer.config, base_size)}
+    config = {
+        "_class_name": "SanaTransformer2DModel",
+        **transformer_json(transformer.config, identity.base_size),
+        "guidance_scale": identity.guidance_scale,  # the only key that diffusers does not know
+    }
     _write(folder, WEIGHTS, with_convolutions(transformer.state_dict()), config, dtype)
 
 

@@ -65,7 +65,7 @@ def finetune(
     )
     if PartialState().is_main_process:
         dtype = getattr(torch, identity.dtype)
-        write_transformer(folder / "transformer", objective.transformer, identity.base_size, dtype)
+        write_transformer(folder / "transformer", objective.transformer, identity, dtype)
     return folder / "transformer"
 
 

@@ -76,7 +76,7 @@ def test_every_step_has_progress_and_a_preview(host: Server, sampler: str) -> No
 def test_nodes_say_what_they_found(host: Server) -> None:
     host.free()
     run = host.queue(changed(text_to_image(), positive={"text": "a red circle " * 200}))
-    assert run.texts["load"] == "custom, made for 256 px; its own text encoder and its own autoencoder"
+    assert run.texts["load"] == "custom, made for 256 px and cfg 2; its own text encoder and its own autoencoder"
     assert run.texts["negative"] == "1 of 300 tokens"
     assert run.texts["positive"].startswith("300 of 300 tokens, ") and run.texts["positive"].endswith(" cut off")
 

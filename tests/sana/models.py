@@ -15,6 +15,7 @@ from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer, PreTrainedTo
 
 from sana.autoencoder import DCAutoencoder
 from sana.config import GemmaConfig, TransformerConfig
+from sana.detection import TransformerIdentity
 from sana.gemma import Gemma2
 from sana.prompt import INSTRUCTION
 from sana.text_checkpoint import gemma_json
@@ -85,8 +86,7 @@ def write_model(folder: Path, config: TransformerConfig = TRANSFORMER) -> Path:
         autoencoder(),
         text_encoder(),
         tokenizer=tokenizer,
-        base_size=64,
-        flow_shift=2.0,
+        identity=TransformerIdentity(config, "custom", 64, 2.0, "float32", "training"),
     )
     return folder
 

@@ -94,6 +94,16 @@ def test_a_sibling_configuration_tells_the_size(
     assert (identity.variant, identity.base_size, identity.origin) == (variant, base_size, "config.json")
 
 
+@pytest.mark.parametrize("name", ["Sana_1600M_1024px", "Sprint_1.6B"])
+def test_a_sibling_configuration_may_tell_the_guidance(name: str) -> None:
+    for config, guidance_scale in (
+        ({}, 4.5),
+        ({"guidance_scale": 2}, 2),
+        ({"sample_size": 24, "guidance_scale": 3.0}, 3),
+    ):
+        assert identity_of(name, config=config).guidance_scale == guidance_scale
+
+
 @pytest.mark.parametrize("key", ["flow_shift", "shift"])
 @pytest.mark.parametrize(
     ("variant", "stored", "flow_shift"),
@@ -134,7 +144,7 @@ def test_a_network_that_was_never_released_is_custom(diffusers: Tensors) -> None
 def test_a_header_tells_everything(diffusers: Tensors, where: str, variant: str) -> None:
     row = VARIANTS.get(variant)
     config = row.transformer if row else tiny_config("sana-0.6b-1024px")
-    identity = TransformerIdentity(config, variant, 2048, row and row.flow_shift, "float16", "its header")
+    identity = TransformerIdentity(config, variant, 2048, row and row.flow_shift, "float16", "its header", 2.5)
     tensors, metadata = dict(diffusers), {}
     if where == "header":
         metadata = transformer_header(identity)

@@ -56,7 +56,7 @@ def test_five_lines_on_a_released_transformer(tmp_path: Path) -> None:
         "556 tensors, 595,373,217 numbers in bfloat16, 1.19 GB",
         "sana-sprint-0.6b-1024px, as Efficient-Large-Model/Sana_Sprint_0.6B_1024px: "
         "28 blocks of width 1152, query and key norms, a guidance embedding",
-        "made for 1024 px, no flow shift (Sprint) (from its position buffer)",
+        "made for 1024 px, no flow shift (Sprint) (from its position buffer); guidance 4.5",
         "compute in bfloat16 or float32; needs a DC-AE f32c32 and Gemma-2-2b-it",
     ]
 
@@ -99,7 +99,7 @@ def test_five_lines_on_a_network_that_was_never_released(
     assert lines[0] == "mine.safetensors: a SANA transformer" and "numbers in float16, 0.00 GB" in lines[1]
     assert lines[2:] == [
         f"custom: 3 blocks of width 96{traits}",
-        f"made for {use} (from config.json)",
+        f"made for {use} (from config.json); guidance 4.5",
         "compute in float16 or float32; needs a DC-AE f32c32 and Gemma-2-2b-it",
     ]
 

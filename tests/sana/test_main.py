@@ -213,6 +213,7 @@ def test_a_picture_and_a_mask_to_start_from(shell: Shell, photo: Path) -> None:
         "steps": 2,
         "strength": 0.5,
         "image": "given",
+        "guidance_scale": 4.5,
         "height": 64,
         "width": 96,
     }

@@ -1,7 +1,7 @@
 """Whole pipelines against those of diffusers on the same weights and the same noise, and what a caller can rely on."""
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -505,6 +505,15 @@ def test_a_record_draws_the_same_picture_again(pipeline: SanaPipeline) -> None:
     assert record["prompt"] == "a cat"
     assert record["model"] == "custom"
     assert torch.equal(latent_of(pipeline.sample("a cat", again)), latent_of(pipeline.sample("a cat", settings)))
+
+
+def test_guidance_is_that_of_the_model_unless_given(pipeline: SanaPipeline) -> None:
+    parts = (pipeline.transformer, pipeline.autoencoder, pipeline.text_encoder)
+    other = SanaPipeline(*parts, replace(pipeline.identity, guidance_scale=3.0))
+    drawn = latent_of(other.sample("a cat", Settings(steps=2, **SIZE)))
+    assert torch.equal(drawn, latent_of(pipeline.sample("a cat", Settings(steps=2, guidance_scale=3.0, **SIZE))))
+    assert not torch.equal(drawn, latent_of(pipeline.sample("a cat", Settings(steps=2, **SIZE))))
+    assert [each.record("", Settings())["guidance_scale"] for each in (pipeline, other)] == [4.5, 3.0]
 
 
 def latent_of(steps: Iterator[Step]) -> Tensor:

@@ -1,5 +1,6 @@
 """Training as its user runs it: the demo model from nothing and a fine-tuning, both cut short, and the files they leave."""
 
+import json
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import ExifTags, Image
 from sana import load_transformer
 from sana.pipeline import MODELS, SanaPipeline
 from sana.training.__main__ import main
-from sana.training.demo import TRANSFORMER, new_transformer
+from sana.training.demo import IDENTITY, TRANSFORMER, new_transformer
 from sana.training.export import write_transformer
 from sana.training.flow import FlowBatch, FlowObjective
 from sana.training.latents import SceneLatents
@@ -61,10 +62,13 @@ def test_finished_demo_can_be_trained_further(trained: Path, tmp_path: Path) -> 
 
 
 def test_shipped_demo_has_the_files_that_training_writes(trained: Path) -> None:
-    def files(folder: Path) -> set[str]:
-        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    def files(folder: Path) -> set[Path]:
+        return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
 
     assert files(trained) == files(MODELS["demo"])
+    for name in files(trained):
+        if name.suffix == ".json" and name.name != "tokenizer.json":
+            assert json.loads((trained / name).read_text()) == json.loads((MODELS["demo"] / name).read_text())
 
 
 def test_training_leaves_sheets_and_logs(trained: Path) -> None:
@@ -77,11 +81,11 @@ def test_training_leaves_sheets_and_logs(trained: Path) -> None:
 def test_finetuning_writes_a_transformer_that_loads(pictures: Path, tmp_path: Path) -> None:
     command = ["finetune", "--data", str(pictures), "--out", str(tmp_path / "out"), "--steps", "3", "--batch-size", "2"]
     assert main([*command, "--learning-rate", "1e-3", "--recompute"]) == 0
-    found = SanaPipeline.load(
-        tmp_path / "out" / "transformer", autoencoder=MODELS["demo"], text_encoder=MODELS["demo"]
-    ).transformer.state_dict()
-    before = SanaPipeline.load("demo").transformer.state_dict()
-    assert any(not torch.equal(found[name], tensor) for name, tensor in before.items())
+    before = SanaPipeline.load("demo")
+    after = SanaPipeline.load(tmp_path / "out" / "transformer", autoencoder=MODELS["demo"], text_encoder=MODELS["demo"])
+    trained = after.transformer.state_dict()
+    assert any(not torch.equal(trained[name], tensor) for name, tensor in before.transformer.state_dict().items())
+    assert after.identity == before.identity
 
 
 def test_finetuning_without_captions_says_what_is_missing(
@@ -119,7 +123,7 @@ def test_finetuning_refuses_the_folder_of_another_run(
 
 def test_finetuning_refuses_sprint_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = replace(TRANSFORMER, guidance_embed=True, continuous_time=True)
-    write_transformer(tmp_path / "sprint", SanaTransformer(config), 256, torch.float16)
+    write_transformer(tmp_path / "sprint", SanaTransformer(config), IDENTITY, torch.float16)
     assert finetune(tmp_path, tmp_path / "out", "--model", str(tmp_path / "sprint")) == 1
     assert "is a Sprint model, which learns from a teacher" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -128,7 +132,7 @@ def test_finetuning_refuses_sprint_before_any_work(tmp_path: Path, capsys: pytes
 def test_a_transformer_of_continuous_time_is_written_as_one(tmp_path: Path) -> None:
     """The teacher of Sprint: SANA-1.5 with times from 0 to 1."""
     config = replace(TRANSFORMER, continuous_time=True)
-    write_transformer(tmp_path, SanaTransformer(config), 256, torch.float16)
+    write_transformer(tmp_path, SanaTransformer(config), IDENTITY, torch.float16)
     assert load_transformer(tmp_path).config == config
 
 

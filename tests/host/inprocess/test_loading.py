@@ -57,7 +57,7 @@ def test_auto_finds_the_parts_and_says_which(small: Small, caplog: pytest.LogCap
         _, clip, vae = load(small.host, small.path.name)
         load(small.host, "demo")
     own = f"{VARIANT}, made for 1024 px; text encoder {TEXT_ENCODER} and autoencoder {AUTOENCODER}"
-    demo = "custom, made for 256 px; its own text encoder and its own autoencoder"
+    demo = "custom, made for 256 px and cfg 2; its own text encoder and its own autoencoder"
     assert [message for message in caplog.messages if "made for" in message] == [own, demo]
     assert clip.patcher.cached_patcher_init[1][0].name == TEXT_ENCODER
     assert vae.patcher.cached_patcher_init[1][0].name == AUTOENCODER
