@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .autoencoder_layers import Decoder, Encoder
 from .config import AutoencoderConfig
 from .layers import Build
+from .operations import Operations
 from .streaming import stream
 
 
@@ -18,7 +19,7 @@ class DCAutoencoder(nn.Module):
         self,
         config: AutoencoderConfig,
         *,
-        operations: type | ModuleType = nn,
+        operations: type | ModuleType = Operations,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:

@@ -11,6 +11,7 @@ from .autoencoder import DCAutoencoder
 from .config import TransformerConfig
 from .detection import autoencoder_tensors, detect_autoencoder, identify_transformer, transformer_tensors
 from .files import CheckpointError, TensorFile, read_tensors
+from .operations import Operations
 from .transformer import SanaTransformer
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -22,7 +23,7 @@ def load_transformer(
     device: torch.device | str = "cpu",
     *,
     variant: str | None = None,
-    operations: type | ModuleType = nn,
+    operations: type | ModuleType = Operations,
 ) -> SanaTransformer:
     """A SANA transformer from an official `.pth`, a `.safetensors` in any naming, or a diffusers folder.
 
@@ -38,7 +39,7 @@ def build_transformer(
     config: TransformerConfig,
     dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
-    operations: type | ModuleType = nn,
+    operations: type | ModuleType = Operations,
 ) -> SanaTransformer:
     """The transformer of an opened file, as `identify_transformer` found it."""
     network = SanaTransformer(config, operations=operations, dtype=dtype, device="meta")
@@ -50,7 +51,7 @@ def load_autoencoder(
     dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
     *,
-    operations: type | ModuleType = nn,
+    operations: type | ModuleType = Operations,
 ) -> DCAutoencoder:
     """A DC-AE from a `.safetensors` or PyTorch file in original or diffusers names, or a diffusers folder.
 

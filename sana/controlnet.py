@@ -17,6 +17,7 @@ from .detection import describe, detect_transformer
 from .files import CheckpointError, read_tensors
 from .key_map import to_control_names
 from .layers import Build, TextProjection
+from .operations import Operations
 from .transformer import Block, Modulation, TextContext, TimeEmbedding, compact_text
 
 
@@ -30,7 +31,7 @@ class SanaControlNet(nn.Module):
         self,
         config: TransformerConfig,
         *,
-        operations: type | ModuleType = nn,
+        operations: type | ModuleType = Operations,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -70,7 +71,7 @@ def load_controlnet(
     dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
     *,
-    operations: type | ModuleType = nn,
+    operations: type | ModuleType = Operations,
 ) -> SanaControlNet:
     """The ControlNet of an official checkpoint, which also holds its transformer, or of a diffusers folder.
 

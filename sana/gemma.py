@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .config import GemmaConfig
 from .layers import Build, merge_heads, split_heads
+from .operations import Operations
 
 KeysValues = Sequence[tuple[Tensor, Tensor]]  # per layer, each (B, h, L, d)
 
@@ -24,7 +25,7 @@ class Gemma2(nn.Module):
         self,
         config: GemmaConfig,
         *,
-        operations: type | ModuleType = nn,
+        operations: type | ModuleType = Operations,
         dtype: torch.dtype | None = None,
         compute_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -35,8 +36,7 @@ class Gemma2(nn.Module):
         self.config = config
         self.compute_dtype = compute_dtype
         build = Build(operations, dtype, device)
-        table = EmptyEmbedding if operations is nn else operations.Embedding
-        self.embed_tokens = table(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.embed_tokens = operations.Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         self.layers = nn.ModuleList(GemmaLayer(config, i % 2 == 0, build) for i in range(config.num_hidden_layers))
         self.norm = GemmaNorm(config, build)
 
@@ -65,13 +65,6 @@ class Gemma2(nn.Module):
             x, pair = layer(x, rotation, visible, past[i] if past else None)
             keys_values.append(pair)
         return self.norm(x), keys_values
-
-
-class EmptyEmbedding(nn.Embedding):
-    """Not filled with random numbers when it is made: on meta, PyTorch would import its compiler for them, which takes 3 s."""
-
-    def reset_parameters(self) -> None:
-        pass
 
 
 class GemmaLayer(nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import HEAD_WIDTH
+from .operations import Operations
 
 # attention(q, k, v, mask): q (B, h, N, d), k and v (B, h, L, d), mask (B, 1, 1, L) bool or None; returns (B, h, N, d)
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -26,7 +27,7 @@ TIME_FREQUENCIES = 256  # sines and cosines of a time or guidance embedding
 class Build(NamedTuple):
     """How layers are made: where they come from, and the dtype and device of their weights."""
 
-    operations: type | ModuleType = nn
+    operations: type | ModuleType = Operations
     dtype: torch.dtype | None = None
     device: torch.device | str | None = None
 

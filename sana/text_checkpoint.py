@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .checkpoint import fill
 from .config import GemmaConfig
@@ -15,6 +15,7 @@ from .detection import describe
 from .files import CheckpointError, TensorFile, read_tensors
 from .gemma import Gemma2
 from .key_map import dialect_prefix
+from .operations import Operations
 from .text_encoder import BOS, EOS, PAD, GemmaTextEncoder, JsonTokenizer, SentencePieceTokenizer, Tokenizer
 
 MARK = "layers.0.post_feedforward_layernorm.weight"
@@ -30,7 +31,7 @@ def load_text_encoder(
     dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
     *,
-    operations: type | ModuleType = nn,
+    operations: type | ModuleType = Operations,
 ) -> GemmaTextEncoder:
     """Gemma-2 and its tokenizer from a Hugging Face folder, a pipeline folder, or a single safetensors file.
 

@@ -25,6 +25,7 @@ from .layers import (
     TextProjection,
     scaled_dot_product,
 )
+from .operations import Operations
 
 NORM_EPS = 1e-6
 WORKING_BYTES = 2**30  # default bound on the memory of activations; larger images are processed in bands of rows
@@ -154,7 +155,7 @@ class SanaTransformer(nn.Module):
         self,
         config: TransformerConfig,
         *,
-        operations: type | ModuleType = nn,
+        operations: type | ModuleType = Operations,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:

@@ -5,6 +5,7 @@ import torch
 
 from bench.cases import all_cases
 from bench.race import Floor, count_flops, peak_memory, race, spread
+from sana.operations import Operations
 
 
 def test_calls_alternate_and_are_counted() -> None:
@@ -45,6 +46,8 @@ def test_spread_is_the_middle_half() -> None:
 
 def test_flops_of_a_product() -> None:
     assert count_flops(lambda: torch.ones(4, 5) @ torch.ones(5, 6)) == 2 * 4 * 5 * 6
+    with torch.no_grad():
+        assert count_flops(lambda: Operations.Linear(5, 6)(torch.ones(2, 4, 5))) == 2 * 8 * 5 * 6
 
 
 def test_floor_is_positive() -> None:
