@@ -124,7 +124,7 @@ class Floor:
         source = torch.empty(2**28 if device == "cuda" else 2**26, device=device)
         target = torch.empty_like(source)
         linear = Operations.Linear(side, side, bias=False, dtype=dtype, device=device)
-        product = min(statistics.median(timed(product, 7)) for product in (lambda: a @ b, lambda: linear(a)))
+        product = min(statistics.median(timed(call, 7)) for call in (lambda: a @ b, lambda: linear(a)))
         copy = statistics.median(timed(lambda: target.copy_(source), 7))
         return cls(2 * side**3 / product, 2 * source.nbytes / copy)
 

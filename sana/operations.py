@@ -2,8 +2,9 @@
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-# float32 products of matrices by oneDNN. PyTorch's own go to MKL, which is slower on AMD: by 1.2 in `python -m bench`.
+# float32 products of matrices by oneDNN. PyTorch's own go to MKL, which takes up to a quarter longer on AMD processors.
 ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
@@ -14,18 +15,39 @@ class Operations:
     RMSNorm = nn.RMSNorm
 
     class Linear(nn.Linear):
-        """By oneDNN in float32 on a CPU, where that can be: it knows neither gradients nor PyTorch's compiler."""
+        """In float32 on a CPU by oneDNN, unless something watches that its function does not know: see `_is_watched`."""
 
         def forward(self, x: Tensor) -> Tensor:
             """x: (..., D). Returns (..., outputs)."""
-            known = ONEDNN_LINEAR is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            fitting = x.dtype == self.weight.dtype == torch.float32 and x.shape[-1] == self.weight.shape[1]
-            if known and fitting and x.is_cpu and self.weight.is_cpu:
-                return ONEDNN_LINEAR(x, self.weight, self.bias, "none", [], "")
-            return super().forward(x)
+            if _is_watched() or not _suits_onednn(x, self.weight, self.bias):
+                return super().forward(x)
+            return ONEDNN_LINEAR(x, self.weight, self.bias, "none", [], "")
 
     class Embedding(nn.Embedding):
         """Not filled with random numbers: on meta, PyTorch would import its compiler for them, which takes 3 s."""
 
         def reset_parameters(self) -> None:
             pass
+
+
+def _is_watched() -> bool:
+    """Whether gradients, the compiler, a tracer or autocast want to know of every operation."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+        or torch.is_autocast_enabled("cpu")
+    )
+
+
+def _suits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether these are what oneDNN's function takes without a check: it reads a bias with gaps as if it had none."""
+    parts = (x, weight) if bias is None else (x, weight, bias)
+    return (
+        ONEDNN_LINEAR is not None
+        and all(part.is_cpu and part.dtype == torch.float32 and part.layout == torch.strided for part in parts)
+        and all(type(part) in (Tensor, nn.Parameter) for part in parts)  # others have a product of their own
+        and 0 < weight.shape[1] == (x.shape[-1] if x.dim() else 0)
+        and (bias is None or bias.is_contiguous())
+    )

@@ -1,68 +1,122 @@
 """Layers made without a host, against those of PyTorch."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sana import operations
 from sana.operations import Operations
 
+INPUTS, OUTPUTS = 48, 80
 
-def linear(bias: bool = True) -> Operations.Linear:
+
+@pytest.fixture
+def layer() -> Operations.Linear:
     torch.manual_seed(0)
-    return Operations.Linear(48, 80, bias=bias)
+    return Operations.Linear(INPUTS, OUTPUTS)
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What oneDNN was given."""
+    found, onednn = [], operations.ONEDNN_LINEAR
+    monkeypatch.setattr(operations, "ONEDNN_LINEAR", lambda x, *others: found.append(x) or onednn(x, *others))
+    return found
+
+
 @pytest.mark.parametrize(
     "x",
     [
-        torch.randn(2, 70, 48),
-        torch.randn(48),
-        torch.randn(0, 7, 48),
-        torch.randn(70, 2, 48).transpose(0, 1),
-        torch.randn(2, 140, 96)[:, ::2, ::2],
-        torch.randn(1, 1, 48).expand(2, 70, 48),
-        torch.randn(2, 5, 3, 48),
+        torch.randn(2, 70, INPUTS),
+        torch.randn(INPUTS),
+        torch.randn(0, 7, INPUTS),
+        torch.randn(70, 2, INPUTS).transpose(0, 1),
+        torch.randn(2, 140, 2 * INPUTS)[:, ::2, ::2],
+        torch.randn(1, 1, INPUTS).expand(2, 70, INPUTS),
+        torch.randn(2, 5, 3, INPUTS),
     ],
     ids=["plain", "one", "none", "transposed", "every other", "expanded", "with an axis more"],
 )
 @torch.no_grad()
-def test_linear_is_that_of_pytorch(x: Tensor, bias: bool) -> None:
-    layer = linear(bias)
+def test_linear_is_that_of_pytorch(layer: Operations.Linear, taken: list[Tensor], x: Tensor) -> None:
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=0, atol=2e-6)
+    layer.bias = None
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight), rtol=0, atol=2e-6)
+    assert len(taken) == 2
 
 
-def test_float32_on_a_cpu_goes_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And nothing else does: it knows no gradients, and what does not fit is PyTorch's to name."""
-    taken = []
-    onednn = operations.ONEDNN_LINEAR
-    monkeypatch.setattr(operations, "ONEDNN_LINEAR", lambda x, *others: taken.append(x) or onednn(x, *others))
-    x, layer = torch.randn(3, 48), linear()
-    with torch.no_grad():
-        layer(x)
-        assert len(taken) == 1
-        layer.bfloat16()(x.bfloat16())
-        layer.double()(x.double())
-        linear().to("meta")(x.to("meta"))
-        with pytest.raises(RuntimeError, match="dtype"):
-            linear()(x.double())
-        with pytest.raises(RuntimeError, match="3x47 and 48x80"):
-            linear()(x[:, 1:])
-    linear()(x).sum().backward()
-    assert len(taken) == 1
+@pytest.mark.parametrize(
+    ("weight", "bias"),
+    [
+        (torch.randn(INPUTS, OUTPUTS).T, torch.randn(OUTPUTS)),
+        (torch.randn(2 * OUTPUTS, INPUTS)[::2], torch.randn(2 * OUTPUTS)[OUTPUTS:]),
+        (torch.randn(OUTPUTS, INPUTS), torch.randn(2 * OUTPUTS)[::2]),
+        (torch.randn(OUTPUTS, INPUTS), torch.randn(1).expand(OUTPUTS)),
+    ],
+    ids=["transposed", "parts of others", "a bias with gaps", "an expanded bias"],
+)
+@torch.no_grad()
+def test_weights_may_be_views(layer: Operations.Linear, weight: Tensor, bias: Tensor) -> None:
+    x = torch.randn(2, 70, INPUTS)
+    layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
+    torch.testing.assert_close(layer(x), F.linear(x, weight, bias), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_other_types_are_left_to_pytorch(layer: Operations.Linear, taken: list[Tensor], dtype: torch.dtype) -> None:
+    x = torch.randn(3, INPUTS, dtype=dtype)
+    assert torch.equal(layer.to(dtype)(x), F.linear(x, layer.weight, layer.bias))
+    assert not taken
 
 
 @torch.no_grad()
-def test_linear_can_be_compiled() -> None:
-    layer, x = linear(), torch.randn(3, 48)
-    compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=2e-6)
+def test_what_does_not_fit_is_named_by_pytorch(layer: Operations.Linear) -> None:
+    for x, message in (
+        (torch.randn(3, INPUTS).double(), "dtype"),
+        (torch.randn(3, INPUTS - 1), "3x47 and 48x80"),
+        (torch.tensor(1.0), "1D"),
+        (torch.randn(3, INPUTS, device="meta"), "meta"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            layer(x)
+
+
+def autocast(layer: nn.Linear, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return layer(x)
+
+
+def tangent(layer: nn.Linear, x: Tensor) -> Tensor:
+    return torch.func.jvp(layer, (x,), (torch.ones_like(x),))[1]
+
+
+WATCHERS = {
+    "compiler": lambda layer, x: torch.compile(layer, backend="eager", fullgraph=True)(x),
+    "tracer": lambda layer, x: torch.jit.trace(layer, x, check_trace=False)(x),
+    "autocast": autocast,
+    "tangents": tangent,
+    "gradients": torch.enable_grad()(lambda layer, x: torch.autograd.grad(layer(x).sum(), layer.weight)[0]),
+}
+
+
+@pytest.mark.parametrize("watch", WATCHERS.values(), ids=WATCHERS)
+@torch.no_grad()
+def test_whoever_watches_sees_the_linear_of_pytorch(
+    layer: Operations.Linear, taken: list[Tensor], watch: Callable[[nn.Linear, Tensor], Tensor]
+) -> None:
+    plain, x = nn.Linear(INPUTS, OUTPUTS), torch.randn(3, INPUTS)
+    plain.load_state_dict(layer.state_dict())
+    found, expected = watch(layer, x), watch(plain, x)
+    assert found.dtype == expected.dtype and torch.equal(found, expected)
+    assert not taken
 
 
 @torch.no_grad()
-def test_without_onednn_linear_is_that_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_onednn_linear_is_that_of_pytorch(layer: Operations.Linear, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operations, "ONEDNN_LINEAR", None)
-    layer, x = linear(), torch.randn(3, 48)
+    x = torch.randn(3, INPUTS)
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
