@@ -3,6 +3,7 @@
 import torch
 from comfy_api.latest import io
 
+from ..sana.detection import DEFAULT_GUIDANCE_SCALE
 from ..sana.schedule import MAX_ANGLE, PAPER_ANGLES, TWO_STEP_ANGLE, partial_sigmas, scm_angles
 from .host.perturbed import perturb_attention
 from .host.sampler import (
@@ -52,7 +53,7 @@ def steps_input(default: int = 20) -> io.Int.Input:
 def cfg_input() -> io.Float.Input:
     return io.Float.Input(
         "cfg",
-        default=4.5,
+        default=DEFAULT_GUIDANCE_SCALE,
         min=0.0,
         max=30.0,
         step=0.1,
@@ -341,7 +342,7 @@ class SCMSampler(io.ComfyNode):
                 seed_input(),
                 io.Float.Input(
                     "guidance",
-                    default=4.5,
+                    default=DEFAULT_GUIDANCE_SCALE,
                     min=0.0,
                     max=30.0,
                     step=0.1,

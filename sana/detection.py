@@ -1,15 +1,15 @@
 """Which transformer or autoencoder a file holds.
 
-The variant is read from the tensors, never from the file name. What tensors cannot tell, the size a model was trained for and
+The variant is read from the tensors, never from the file name. What tensors cannot tell, the size a model was trained for,
 its flow shift and the guidance that suits it, comes from the header of a file we wrote, from the configuration beside it, or from
-the table of variants.
+the table of variants, which all have one guidance.
 """
 
 import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -55,9 +55,8 @@ def identify_transformer(file: TensorFile, variant: str | None = None) -> Transf
     if variant is not None:
         return _given_identity(variant, tensors, file)
     if "base_size" in header:
-        return TransformerIdentity(
-            **{**header, "config": TransformerConfig(**header["config"]), "origin": "its header"}
-        )
+        known = {field.name: header[field.name] for field in fields(TransformerIdentity) if field.name in header}
+        return TransformerIdentity(**{**known, "config": TransformerConfig(**header["config"]), "origin": "its header"})
     return _complete_identity(detect_transformer(tensors, file), file)
 
 
@@ -73,11 +72,14 @@ def _given_identity(variant: str, tensors: Mapping[str, Tensor], file: TensorFil
             f"{file.path.name} has {found.depth} blocks of width {found.hidden_size} and is no {variant}; give the variant "
             "that it is, or none"
         )
-    return TransformerIdentity(row.transformer, variant, row.base_size, row.flow_shift, row.dtype, "the given variant")
+    origin, guidance_scale = "the given variant", _guidance_scale(file)
+    return TransformerIdentity(
+        row.transformer, variant, row.base_size, row.flow_shift, row.dtype, origin, guidance_scale
+    )
 
 
 def _complete_identity(config: TransformerConfig, file: TensorFile) -> TransformerIdentity:
-    """Base size and flow shift from the configuration beside the tensors, a buffer among them, or the table."""
+    """Base size, flow shift and guidance from the configuration beside the tensors, a buffer among them, or the table."""
     sample_size, buffer = file.config.get("sample_size"), _position_buffer(file)
     if isinstance(sample_size, int):
         base_size, origin = sample_size * DOWNSAMPLE, "config.json"
@@ -86,8 +88,6 @@ def _complete_identity(config: TransformerConfig, file: TensorFile) -> Transform
     else:
         base_size, origin = None, "the table, since the file does not say"
     flow_shift = None if config.guidance_embed else _sibling_flow_shift(file)
-    told = file.config.get("guidance_scale")
-    guidance_scale = float(told) if isinstance(told, int | float) else DEFAULT_GUIDANCE_SCALE
     stored = _stored_dtype(file)
     rows = [
         (name, row)
@@ -98,14 +98,14 @@ def _complete_identity(config: TransformerConfig, file: TensorFile) -> Transform
         default = None if config.guidance_embed else DEFAULT_FLOW_SHIFT
         dtype = "bfloat16" if stored == "float32" else stored
         return TransformerIdentity(
-            config, "custom", base_size or 1024, flow_shift or default, dtype, origin, guidance_scale
+            config, "custom", base_size or 1024, flow_shift or default, dtype, origin, _guidance_scale(file)
         )
     name, row = next((found for found in rows if found[1].dtype == stored), rows[0])
     # Converters wrote 3.0 beside every model below 4096 px, also beside one that was trained with another value.
     if flow_shift is None or flow_shift == DEFAULT_FLOW_SHIFT:
         flow_shift = row.flow_shift
     dtype = row.dtype if stored == "float32" else stored
-    return TransformerIdentity(config, name, row.base_size, flow_shift, dtype, origin, guidance_scale)
+    return TransformerIdentity(config, name, row.base_size, flow_shift, dtype, origin, _guidance_scale(file))
 
 
 def _stored_dtype(file: TensorFile) -> str:
@@ -131,6 +131,12 @@ def _sibling_flow_shift(file: TensorFile) -> float | None:
     scheduler = read_json(folder.parent / "scheduler" / "scheduler_config.json")
     value = scheduler.get("flow_shift", scheduler.get("shift"))
     return float(value) if isinstance(value, int | float) else None
+
+
+def _guidance_scale(file: TensorFile) -> float:
+    """The key `guidance_scale` of the configuration, which diffusers does not know, or that of the released models."""
+    value = file.config.get("guidance_scale")
+    return float(value) if type(value) in (int, float) else DEFAULT_GUIDANCE_SCALE
 
 
 def detect_transformer(

@@ -185,7 +185,10 @@ class SanaPipeline:
         return len(self._angles(settings) if self.identity.config.guidance_embed else self._sigmas(settings)) - 1
 
     def record(self, prompt: str, settings: Settings) -> dict[str, object]:
-        """Everything needed to draw a picture again, as JSON values; only what differs from the defaults of `Settings`."""
+        """Everything needed to draw a picture again with the same model, as JSON values.
+
+        Its seed, steps, guidance and size, and what else differs from the defaults of `Settings`.
+        """
         height, width = self.size(settings)
         given = {field.name: getattr(settings, field.name) for field in fields(settings)}
         changed = {field.name: given[field.name] for field in fields(settings) if given[field.name] != field.default}

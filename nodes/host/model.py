@@ -26,7 +26,6 @@ from .run import GUIDANCE_EMBED, REFERENCE, RUN, SamplingRun
 
 UNNAMED = "the checkpoint"  # a file whose name the host does not tell
 IMAGE_MODEL = "sana"  # value of `image_model` in the host's model configurations
-DEFAULT_GUIDANCE_EMBED = 4.5
 QUANTISED = (".comfy_quant", ".weight_scale", ".weight_scale_2", ".input_scale")  # what accompanies a quantised matrix
 
 Options = Mapping[str, object]
@@ -198,7 +197,7 @@ class SanaModel(comfy.model_base.BaseModel):
         context = self.text_context(c_crossattn, given.pop("attention_mask"), x.device, options)
         arguments = {"keys_values": [part for pair in context.keys_values for part in pair], "text_bias": context.mask}
         if self.identity.config.guidance_embed:
-            arguments["guidance_scale"] = float(options.get(GUIDANCE_EMBED, DEFAULT_GUIDANCE_EMBED))
+            arguments["guidance_scale"] = float(options.get(GUIDANCE_EMBED, self.identity.guidance_scale))
         return super()._apply_model(x, t, control=control, transformer_options=options, **arguments)
 
     def text_context(

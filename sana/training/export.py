@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..autoencoder import DCAutoencoder
 from ..config import DOWNSAMPLE, HEAD_WIDTH, AutoencoderConfig, StageConfig, TransformerConfig
-from ..detection import TransformerIdentity
+from ..detection import DEFAULT_GUIDANCE_SCALE, TransformerIdentity
 from ..key_map import with_convolutions
 from ..text_checkpoint import gemma_json
 from ..text_encoder import GemmaTextEncoder
@@ -43,11 +43,9 @@ def write_transformer(
     folder: Path, transformer: SanaTransformer, identity: TransformerIdentity, dtype: torch.dtype
 ) -> None:
     """Write a transformer alone, as the folder `transformer` of a pipeline."""
-    config = {
-        "_class_name": "SanaTransformer2DModel",
-        **transformer_json(transformer.config, identity.base_size),
-        "guidance_scale": identity.guidance_scale,  # the only key that diffusers does not know
-    }
+    config = {"_class_name": "SanaTransformer2DModel", **transformer_json(transformer.config, identity.base_size)}
+    if identity.guidance_scale != DEFAULT_GUIDANCE_SCALE:
+        config["guidance_scale"] = identity.guidance_scale  # diffusers warns of a key that it does not know
     _write(folder, WEIGHTS, with_convolutions(transformer.state_dict()), config, dtype)
 
 
