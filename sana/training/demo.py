@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from PIL import Image
 
 from ..autoencoder import DCAutoencoder
@@ -27,7 +28,7 @@ from .autoencoder import ReconstructionObjective, initialise, reconstruction_she
 from .export import write_pipeline
 from .flow import FlowBatch, FlowObjective, initialise_transformer
 from .latents import SceneLatents
-from .loop import TrainingConfig, train
+from .loop import TrainingConfig, claim, train
 from .scenes import KIND_SHARE, Kind, caption, held_out_scenes, sample_scene
 from .tokenizer import train_tokenizer
 
@@ -83,7 +84,7 @@ LESSONS = (
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """How much work to put into the demo model. The defaults are about what the one in this package took."""
+    """How much work to put into the demo model."""
 
     autoencoder_steps: int = 5000
     decoder_steps: int = 8000
@@ -96,10 +97,13 @@ def train_demo(folder: Path, config: DemoConfig, start: Path | None = None) -> P
     """Train the demo model in a work folder. Returns the folder of the finished checkpoint.
 
     start: a demo checkpoint to train further: the decoder, the transformer and the text encoder, not the encoder.
+    Raises ValueError for a folder of another start or number of scenes.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    claim(folder, {"start": str(start.resolve()) if start else "nothing", "scenes": str(config.scenes)})
+    machine = PartialState(cpu=not torch.cuda.is_available())
     if start is None:
-        tokenizer = make_tokenizer(folder / "tokenizer.json")
+        with machine.main_process_first():
+            tokenizer = make_tokenizer(folder / "tokenizer.json")
         autoencoder = train_autoencoder(folder / "autoencoder", config.autoencoder_steps)
         transformer, text_encoder = new_transformer(), new_text_encoder(tokenizer)
     else:
@@ -109,9 +113,10 @@ def train_demo(folder: Path, config: DemoConfig, start: Path | None = None) -> P
         text_encoder = load_text_encoder(start).train().requires_grad_(True)
     autoencoder = refine_decoder(folder / "decoder", autoencoder, config.decoder_steps)
     device = next(autoencoder.parameters()).device
-    latents = SceneLatents.prepare(
-        autoencoder, folder / "latents.safetensors", count=config.scenes, seed=SEED, device=device
-    )
+    with machine.main_process_first():
+        latents = SceneLatents.prepare(
+            autoencoder, folder / "latents.safetensors", count=config.scenes, seed=SEED, device=device
+        )
 
     def batches(step: int, process: int) -> FlowBatch:
         lesson = next(lesson for lesson in LESSONS if step < lesson.until * config.transformer_steps)
@@ -128,14 +133,15 @@ def train_demo(folder: Path, config: DemoConfig, start: Path | None = None) -> P
         partial(prompt_sheet, autoencoder=autoencoder),
         objective.matrices(),
     )
-    write_pipeline(
-        folder / "checkpoint",
-        objective.transformer,
-        autoencoder,
-        objective.text_encoder,
-        tokenizer=tokenizer,
-        identity=IDENTITY,
-    )
+    if machine.is_main_process:
+        write_pipeline(
+            folder / "checkpoint",
+            objective.transformer,
+            autoencoder,
+            objective.text_encoder,
+            tokenizer=tokenizer,
+            identity=IDENTITY,
+        )
     return folder / "checkpoint"
 
 

@@ -1,6 +1,5 @@
 """Fine-tuning of a SANA transformer on a folder of pictures with captions, with its autoencoder and text encoder frozen."""
 
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from ..pipeline import MODELS
 from ..text_checkpoint import load_text_encoder
 from .export import write_transformer
 from .flow import FlowObjective
-from .loop import TrainingConfig, train
+from .loop import TrainingConfig, claim, train
 from .pictures import Picture, PictureStates, read_pictures, write_states
 
 
@@ -52,7 +51,7 @@ def finetune(
             f"{file.path.name} is a Sprint model, which learns from a teacher; fine-tune a SANA or SANA-1.5 model"
         )
     pictures = read_pictures(data, identity.base_size)
-    _claim(folder, {"model": str(Path(model).resolve()), "data": str(data.resolve())})
+    claim(folder, {"model": str(Path(model).resolve()), "data": str(data.resolve())})
     states = _encode(folder / "states", pictures, str(autoencoder or model), str(text_encoder or model))
     transformer = build_transformer(file, identity.config).train().requires_grad_(True)
     transformer.recompute = config.recompute
@@ -67,16 +66,6 @@ def finetune(
         dtype = getattr(torch, identity.dtype)
         write_transformer(folder / "transformer", objective.transformer, identity, dtype)
     return folder / "transformer"
-
-
-def _claim(folder: Path, run: dict[str, str]) -> None:
-    """Make a work folder and note what it is for. Raises ValueError if it is for something else."""
-    folder.mkdir(parents=True, exist_ok=True)
-    note = folder / "run.json"
-    known = json.loads(note.read_text(encoding="utf-8")) if note.exists() else run
-    if known != run:
-        raise ValueError(f"{folder} holds a training of {known['model']} on {known['data']}; give another --out")
-    note.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
 
 def _encode(folder: Path, pictures: list[Picture], autoencoder: str, text_encoder: str) -> PictureStates:

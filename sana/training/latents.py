@@ -33,7 +33,8 @@ class SceneLatents:
         """Read the file at path, or encode `count` scenes of each resolution and write it."""
         if not path.exists():
             encoded = {size_name(size): encode_scenes(autoencoder, size, count, seed, device) for size in RESOLUTIONS}
-            save_file(encoded, path)
+            save_file(encoded, path.with_suffix(".part"))
+            path.with_suffix(".part").replace(path)
         with safe_open(path, framework="pt") as file:
             return cls({size: file.get_tensor(size_name(size)) for size in RESOLUTIONS}, seed)
 

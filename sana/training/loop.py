@@ -4,6 +4,7 @@ A step depends on nothing but the weights, the optimiser and the step number, wh
 run that was killed and resumed ends with the same weights as one that was not.
 """
 
+import json
 import logging
 import os
 import time
@@ -90,6 +91,17 @@ def train(
         if sheet is not None and ((step + 1) % config.sheet_every == 0 or step + 1 == config.steps):
             sheet(average.module).save(folder / f"sheet-{step + 1:06d}.png")
     return average.module
+
+
+def claim(folder: Path, run: dict[str, str]) -> None:
+    """Make a work folder and note what it is for. Raises ValueError if it is for something else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "run.json"
+    known = json.loads(note.read_text(encoding="utf-8")) if note.exists() else run
+    if known != run:
+        told = ", ".join(f"{name} {value}" for name, value in known.items())
+        raise ValueError(f"{folder} holds another training ({told}); give another --out")
+    note.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
 
 def update_average(decay: float, average: list[Tensor], weights: list[Tensor], count: int | Tensor) -> None:

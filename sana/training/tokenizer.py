@@ -23,5 +23,6 @@ def train_tokenizer(texts: Iterable[str], size: int, path: Path) -> int:
         vocab_size=size, special_tokens=[AddedToken(token, special=True) for token in reserved]
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.save(str(path))
+    tokenizer.save(str(path.with_suffix(".part")))
+    path.with_suffix(".part").replace(path)
     return tokenizer.get_vocab_size()

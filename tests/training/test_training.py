@@ -61,6 +61,11 @@ def test_finished_demo_can_be_trained_further(trained: Path, tmp_path: Path) -> 
         assert all(torch.equal(a, b) for a, b in pairs) == (part == "autoencoder.encoder")
 
 
+def test_a_work_folder_is_of_one_training(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--out", str(trained.parent), "--scenes=5"]) == 1
+    assert "holds another training (start nothing, scenes 4); give another --out" in capsys.readouterr().err
+
+
 def test_shipped_demo_has_the_files_that_training_writes(trained: Path) -> None:
     def files(folder: Path) -> set[Path]:
         return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
@@ -118,7 +123,7 @@ def test_finetuning_refuses_the_folder_of_another_run(
     assert finetune(pictures, tmp_path / "out") == 0
     pictures = pictures.rename(tmp_path / "others")
     assert finetune(pictures, tmp_path / "out") == 1
-    assert "holds a training of " in capsys.readouterr().err
+    assert "holds another training (model " in capsys.readouterr().err
 
 
 def test_finetuning_refuses_sprint_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
