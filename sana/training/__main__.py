@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from accelerate import PartialState
+
 from .demo import DemoConfig, train_demo
 from .finetune import FinetuneConfig, finetune
 
@@ -54,14 +56,20 @@ def parser() -> argparse.ArgumentParser:
 def run_finetune(options: argparse.Namespace) -> int:
     config = FinetuneConfig(options.steps, options.batch_size, options.learning_rate, options.recompute)
     parts = {"model": options.model, "autoencoder": options.autoencoder, "text_encoder": options.text_encoder}
-    print(finetune(options.out, options.data, config, **parts))
+    report(finetune(options.out, options.data, config, **parts))
     return 0
 
 
 def run_demo(options: argparse.Namespace) -> int:
     given = {name: getattr(options, name) for name in vars(DemoConfig())}
-    print(train_demo(options.out, DemoConfig(**given), options.start))
+    report(train_demo(options.out, DemoConfig(**given), options.start))
     return 0
+
+
+def report(written: Path) -> None:
+    """Print where the result is, once for all processes."""
+    if PartialState().is_main_process:
+        print(written)
 
 
 if __name__ == "__main__":

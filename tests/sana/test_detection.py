@@ -156,6 +156,20 @@ def test_a_header_tells_everything(diffusers: Tensors, where: str, variant: str)
     assert identify_transformer(TensorFile(FILE, tensors, metadata)) == identity
 
 
+def test_a_header_of_another_version_is_read_as_far_as_it_is_known(diffusers: Tensors) -> None:
+    identity = TransformerIdentity(tiny_config("sana-0.6b-1024px"), "custom", 2048, 3.0, "float16", "its header")
+    told = json.loads(transformer_header(identity)["sana"])
+    del told["guidance_scale"]
+    header = {"sana": json.dumps({**told, "of a later version": 1})}
+    assert identify_transformer(TensorFile(FILE, diffusers, header)) == identity
+
+
+def test_a_given_variant_leaves_the_guidance_to_the_configuration() -> None:
+    tensors = released("transformers", "official", "Sana_1600M_1024px").tensors
+    file = TensorFile(FILE, tensors, config={"guidance_scale": 3})
+    assert identify_transformer(file, "sana-1.6b-2048px").guidance_scale == 3
+
+
 def test_an_unknown_variant_is_refused_with_the_known_ones(diffusers: Tensors) -> None:
     with pytest.raises(
         ValueError, match="^variant 'sana-9b' is unknown; use one of sana-0.6b-1024px, sana-0.6b-512px, "

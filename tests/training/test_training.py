@@ -1,6 +1,9 @@
 """Training as its user runs it: the demo model from nothing and a fine-tuning, both cut short, and the files they leave."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -10,6 +13,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
+import sana
 from sana import load_transformer
 from sana.pipeline import MODELS, SanaPipeline
 from sana.training.__main__ import main
@@ -21,15 +25,16 @@ from sana.training.pictures import read_pictures
 from sana.training.scenes import KIND_SHARE, RESOLUTIONS, caption, draw, sample_scene
 from sana.transformer import SanaTransformer
 
+ROOT = Path(sana.__file__).parents[1]
 MOST_BYTES = 25_000_000
+SMALL = ("--autoencoder-steps=1", "--decoder-steps=1", "--transformer-steps=1", "--scenes=4", "--batch-size=2")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a demo model after one step of everything."""
     folder = tmp_path_factory.mktemp("demo")
-    steps = [f"--{part}-steps=1" for part in ("autoencoder", "decoder", "transformer")]
-    assert main(["demo", "--out", str(folder), *steps, "--scenes=4", "--batch-size=2"]) == 0
+    assert main(["demo", "--out", str(folder), *SMALL]) == 0
     return folder / "checkpoint"
 
 
@@ -53,12 +58,22 @@ def test_demo_is_an_ordinary_checkpoint(trained: Path) -> None:
 
 
 def test_finished_demo_can_be_trained_further(trained: Path, tmp_path: Path) -> None:
-    small = ["--decoder-steps=1", "--transformer-steps=1", "--scenes=4", "--batch-size=2", "--start", str(trained)]
-    assert main(["demo", "--out", str(tmp_path), *small]) == 0
+    assert main(["demo", "--out", str(tmp_path), *SMALL, "--start", str(trained)]) == 0
     before, after = (SanaPipeline.load(folder) for folder in (trained, tmp_path / "checkpoint"))
     for part in ("autoencoder.encoder", "autoencoder.decoder", "transformer", "text_encoder"):
         pairs = zip(*(attrgetter(part)(pipeline).parameters() for pipeline in (before, after)), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs) == (part == "autoencoder.encoder")
+
+
+def test_two_processes_train_one_model(tmp_path: Path) -> None:
+    """On CPUs, as `accelerate launch` starts them; the checkpoint is written once, by one of them."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines=1", "--num_processes=2"]
+    command = ["-m", "sana.training", "demo", "--out", str(tmp_path), *SMALL]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count(str(tmp_path / "checkpoint")) == 1
+    assert SanaPipeline.load(tmp_path / "checkpoint")("a red circle", steps=1)[0].size == (256, 256)
 
 
 def test_a_work_folder_is_of_one_training(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
