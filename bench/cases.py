@@ -5,18 +5,19 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, SanaPipeline
+from diffusers import DPMSolverMultistepScheduler
+from diffusers import SanaPipeline as DiffusersPipeline
 from torch import Tensor, nn
 
 from sana.config import VARIANTS
-from sana.guidance import Condition, Guidance, guided_denoiser
+from sana.detection import TransformerIdentity
+from sana.pipeline import SanaPipeline, Settings
 from sana.prompt import INSTRUCTION
-from sana.schedule import flow_sigmas
-from sana.solvers import flow_dpm_solver
 from sana.streaming import least_bytes, whole_bytes
+from sana.text_encoder import GemmaTextEncoder
 from sana.transformer import SanaTransformer
 
-from .networks import autoencoder_pair, gemma_pair, transformer_pair
+from .networks import PaddingTokenizer, autoencoder_pair, gemma_pair, transformer_pair
 from .race import Call
 
 SIDES = (512, 1024, 2048, 4096)
@@ -26,6 +27,7 @@ PARAMETERS = {"0.6b": 0.59e9, "1.6b": 1.6e9, "4.8b": 4.72e9}
 TEXT_TOKENS, WORDS = 300, 20
 DECODE_FLOPS = 8.0e6  # per pixel, of the decoder; the encoder needs 5.0e6
 ENCODE_FLOPS = 5.0e6
+PROMPT_FLOPS = 2 * 2.0e9 * 600  # of Gemma-2-2b: the instruction and 300 tokens
 CARD_BYTES = 2**31  # of working memory on a small card
 PROMPT = "a small house with a red roof stands between two old trees at the edge of a quiet lake in autumn"
 
@@ -64,13 +66,14 @@ def all_cases(picture_steps: int) -> Iterator[Case]:
         common = {"side": side, "weights": 0.32e9, "activations": 900 * side**2}
         yield Case("decode", flops=DECODE_FLOPS * side**2, build=partial(decode_calls, side), **common)
         yield Case("encode", flops=ENCODE_FLOPS * side**2, build=partial(encode_calls, side), **common)
-    yield Case("prompt of 20 words, Gemma-2-2b", 0, 2 * 2.0e9 * 600, 2.6e9, prompt_calls)
+    yield Case("prompt of 20 words, Gemma-2-2b", 0, PROMPT_FLOPS, 2.6e9, prompt_calls)
     for variant, side in (("sana-0.6b-1024px", 512), ("sana-0.6b-1024px", 1024), ("sana-1.6b-1024px", 1024)):
         parameters = PARAMETERS["0.6b" if "0.6b" in variant else "1.6b"]
-        flops = 4 * parameters * (side // 32) ** 2 * picture_steps + DECODE_FLOPS * side**2
-        name = f"picture in {picture_steps} steps, {variant}"
+        text_flops = 1.5 * PROMPT_FLOPS  # half as much for the negative prompt, which has no instruction
+        flops = 4 * parameters * (side // 32) ** 2 * picture_steps + DECODE_FLOPS * side**2 + text_flops
+        name = f"prompt to picture in {picture_steps} steps, {variant}"
         build = partial(picture_calls, variant, side, picture_steps)
-        yield Case(name, side, flops, parameters + 0.32e9, build, 900 * side**2)
+        yield Case(name, side, flops, parameters + 2.9e9, build, 900 * side**2)
 
 
 def transformer_calls(
@@ -149,54 +152,44 @@ def prompt_calls(dtype: torch.dtype, device: str, compiled: bool) -> dict[str, C
 def picture_calls(
     variant: str, side: int, steps: int, dtype: torch.dtype, device: str, compiled: bool
 ) -> dict[str, Call]:
-    """From encoded prompts to pixels, with guidance 4.5: 20 tokens of prompt, 1 of the empty negative one."""
-    network, theirs = transformer_pair(variant, dtype, device)
+    """From the prompt to pixels, by both pipelines; ours also with the instruction not yet encoded, as for a first prompt."""
+    transformer, their_transformer = transformer_pair(variant, dtype, device)
     autoencoder, their_autoencoder = autoencoder_pair(AUTOENCODER, dtype, device)
-    text, mask = random_text(network, 2, dtype, device)
-    mask[0, 1:] = False
-    shift = VARIANTS[variant].flow_shift
-    noise = torch.randn(1, 32, side // 32, side // 32, device=device)
-    uncond, cond = (Condition(text[i : i + 1], mask[i : i + 1]) for i in range(2))
-    sigmas = flow_sigmas(steps, shift)
+    text_encoder, gemma = gemma_pair(dtype, device)
+    row = VARIANTS[variant]
+    identity = TransformerIdentity(row.transformer, variant, row.base_size, row.flow_shift, row.dtype, "the table")
+    settings = Settings(height=side, width=side, steps=steps, reference="diffusers")
 
-    def ours(velocity: Callable[..., Tensor]) -> Tensor:
-        guidance = Guidance(4.5, reference="diffusers")
-        denoise = guided_denoiser(network, cond, uncond, guidance, sigmas=sigmas, velocity=velocity)
-        latent = flow_dpm_solver(denoise, noise, sigmas)
-        return autoencoder.decode((latent / autoencoder.config.latent_scale).to(dtype))
+    def ours(pipeline: SanaPipeline) -> Tensor:
+        for step in pipeline.sample(PROMPT, settings):
+            latent = step.next_x
+        return autoencoder.decode(latent / autoencoder.config.latent_scale).clamp(-1, 1)
+
+    def first() -> Tensor:
+        encoder = GemmaTextEncoder(text_encoder.model, text_encoder.tokenizer)
+        return ours(SanaPipeline(transformer, autoencoder, encoder, identity))
 
     scheduler = DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, num_train_timesteps=1000
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=row.flow_shift
     )
-    pipeline = SanaPipeline(None, None, their_autoencoder, theirs, scheduler)
-    pipeline.set_progress_bar_config(disable=True)
+    options = {"height": side, "width": side, "use_resolution_binning": False, "num_inference_steps": steps}
 
-    def diffusers() -> Tensor:
-        return (
-            pipeline(
-                prompt=None,
-                negative_prompt=None,
-                prompt_embeds=cond.text,
-                prompt_attention_mask=cond.text_mask.to(dtype),
-                negative_prompt_embeds=uncond.text,
-                negative_prompt_attention_mask=uncond.text_mask.to(dtype),
-                height=side,
-                width=side,
-                num_inference_steps=steps,
-                guidance_scale=4.5,
-                latents=noise.clone(),
-                use_resolution_binning=False,
-                output_type="pt",
-                return_dict=False,
-            )[0]
-            * 2
-            - 1
-        )
+    def theirs(pipeline: DiffusersPipeline) -> Tensor:
+        generator = torch.Generator().manual_seed(settings.seed)
+        return pipeline(PROMPT, **options, generator=generator, output_type="pt", return_dict=False)[0] * 2 - 1
 
-    calls = {"ours": call(lambda: ours(network.velocity).clamp(-1, 1)), "diffusers": call(diffusers)}
+    def their_pipeline(transformer: nn.Module) -> DiffusersPipeline:
+        pipeline = DiffusersPipeline(PaddingTokenizer(), gemma, their_autoencoder, transformer, scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    plain = SanaPipeline(transformer, autoencoder, text_encoder, identity)
+    calls = {"ours": call(ours, plain), "diffusers": call(theirs, their_pipeline(their_transformer))}
+    calls["ours, first prompt"] = call(first)
     if compiled:
-        velocity = torch.compile(network.velocity)
-        calls["ours, compiled"] = call(lambda: ours(velocity).clamp(-1, 1))
+        pipeline = SanaPipeline(transformer, autoencoder, text_encoder, identity, compiled=True)
+        calls["ours, compiled"] = call(ours, pipeline)
+        calls["diffusers, compiled"] = call(theirs, their_pipeline(torch.compile(their_transformer)))
     return calls
 
 

@@ -1,12 +1,13 @@
 """How well the demo model draws what it is told: python -m bench.demo. Writes results/demo.json.
 
-Every picture is of a held-out caption, whose combination never occurred in training, and is read by `scene_reader`.
+Every picture is of a held-out caption, whose combination never occurred in training, or of one with a word changed, and is read
+by `scene_reader`.
 """
 
 import argparse
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sana.images import to_pixels, to_unit
-from sana.pipeline import SanaPipeline, Settings
-from sana.training.scenes import COLOURS, CaptionedScene, Scene, draw, held_out_scenes
+from sana.pipeline import DEFAULT_STEPS, SanaPipeline, Settings
+from sana.training.scenes import COLOURS, SHAPES, CaptionedScene, Scene, draw, held_out_scenes
 
 from .machine import write_result
 from .scene_reader import Judgement, judge
@@ -27,7 +28,10 @@ BATCH = 20
 STEPS = (4, 8, 14, 20, 28, 50)
 REFERENCE_STEPS = 200
 SOLVERS = ("flow_dpm", "flow_euler")
-GUIDANCE_SCALES = (1.0, 1.5, 3.0, 4.5)  # beside the default
+GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 4.5)
+RELEASED_GUIDANCE = 4.5  # of the released models
+OPPOSITES = {"left": "right", "right": "left", "above": "below", "below": "above", "over": "under", "under": "over"}
+CHANGES = ("colour", "shape", "relation")  # words to change
 
 
 @dataclass(frozen=True)
@@ -41,23 +45,38 @@ class Numbers:
 
 def measure(pipeline: SanaPipeline, numbers: Numbers) -> dict[str, object]:
     """All that the command reports, as JSON values."""
-    items = held_out_scenes(numbers.captions, seed=0)
+    items, others = (held_out_scenes(numbers.captions, seed=seed) for seed in (0, 1))
     few = items[: numbers.step_captions]
     verdicts = judgements(pipeline, items, latents(pipeline, items, Settings()))
     return {
         "captions": len(items),
+        "guidance_scale": pipeline.identity.guidance_scale,
         "autoencoder_psnr_db": round(reconstruction_psnr(pipeline, items), 2),
         "accuracy": share_right(verdicts),
         "accuracy_by_kind": {kind: share_right(chosen) for kind, chosen in by_kind(items, verdicts).items()},
-        **{
-            f"accuracy_with_guidance_{scale:g}": accuracy(pipeline, items, Settings(guidance_scale=scale))
-            for scale in GUIDANCE_SCALES
-        },
-        "accuracy_after_changing_one_word": accuracy(pipeline, list(recoloured(items)), Settings()),
+        "accuracy_by_guidance": by_guidance(pipeline, items),
+        "accuracy_by_guidance_of_other_captions": by_guidance(pipeline, others),
+        "accuracy_after_changing_one_word": {word: accuracy_of_changed(pipeline, items, word) for word in CHANGES},
         "step_captions": len(few),
         "error_captions": numbers.error_captions,
-        "steps": steps_table(pipeline, few, numbers.error_captions),
+        "steps": steps_table(pipeline, few, numbers.error_captions, STEPS),
+        "steps_with_guidance_of_released_models": steps_table(
+            pipeline, few, numbers.error_captions, STEPS[:4], RELEASED_GUIDANCE
+        ),
     }
+
+
+def by_guidance(pipeline: SanaPipeline, items: Sequence[CaptionedScene]) -> dict[str, dict[str, float]]:
+    """Accuracy with each of GUIDANCE_SCALES."""
+    return {f"{scale:g}": accuracy(pipeline, items, Settings(guidance_scale=scale)) for scale in GUIDANCE_SCALES}
+
+
+def accuracy_of_changed(pipeline: SanaPipeline, items: Sequence[CaptionedScene], word: str) -> dict[str, float]:
+    """Accuracy of the captions that have such a word, with the word changed and the seeds as they were."""
+    new = [changed(item, word) for item in items]
+    drawn = latents(pipeline, [after or before for before, after in zip(items, new, strict=True)], Settings())
+    chosen = [(item, latent) for item, latent in zip(new, drawn, strict=True) if item]
+    return {"captions": len(chosen), **share_right(judgements(pipeline, *zip(*chosen, strict=True)))}
 
 
 def accuracy(pipeline: SanaPipeline, items: Sequence[CaptionedScene], settings: Settings) -> dict[str, float]:
@@ -95,7 +114,9 @@ def latents(pipeline: SanaPipeline, items: Sequence[CaptionedScene], settings: S
     by_size = defaultdict(list)
     for i, item in enumerate(items):
         by_size[item.scene.height, item.scene.width].append(i)
-    with tqdm(total=len(items), desc=f"{settings.solver}, {settings.steps or 20} steps", unit="picture") as bar:
+    with tqdm(
+        total=len(items), desc=f"{settings.solver}, {settings.steps or DEFAULT_STEPS} steps", unit="picture"
+    ) as bar:
         for (height, width), indices in by_size.items():
             for chosen in (indices[start : start + BATCH] for start in range(0, len(indices), BATCH)):
                 sized = replace(settings, height=height, width=width, seed=settings.seed + chosen[0])
@@ -107,31 +128,53 @@ def latents(pipeline: SanaPipeline, items: Sequence[CaptionedScene], settings: S
 
 
 def steps_table(
-    pipeline: SanaPipeline, items: Sequence[CaptionedScene], error_captions: int
+    pipeline: SanaPipeline,
+    items: Sequence[CaptionedScene],
+    error_captions: int,
+    numbers: Sequence[int],
+    guidance_scale: float | None = None,
 ) -> list[dict[str, object]]:
-    """Accuracy, and relative distance of the first latents to those of many steps, by solver and number of steps."""
-    exact = latents(pipeline, items[:error_captions], Settings(steps=REFERENCE_STEPS))
+    """Accuracy by solver and number of steps, and relative distance of the first latents to Flow-DPM-Solver's of many."""
+    settings = Settings(guidance_scale=guidance_scale)
+    exact = latents(pipeline, items[:error_captions], replace(settings, steps=REFERENCE_STEPS))
     rows = []
     for solver in SOLVERS:
-        for steps in STEPS:
-            settings = Settings(steps=steps, solver=solver)
-            found = latents(pipeline, items, settings)
+        for steps in numbers:
+            found = latents(pipeline, items, replace(settings, steps=steps, solver=solver))
             errors = [float((x - y).norm() / y.norm()) for x, y in zip(found[:error_captions], exact, strict=True)]
-            row = {"solver": solver, "steps": steps, "median_error": round(float(np.median(errors)), 4)}
+            row = {"solver": solver, "steps": steps, "median_error": round(float(np.median(errors)), 5)}
             rows.append({**row, **share_right(judgements(pipeline, items, found))})
     return rows
 
 
-def recoloured(items: Iterable[CaptionedScene]) -> Iterator[CaptionedScene]:
-    """Single things and counts in another colour: the caption changes by one word, and the picture must follow."""
-    names = list(COLOURS)
-    for item in items:
-        old = item.scene.things[0].look.colour
-        if item.scene.kind not in ("single", "count") or old not in item.caption:
-            continue
-        new = names[(names.index(old) + 3) % len(names)]
-        things = tuple(replace(thing, look=replace(thing.look, colour=new)) for thing in item.scene.things)
-        yield CaptionedScene(replace(item.scene, things=things), re.sub(rf"\b{old}\b", new, item.caption, count=1))
+def changed(item: CaptionedScene, word: str) -> CaptionedScene | None:
+    """The caption with its colour, shape or relation word changed, and what it then asks for; None if it has no such word.
+
+    Colours and shapes are those of single things and of counts. The new combination may be one of the training.
+    """
+    scene, look = item.scene, item.scene.things[0].look
+    if word == "relation":
+        found = re.search(rf"\b({'|'.join(OPPOSITES)})\b", item.caption)
+        if not found:
+            return None
+        text = item.caption[: found.start()] + OPPOSITES[found[0]] + item.caption[found.end() :]
+        return CaptionedScene(replace(scene, things=scene.things[::-1]), text)
+    if scene.kind not in ("single", "count"):
+        return None
+    old, names = getattr(look, word), list(COLOURS) if word == "colour" else SHAPES
+    new = names[(names.index(old) + 3) % len(names)]
+    things = tuple(replace(thing, look=replace(look, **{word: new})) for thing in scene.things)
+    text = re.sub(rf"\b{old}(es|s)?\b", lambda end: new + plural(new) if end[1] else new, item.caption, count=1)
+    return CaptionedScene(replace(scene, things=things), with_articles(text))
+
+
+def with_articles(text: str) -> str:
+    """The text with "a" or "an" as the next letter asks for."""
+    return re.sub(r"\ban? (\w)", lambda found: ("an " if found[1] in "aeiou" else "a ") + found[1], text)
+
+
+def plural(shape: str) -> str:
+    return "es" if shape == "cross" else "s"
 
 
 def reconstruction_psnr(pipeline: SanaPipeline, items: Sequence[CaptionedScene]) -> float:
@@ -164,21 +207,6 @@ def draw_sheet(pipeline: SanaPipeline, path: Path, columns: int = 6, rows: int =
     return [item.caption for item in items]
 
 
-def print_tables(result: dict[str, object]) -> None:
-    """As Markdown."""
-    print(f"\nAutoencoder: {result['autoencoder_psnr_db']} dB\n")
-    names = [name for name in result if name.startswith("accuracy") and name != "accuracy_by_kind"]
-    columns = list(result["accuracy"])
-    print(f"| | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
-    rows = {name.replace("_", " "): result[name] for name in names} | result["accuracy_by_kind"]
-    for name, row in rows.items():
-        print(f"| {name} | {' | '.join(str(row.get(c, '')) for c in columns)} |")
-    columns = list(result["steps"][0])
-    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for row in result["steps"]:
-        print(f"| {' | '.join(str(row[c]) for c in columns)} |")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.splitlines()[0])
     for name, value in vars(Numbers()).items():
@@ -191,8 +219,7 @@ def main() -> None:
         print("\n".join(draw_sheet(pipeline, options.sheet)))
         return
     result = measure(pipeline, Numbers(**{name: getattr(options, name) for name in vars(Numbers())}))
-    print_tables(result)
-    print(write_result("demo", result))
+    print(write_result("demo", result), "(python -m bench.readme writes its tables)", sep="\n")
 
 
 if __name__ == "__main__":

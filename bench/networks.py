@@ -1,5 +1,7 @@
 """Networks at their real sizes with random weights: ours and the reference's, sharing one set of tensors."""
 
+from types import SimpleNamespace
+
 import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from torch import Tensor, nn
@@ -22,6 +24,18 @@ class WordTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return [BOS, *(3 + hash_word(word) % 250_000 for word in text.split())]
+
+
+class PaddingTokenizer(WordTokenizer):
+    """The same as diffusers calls it: batches of equal length."""
+
+    def __call__(self, prompts: list[str], *, max_length: int, **options: object) -> SimpleNamespace:
+        ids = torch.zeros(len(prompts), max_length, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, prompt in enumerate(prompts):
+            row = torch.tensor(self.encode(prompt)[:max_length])
+            ids[i, : len(row)], mask[i, : len(row)] = row, 1
+        return SimpleNamespace(input_ids=ids, attention_mask=mask)
 
 
 def hash_word(word: str) -> int:

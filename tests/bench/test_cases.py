@@ -26,7 +26,8 @@ BUILDS = {
 
 @pytest.fixture(autouse=True)
 def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    variants = {name: replace(row, transformer=tiny_config(name)) for name, row in VARIANTS.items()}
+    configs = {name: replace(tiny_config(name), text_width=GEMMA.hidden_size) for name in VARIANTS}
+    variants = {name: replace(row, transformer=configs[name]) for name, row in VARIANTS.items()}
     for module in (cases, networks):
         monkeypatch.setattr(module, "VARIANTS", variants)
     monkeypatch.setattr(networks, "AUTOENCODERS", {cases.AUTOENCODER: tiny_autoencoder_config(cases.AUTOENCODER)})
@@ -35,9 +36,11 @@ def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_both_sides_agree(name: str) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_all_candidates_agree(name: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda network: network)
     torch.manual_seed(0)
-    calls = BUILDS[name](torch.float32, "cpu", False)
+    calls = BUILDS[name](torch.float32, "cpu", compiled)
     expected, *others = (run() for run in calls.values())
     assert len(others) >= 1
     for found in others:

@@ -1,0 +1,97 @@
+"""The tables of README, from the files in results/: python -m bench.readme. Run it after a measurement is renewed."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from .machine import RESULTS
+
+README = Path(__file__).parents[1] / "README.md"
+PLACE = re.compile(r"(?<=<!-- bench: )(?P<kind>\S+) (?P<file>\S+) -->\n.*?(?=<!-- end -->)", re.DOTALL)
+Result = dict[str, object]
+
+
+def with_tables(text: str) -> str:
+    """The text with every `<!-- bench: KIND FILE -->` ... `<!-- end -->` holding what results/FILE.json says today."""
+
+    def fill(place: re.Match[str]) -> str:
+        result = json.loads((RESULTS / f"{place['file']}.json").read_text(encoding="utf-8"))
+        return "\n".join([f"{place['kind']} {place['file']} -->", *KINDS[place["kind"]](result), ""])
+
+    return PLACE.sub(fill, text)
+
+
+def speed(result: Result) -> Iterator[str]:
+    """Each case, and under it what else was tried, against the reference of its kind."""
+    rows = result["rows"]
+    widest = max(row["spread"] for row in rows)
+    versions = ", ".join(f"{name} {result[name]}" for name in ("torch", "diffusers", "transformers"))
+    yield f"{result['device']}, {versions}, {result['dtype'].removeprefix('torch.')}, {result['date']}, medians of"
+    yield f"{result['repeats']}, middle half of the times within {widest:.0%}:\n"
+    yield from header("", "reference", "here", "faster", "peak memory, reference", "here")
+    for case in dict.fromkeys(row["case"] for row in rows):
+        found = {row["candidate"]: row for row in rows if row["case"] == case}
+        plain = next(name for name in found if not name.startswith("ours"))
+        for name, row in found.items():
+            if name.startswith("ours"):
+                other = found.get(name.replace("ours", plain), found[plain])
+                title = case if name == "ours" else f"the same, {name.removeprefix('ours, ')}"
+                times = [f"{each['seconds']:.2f} s" for each in (other, row)]
+                peaks = [f"{each['peak_bytes'] / 1e6:.0f} MB" for each in (other, row)]
+                yield line(title, *times, f"{row['ratio']:.2f} x", *peaks)
+
+
+def accuracy(result: Result) -> Iterator[str]:
+    """Share of right pictures by guidance scale; the last column is of captions by which no scale was chosen."""
+    respects = ("colour", "shape", "relation", "count", "background", "everything")
+    yield from header("% right", *respects, "everything, 300 others")
+    others = result["accuracy_by_guidance_of_other_captions"]
+    for scale, found in result["accuracy_by_guidance"].items():
+        title = f"guidance {scale}" + (", its default" if float(scale) == result["guidance_scale"] else "")
+        yield line(title, *(f"{found[respect]:.0f}" for respect in respects), f"{others[scale]['everything']:.0f}")
+    yield line("aimed at", 95, 90, 85, 80, "", "", "")
+
+
+def changes(result: Result) -> Iterator[str]:
+    """Share of right pictures of captions with one word changed."""
+    yield from header("word changed", "captions", "% right in it", "% right in everything")
+    for word, found in result["accuracy_after_changing_one_word"].items():
+        yield line(word, found["captions"], f"{found[word]:.0f}", f"{found['everything']:.0f}")
+
+
+def steps(result: Result) -> Iterator[str]:
+    """Error and share of right pictures by number of steps, with the guidance of the model and with that of the released ones."""
+    rows, strong = result["steps"], result["steps_with_guidance_of_released_models"]
+    numbers = list(dict.fromkeys(row["steps"] for row in rows))
+    yield from header("steps", *numbers)
+    for name, form in (("median_error", "{:.3f}"), ("everything", "{:.0f}")):
+        for solver, title in (("flow_dpm", "Flow-DPM-Solver"), ("flow_euler", "Flow-Euler")):
+            for measured, suffix in ((rows, ""), (strong, ", guidance 4.5")):
+                found = {row["steps"]: form.format(row[name]) for row in measured if row["solver"] == solver}
+                what = "error" if name == "median_error" else "% right"
+                yield line(f"{title}, {what}{suffix}", *(found.get(number, "") for number in numbers))
+
+
+def header(*columns: object) -> Iterable[str]:
+    return [line(*columns), "|---|" + "---:|" * (len(columns) - 1)]
+
+
+def line(*cells: object) -> str:
+    return "|" + "".join(f" {cell} |" if cell != "" else " |" for cell in cells)
+
+
+KINDS: dict[str, Callable[[Result], Iterator[str]]] = {
+    "speed": speed,
+    "accuracy": accuracy,
+    "changes": changes,
+    "steps": steps,
+}
+
+
+def main() -> None:
+    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
