@@ -17,6 +17,10 @@ from PIL import Image
 TEXT = 3  # the id of a node, then the line it shows
 PREVIEW_WITH_METADATA = 4  # metadata (JSON), then a picture
 Event = dict[str, object]
+WHITE_PICTURE = {
+    "white": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0xFFFFFF}},
+    "show": {"class_type": "PreviewImage", "inputs": {"images": ["white", 0]}},
+}
 
 
 @dataclass(frozen=True)
@@ -86,9 +90,10 @@ class Client:
         requests.post(f"{self.url}/interrupt", json={}, timeout=60).raise_for_status()
 
     def free(self) -> None:
-        """Asks the server to unload all models and forget cached results before the next prompt."""
+        """Has the server unload all models and forget cached results before the next prompt."""
         body = {"unload_models": True, "free_memory": True}
         requests.post(f"{self.url}/free", json=body, timeout=60).raise_for_status()
+        self.queue(WHITE_PICTURE)  # an idle server may take the next prompt first, and acts on the request after that
 
     def queue(
         self,
