@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from .config import VARIANTS
+from .files import replacing
 from .images import read_picture
 from .inspection import convert, describe_file
 from .pipeline import SanaPipeline, Settings
@@ -219,12 +220,8 @@ def write_png(picture: Image.Image, path: Path, record: dict[str, object]) -> No
     """Write a picture with its record, as a whole or not at all."""
     text = PngInfo()
     text.add_text("sana", json.dumps(record, ensure_ascii=False))
-    unfinished = path.with_suffix(".part")
-    try:
+    with replacing(path) as unfinished:
         picture.save(unfinished, format="PNG", pnginfo=text)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def run_info(options: argparse.Namespace) -> int:

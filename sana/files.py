@@ -5,10 +5,12 @@ what the tensors mean.
 """
 
 import json
+import os
 import pickle
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,6 +54,17 @@ class TensorFile:
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)  # of a safetensors header
     config: dict[str, object] = field(default_factory=dict)  # of a `config.json` in the same folder
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a path beside this one to write to. It takes the place of `path` at the end, or vanishes after an error."""
+    unfinished = path.with_suffix(".part")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path | str, component: str | None = None) -> TensorFile:

@@ -1,6 +1,5 @@
 """What a checkpoint is, in words, and its conversion to one safetensors file whose header says so."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from .detection import (
     transformer_header,
     transformer_tensors,
 )
-from .files import CheckpointError, TensorFile, read_tensors
+from .files import CheckpointError, TensorFile, read_tensors, replacing
 from .key_map import is_autoencoder, is_transformer, with_convolutions
 from .transformer import SanaTransformer
 
@@ -69,15 +68,12 @@ def convert(
         raise CheckpointError(f"{file.path.name} is {describe(file.tensors)}; give a SANA transformer or a DC-AE")
     check_tensors(network.state_dict(), tensors, file.path.name)
     tensors = with_convolutions(tensors)
-    unfinished = target.with_suffix(".part")
     stored = {name: _stored(tensor, dtype) for name, tensor in tensors.items()}
     try:
-        save_file(stored, unfinished, {"format": "pt", **header})
-        os.replace(unfinished, target)
+        with replacing(target) as unfinished:
+            save_file(stored, unfinished, {"format": "pt", **header})
     except SafetensorError as error:
         raise OSError(f"{target} cannot be written ({error}); give another place") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
     return f"{target}: {what}, {len(tensors)} tensors"
 
 

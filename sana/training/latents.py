@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..autoencoder import DCAutoencoder
+from ..files import replacing
 from ..images import to_unit
 from .flow import FlowBatch
 from .scenes import KIND_SHARE, RESOLUTIONS, Kind, Resolution, Scene, caption, draw, sample_scene
@@ -33,8 +34,8 @@ class SceneLatents:
         """Read the file at path, or encode `count` scenes of each resolution and write it."""
         if not path.exists():
             encoded = {size_name(size): encode_scenes(autoencoder, size, count, seed, device) for size in RESOLUTIONS}
-            save_file(encoded, path.with_suffix(".part"))
-            path.with_suffix(".part").replace(path)
+            with replacing(path) as unfinished:
+                save_file(encoded, unfinished)
         with safe_open(path, framework="pt") as file:
             return cls({size: file.get_tensor(size_name(size)) for size in RESOLUTIONS}, seed)
 

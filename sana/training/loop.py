@@ -6,7 +6,6 @@ run that was killed and resumed ends with the same weights as one that was not.
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
+
+from ..files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -139,9 +140,10 @@ class TrainingState:
     def save(self, step: int) -> None:
         parts = {"objective": self.objective, "average": self.average}
         states = {name: part.state_dict() for name, part in parts.items()}
-        unfinished = self.path.with_suffix(".part")
-        torch.save({"step": step, **states, "updates": [update.state_dict() for update in self.updates]}, unfinished)
-        os.replace(unfinished, self.path)
+        with replacing(self.path) as unfinished:
+            torch.save(
+                {"step": step, **states, "updates": [update.state_dict() for update in self.updates]}, unfinished
+            )
 
     def resume(self) -> int:
         """Read the file if there is one. Returns the step to go on with."""

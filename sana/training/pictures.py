@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..autoencoder import DCAutoencoder
+from ..files import replacing
 from ..images import read_picture, read_size, to_tensor
 from ..prompt import INSTRUCTION
 from ..resolution import nearest_bucket
@@ -110,8 +111,8 @@ def write_states(
         latent = autoencoder.encode(image)[0] * autoencoder.config.latent_scale
         text, text_mask = text_encoder([picture.caption], INSTRUCTION)
         states = {"latent": latent.half().cpu(), "text": text[0][text_mask[0]].bfloat16().cpu()}
-        save_file(states, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+        with replacing(path) as unfinished:
+            save_file(states, unfinished)
 
 
 def _states_path(folder: Path, picture: Picture, encoders: str) -> Path:

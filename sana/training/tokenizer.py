@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from ..files import replacing
 from ..text_encoder import BOS, PAD
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
@@ -23,6 +24,6 @@ def train_tokenizer(texts: Iterable[str], size: int, path: Path) -> int:
         vocab_size=size, special_tokens=[AddedToken(token, special=True) for token in reserved]
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.save(str(path.with_suffix(".part")))
-    path.with_suffix(".part").replace(path)
+    with replacing(path) as unfinished:
+        tokenizer.save(str(unfinished))
     return tokenizer.get_vocab_size()
