@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -96,13 +96,16 @@ def train(
 
 def claim(folder: Path, run: dict[str, str]) -> None:
     """Make a work folder and note what it is for. Raises ValueError if it is for something else."""
-    folder.mkdir(parents=True, exist_ok=True)
     note = folder / "run.json"
-    known = json.loads(note.read_text(encoding="utf-8")) if note.exists() else run
+    with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
+        if not note.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(note) as unfinished:
+                unfinished.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    known = json.loads(note.read_text(encoding="utf-8"))
     if known != run:
         told = ", ".join(f"{name} {value}" for name, value in known.items())
         raise ValueError(f"{folder} holds another training ({told}); give another --out")
-    note.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
 
 def update_average(decay: float, average: list[Tensor], weights: list[Tensor], count: int | Tensor) -> None:
