@@ -52,12 +52,14 @@ def identify_transformer(file: TensorFile, variant: str | None = None) -> Transf
     if variant is not None and variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is unknown; use one of {', '.join(VARIANTS)}")
     tensors, header = transformer_tensors(file), read_header(file)
-    if variant is not None:
-        return _given_identity(variant, tensors, file)
-    if "base_size" in header:
+    if variant is None and "base_size" in header:
         known = {field.name: header[field.name] for field in fields(TransformerIdentity) if field.name in header}
         return TransformerIdentity(**{**known, "config": TransformerConfig(**header["config"]), "origin": "its header"})
-    return _complete_identity(detect_transformer(tensors, file), file)
+    if variant is None:
+        found = _complete_identity(detect_transformer(tensors, file), file)
+    else:
+        found = _given_identity(variant, tensors, file)
+    return replace(found, guidance_scale=_guidance_scale(file))
 
 
 def _given_identity(variant: str, tensors: Mapping[str, Tensor], file: TensorFile) -> TransformerIdentity:
@@ -72,14 +74,11 @@ def _given_identity(variant: str, tensors: Mapping[str, Tensor], file: TensorFil
             f"{file.path.name} has {found.depth} blocks of width {found.hidden_size} and is no {variant}; give the variant "
             "that it is, or none"
         )
-    origin, guidance_scale = "the given variant", _guidance_scale(file)
-    return TransformerIdentity(
-        row.transformer, variant, row.base_size, row.flow_shift, row.dtype, origin, guidance_scale
-    )
+    return TransformerIdentity(row.transformer, variant, row.base_size, row.flow_shift, row.dtype, "the given variant")
 
 
 def _complete_identity(config: TransformerConfig, file: TensorFile) -> TransformerIdentity:
-    """Base size, flow shift and guidance from the configuration beside the tensors, a buffer among them, or the table."""
+    """Base size and flow shift from the configuration beside the tensors, a buffer among them, or the table."""
     sample_size, buffer = file.config.get("sample_size"), _position_buffer(file)
     if isinstance(sample_size, int):
         base_size, origin = sample_size * DOWNSAMPLE, "config.json"
@@ -97,15 +96,13 @@ def _complete_identity(config: TransformerConfig, file: TensorFile) -> Transform
     if not rows:
         default = None if config.guidance_embed else DEFAULT_FLOW_SHIFT
         dtype = "bfloat16" if stored == "float32" else stored
-        return TransformerIdentity(
-            config, "custom", base_size or 1024, flow_shift or default, dtype, origin, _guidance_scale(file)
-        )
+        return TransformerIdentity(config, "custom", base_size or 1024, flow_shift or default, dtype, origin)
     name, row = next((found for found in rows if found[1].dtype == stored), rows[0])
     # Converters wrote 3.0 beside every model below 4096 px, also beside one that was trained with another value.
     if flow_shift is None or flow_shift == DEFAULT_FLOW_SHIFT:
         flow_shift = row.flow_shift
     dtype = row.dtype if stored == "float32" else stored
-    return TransformerIdentity(config, name, row.base_size, flow_shift, dtype, origin, _guidance_scale(file))
+    return TransformerIdentity(config, name, row.base_size, flow_shift, dtype, origin)
 
 
 def _stored_dtype(file: TensorFile) -> str:
