@@ -15,7 +15,7 @@ import torch
 
 from .cases import Case, all_cases
 from .machine import device_name, write_result
-from .race import Floor, count_flops, race
+from .race import Floor, count_flops, counterpart, race
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -92,12 +92,10 @@ def run(
 ) -> Iterator[dict[str, object]]:
     """Race one case, print its lines and return them."""
     calls = case.build(dtype, device, compiled)
-    ours, reference = list(calls)[:2]
-    least = count_flops(calls[ours]) / floor.flops_per_second
+    least = count_flops(next(iter(calls.values()))) / floor.flops_per_second
     measured = race(calls, repeats, TOLERANCE[dtype])
     for name, found in measured.items():
-        alike = measured.get(name.replace(ours, reference), measured[reference])  # compiled against compiled
-        against = alike if name.startswith(ours) else found
+        against = measured[counterpart(name, measured)]
         row = {"case": case.title, "candidate": name, **asdict(found)}
         row |= {"ratio": against.seconds / found.seconds, "of_floor": least / found.seconds}
         print(

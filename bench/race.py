@@ -3,7 +3,7 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,18 @@ def race(candidates: dict[str, Call], repeats: int, tolerance: float) -> dict[st
         name: Measured(statistics.median(taken), spread(taken), errors[name], results[name][1])
         for name, taken in times.items()
     }
+
+
+def counterpart(name: str, names: Iterable[str]) -> str:
+    """The one of these candidates that this one is compared with: compiled ones with each other, all others with the reference.
+
+    names: the first is ours, the second the reference, which is its own counterpart.
+    """
+    ours, reference, *others = names
+    if not name.startswith(ours):
+        return name
+    alike = name.replace(ours, reference)
+    return alike if alike in others else reference
 
 
 def seconds(call: Call) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from .machine import RESULTS
+from .race import counterpart
 
 README = Path(__file__).parents[1] / "README.md"
 PLACE = re.compile(r"(?<=<!-- bench: )(?P<kind>\S+) (?P<file>\S+) -->\n.*?(?=<!-- end -->)", re.DOTALL)
@@ -32,10 +33,9 @@ def speed(result: Result) -> Iterator[str]:
     yield from header("", "reference", "here", "faster", "peak memory, reference", "here")
     for case in dict.fromkeys(row["case"] for row in rows):
         found = {row["candidate"]: row for row in rows if row["case"] == case}
-        plain = next(name for name in found if not name.startswith("ours"))
         for name, row in found.items():
-            if name.startswith("ours"):
-                other = found.get(name.replace("ours", plain), found[plain])
+            other = found[counterpart(name, found)]
+            if other is not row:
                 title = case if name == "ours" else f"the same, {name.removeprefix('ours, ')}"
                 times = [f"{each['seconds']:.2f} s" for each in (other, row)]
                 peaks = [f"{each['peak_bytes'] / 1e6:.0f} MB" for each in (other, row)]
