@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from sana.images import to_pixels, to_unit
 from sana.pipeline import DEFAULT_STEPS, SanaPipeline, Settings
-from sana.training.scenes import COLOURS, SHAPES, CaptionedScene, Scene, draw, held_out_scenes
+from sana.training.scenes import COLOURS, SHAPES, CaptionedScene, Scene, draw, held_out_scenes, plural_ending
 
 from .machine import write_result
 from .scene_reader import Judgement, judge
@@ -164,17 +164,13 @@ def changed(item: CaptionedScene, word: str) -> CaptionedScene | None:
     old, names = getattr(look, word), list(COLOURS) if word == "colour" else SHAPES
     new = names[(names.index(old) + 3) % len(names)]
     things = tuple(replace(thing, look=replace(look, **{word: new})) for thing in scene.things)
-    text = re.sub(rf"\b{old}(es|s)?\b", lambda end: new + plural(new) if end[1] else new, item.caption, count=1)
+    text = re.sub(rf"\b{old}(es|s)?\b", lambda end: new + plural_ending(new) if end[1] else new, item.caption, count=1)
     return CaptionedScene(replace(scene, things=things), with_articles(text))
 
 
 def with_articles(text: str) -> str:
     """The text with "a" or "an" as the next letter asks for."""
     return re.sub(r"\ban? (\w)", lambda found: ("an " if found[1] in "aeiou" else "a ") + found[1], text)
-
-
-def plural(shape: str) -> str:
-    return "es" if shape == "cross" else "s"
 
 
 def reconstruction_psnr(pipeline: SanaPipeline, items: Sequence[CaptionedScene]) -> float:

@@ -170,6 +170,10 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return text + _pick(rng, BACKGROUND_ENDINGS).format(scene.background)
 
 
+def plural_ending(shape: str) -> str:
+    return "es" if shape == "cross" else "s"
+
+
 def draw(scene: Scene) -> np.ndarray:
     """The picture, (height, width, 3) uint8 RGB. Edges are anti-aliased; elsewhere colours are those of the tables."""
     picture = np.full((scene.height, scene.width, 3), BACKGROUNDS[scene.background], np.uint8)
@@ -334,7 +338,7 @@ def _subject(scene: Scene, rng: np.random.Generator) -> str:
     named_sizes = scene.relation != "inside" or rng.random() < 0.5
     phrases = [_describe(look, named_sizes) for look in looks]
     if scene.kind == "count":
-        return f"{_pick(rng, NUMBERS[len(looks)])} {phrases[0]}{'es' if looks[0].shape == 'cross' else 's'}"
+        return f"{_pick(rng, NUMBERS[len(looks)])} {phrases[0]}{plural_ending(looks[0].shape)}"
     if scene.kind == "pair":
         phrases = [phrases[i] for i in rng.permutation(2)]
     if scene.relation is None and rng.random() < 0.2:
