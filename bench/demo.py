@@ -7,7 +7,7 @@ by `scene_reader`.
 import argparse
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -47,15 +47,16 @@ def measure(pipeline: SanaPipeline, numbers: Numbers) -> dict[str, object]:
     """All that the command reports, as JSON values."""
     items, others = (held_out_scenes(numbers.captions, seed=seed) for seed in (0, 1))
     few = items[: numbers.step_captions]
-    verdicts = judgements(pipeline, items, latents(pipeline, items, Settings()))
+    verdicts = by_guidance(pipeline, items)
+    usual = verdicts[f"{pipeline.identity.guidance_scale:g}"]
     return {
         "captions": len(items),
         "guidance_scale": pipeline.identity.guidance_scale,
         "autoencoder_psnr_db": round(reconstruction_psnr(pipeline, items), 2),
-        "accuracy": share_right(verdicts),
-        "accuracy_by_kind": {kind: share_right(chosen) for kind, chosen in by_kind(items, verdicts).items()},
-        "accuracy_by_guidance": by_guidance(pipeline, items),
-        "accuracy_by_guidance_of_other_captions": by_guidance(pipeline, others),
+        "accuracy": share_right(usual),
+        "accuracy_by_kind": shares_right(by_kind(items, usual)),
+        "accuracy_by_guidance": shares_right(verdicts),
+        "accuracy_by_guidance_of_other_captions": shares_right(by_guidance(pipeline, others)),
         "accuracy_after_changing_one_word": {word: accuracy_of_changed(pipeline, items, word) for word in CHANGES},
         "step_captions": len(few),
         "error_captions": numbers.error_captions,
@@ -66,9 +67,11 @@ def measure(pipeline: SanaPipeline, numbers: Numbers) -> dict[str, object]:
     }
 
 
-def by_guidance(pipeline: SanaPipeline, items: Sequence[CaptionedScene]) -> dict[str, dict[str, float]]:
-    """Accuracy with each of GUIDANCE_SCALES."""
-    return {f"{scale:g}": accuracy(pipeline, items, Settings(guidance_scale=scale)) for scale in GUIDANCE_SCALES}
+def by_guidance(pipeline: SanaPipeline, items: Sequence[CaptionedScene]) -> dict[str, list[Judgement]]:
+    """Verdicts with each of GUIDANCE_SCALES and with the model's own."""
+    scales = sorted({*GUIDANCE_SCALES, pipeline.identity.guidance_scale})
+    drawn = {scale: latents(pipeline, items, Settings(guidance_scale=scale)) for scale in scales}
+    return {f"{scale:g}": judgements(pipeline, items, found) for scale, found in drawn.items()}
 
 
 def accuracy_of_changed(pipeline: SanaPipeline, items: Sequence[CaptionedScene], word: str) -> dict[str, float]:
@@ -77,11 +80,6 @@ def accuracy_of_changed(pipeline: SanaPipeline, items: Sequence[CaptionedScene],
     drawn = latents(pipeline, [after or before for before, after in zip(items, new, strict=True)], Settings())
     chosen = [(item, latent) for item, latent in zip(new, drawn, strict=True) if item]
     return {"captions": len(chosen), **share_right(judgements(pipeline, *zip(*chosen, strict=True)))}
-
-
-def accuracy(pipeline: SanaPipeline, items: Sequence[CaptionedScene], settings: Settings) -> dict[str, float]:
-    """`share_right` of what the model draws."""
-    return share_right(judgements(pipeline, items, latents(pipeline, items, settings)))
 
 
 def judgements(pipeline: SanaPipeline, items: Sequence[CaptionedScene], drawn: Sequence[Tensor]) -> list[Judgement]:
@@ -98,6 +96,10 @@ def share_right(verdicts: Iterable[Judgement]) -> dict[str, float]:
             if right is not None:
                 found[name].append(right)
     return {name: round(100 * float(np.mean(rights)), 1) for name, rights in found.items()}
+
+
+def shares_right(verdicts: Mapping[str, Iterable[Judgement]]) -> dict[str, dict[str, float]]:
+    return {name: share_right(chosen) for name, chosen in verdicts.items()}
 
 
 def by_kind(items: Sequence[CaptionedScene], verdicts: Sequence[Judgement]) -> dict[str, list[Judgement]]:
