@@ -292,6 +292,7 @@ KINDS = (
     (("input_blocks.0.0.", "down_blocks.0.resnets.0.time_emb_proj."), "a Stable Diffusion model"),
     (("joint_blocks.0.",), "a Stable Diffusion 3 model"),
     (("controlnet_blocks.0.",), "a ControlNet"),
+    (("lyric_embs.", "vocoder.backbone."), "a part of ACE-Step, which makes music"),
     (("decoder.up_blocks.0.resnets.", "decoder.up.0.block.", "first_stage_model."), "the VAE of another model"),
     (("encoder.down_blocks.1.0.conv1.", "encoder.stages.1.op_list."), "a DC-AE, the autoencoder of SANA"),
     ((OFFICIAL_MARK, DIFFUSERS_MARK, EARLY_DIFFUSERS_MARK), "a SANA transformer"),

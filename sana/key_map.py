@@ -14,8 +14,14 @@ Tensors = dict[str, Tensor]
 # Names whose presence tells the dialect. What stands before them in a file is a prefix of all names.
 OFFICIAL_MARK = "blocks.0.mlp.inverted_conv.conv.weight"
 DIFFUSERS_MARK = "transformer_blocks.0.ff.conv_inverted.weight"
-EARLY_DIFFUSERS_MARK = "transformer_blocks.0.ff.inverted_conv.conv.weight"  # of November and December 2024
+EARLY_DIFFUSERS_MARK = (
+    "transformer_blocks.0.ff.inverted_conv.conv.weight"  # of November and December 2024; and of ACE-Step
+)
+EARLY_DIFFUSERS_EMBEDDING = "pos_embed.proj.weight"  # which ACE-Step lacks
 CONTROL_MARK = "controlnet_blocks.0.weight"  # of diffusers' ControlNet, which has the marks of a transformer as well
+MUSIC_MARK = (
+    "vocoder.backbone.channel_layers.0.0.bias"  # of ACE-Step, whose autoencoder has the marks of a DC-AE as well
+)
 AUTOENCODER_MARKS = ("encoder.down_blocks.1.0.conv1.weight", "encoder.stages.1.op_list.0.main.conv1.conv.weight")
 
 POINTWISE = (
@@ -103,12 +109,17 @@ def dialect_prefix(names: Mapping[str, object], mark: str) -> str | None:
 
 
 def is_transformer(names: Mapping[str, object]) -> bool:
-    marks = (OFFICIAL_MARK, DIFFUSERS_MARK, EARLY_DIFFUSERS_MARK)
-    return CONTROL_MARK not in names and any(dialect_prefix(names, mark) is not None for mark in marks)
+    if CONTROL_MARK in names:
+        return False
+    early = dialect_prefix(names, EARLY_DIFFUSERS_MARK)
+    return (early is not None and early + EARLY_DIFFUSERS_EMBEDDING in names) or any(
+        dialect_prefix(names, mark) is not None for mark in (OFFICIAL_MARK, DIFFUSERS_MARK)
+    )
 
 
 def is_autoencoder(names: Mapping[str, object]) -> bool:
-    return any(dialect_prefix(names, mark) is not None for mark in AUTOENCODER_MARKS)
+    found = any(dialect_prefix(names, mark) is not None for mark in AUTOENCODER_MARKS)
+    return found and dialect_prefix(names, MUSIC_MARK) is None
 
 
 def to_transformer_names(tensors: Tensors) -> Tensors:

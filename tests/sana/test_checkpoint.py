@@ -201,6 +201,14 @@ OTHERS = {
     ),
     "a Stable Diffusion 3 model": ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",),
     "a Flux model": ("double_blocks.0.img_attn.qkv.weight",),
+    "a part of ACE-Step, which makes music": (
+        "lyric_embs.weight",
+        "transformer_blocks.0.ff.inverted_conv.conv.weight",
+    ),
+    "a part of ACE-Step, which makes music ": (
+        "dcae.encoder.down_blocks.1.0.conv1.weight",
+        "vocoder.backbone.channel_layers.0.0.bias",
+    ),
     "the VAE of another model": ("decoder.up.0.block.0.conv1.weight", "encoder.conv_in.weight"),
     "the VAE of another model ": ("decoder.up_blocks.0.resnets.0.conv1.weight",),
     "a diffusion transformer of another family, such as PixArt": (

@@ -26,6 +26,29 @@ ADDED = {
     "comfy.sd.load_diffusion_model_state_dict",
     "comfy.sd.load_state_dict_guess_config",
 }
+# The first version makes music. Its blocks have names of SANA's.
+ACE_STEP = {
+    "audio_model": "ace",
+    "attention_head_dim": 128,
+    "in_channels": 8,
+    "inner_dim": 2560,
+    "max_height": 16,
+    "max_position": 32768,
+    "max_width": 32768,
+    "mlp_ratio": 2.5,
+    "num_attention_heads": 20,
+    "num_layers": 24,
+    "out_channels": 8,
+    "patch_size": [16, 1],
+    "rope_theta": 1000000.0,
+    "speaker_embedding_dim": 512,
+    "text_embedding_dim": 768,
+    "ssl_encoder_depths": [8, 8],
+    "ssl_names": ["mert", "m-hubert"],
+    "ssl_latent_dims": [1024, 768],
+    "lyric_encoder_vocab_size": 6693,
+    "lyric_hidden_size": 1024,
+}
 FLUX = {
     "image_model": "flux",
     "in_channels": 16,
@@ -97,6 +120,8 @@ def other_model(family: str) -> comfy.model_base.BaseModel:
     models = comfy.supported_models
     if family == "Flux":
         config = models.Flux(dict(FLUX))
+    elif family == "ACE-Step":
+        config = models.ACEStep(dict(ACE_STEP))
     else:
         row = {"SD1.5": models.SD15, "SDXL": models.SDXL}[family]
         config = row({**unet_settings(family)})
@@ -132,7 +157,7 @@ def unet_settings(family: str) -> dict[str, object]:
     return {**common, **depths, **more, **head, "transformer_depth_middle": 10}
 
 
-@pytest.fixture(scope="module", params=["SD1.5", "SDXL", "Flux"])
+@pytest.fixture(scope="module", params=["SD1.5", "SDXL", "Flux", "ACE-Step"])
 def model(request: pytest.FixtureRequest) -> comfy.model_base.BaseModel:
     return other_model(request.param)
 
