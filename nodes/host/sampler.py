@@ -7,6 +7,7 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
+import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
@@ -132,6 +133,15 @@ def flow_shift_of(patcher: ModelPatcher) -> float:
     return float(patcher.get_model_object("model_sampling").shift)
 
 
+def latent_mask(latent: Latent, shape: torch.Size) -> Tensor | None:
+    """The noise mask at the size of a latent (B, C, H, W): a cell is painted anew as far as any of its pixels is.
+
+    The host looks at the pixels in the middle of a cell, and does not see a mask between them.
+    """
+    mask = latent.get("noise_mask")
+    return None if mask is None else F.adaptive_max_pool2d(mask.reshape(-1, 1, *mask.shape[-2:]), shape[-2:])
+
+
 def sample_seeded(
     guider: comfy.samplers.CFGGuider, sampler: comfy.samplers.KSAMPLER | None, sigmas: Tensor, latent: Latent, seed: int
 ) -> Latent:
@@ -143,7 +153,8 @@ def sample_seeded(
         guider.model_patcher, latent["samples"], latent.get("downscale_ratio_spacial")
     )
     places = latent.get("batch_index") or []
-    seeds = [seed + k for k in (places if len(places) == len(samples) else range(len(samples)))]
+    numbers = places if len(places) == len(samples) else range(len(samples))
+    seeds = [(seed + k) % 2**64 for k in numbers]
     noise = noise_source(samples.shape, seeds)()
     if not samples.any():
         noise = noise / float(sigmas[0])  # which the host multiplies by; SANA starts from noise as it is
@@ -153,7 +164,7 @@ def sample_seeded(
         samples,
         sampler or scm_sampler(samples.shape, seeds),
         sigmas,
-        denoise_mask=latent.get("noise_mask"),
+        denoise_mask=latent_mask(latent, samples.shape),
         callback=latent_preview.prepare_callback(guider.model_patcher, steps),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,

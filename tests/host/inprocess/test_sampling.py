@@ -175,6 +175,20 @@ def test_inpainting_gives_the_latent_of_the_pipeline_and_keeps_the_rest(small: S
         assert difference(changed[..., :2], latent["samples"][..., :2]) > CHANGED
 
 
+def test_a_mask_smaller_than_a_cell_is_followed(small: Small) -> None:
+    """As by the pipeline. The pixels in the middle of the cells, which the host would look at, are not in it."""
+    image, mask = picture(), torch.zeros(1, HEIGHT, WIDTH)
+    mask[:, 2:8, 34:40] = 1
+    (latent,) = small.host.call("VAEEncode", pixels=image, vae=small.vae)
+    (masked,) = small.host.call("SetLatentNoiseMask", samples=latent, mask=mask)
+    ours = small.sample(latent=masked)
+    drawn = as_file(mask[..., None].expand(-1, -1, -1, 3))
+    options = {"negative": OTHER_PROMPT, "image": as_file(image), "mask": drawn}
+    assert difference(ours, pipeline_latent(small.pipeline, PROMPT, **options)) <= EQUAL
+    changed = (ours - latent["samples"]).abs().amax(dim=(0, 1)) > CHANGED
+    assert changed.nonzero().tolist() == [[0, 1]]
+
+
 def test_vae_encode_for_inpaint_and_sampling(small: Small) -> None:
     """Defect 5 of the official nodes: tiled encoding and encoding for inpainting crashed."""
     mask = torch.zeros(1, HEIGHT, WIDTH)
