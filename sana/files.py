@@ -39,6 +39,7 @@ WRAPPERS = (
     "state_dict_ema",
     "ema",
 )  # keys under which training code files its tensors
+DIFFUSERS_CLASSES = ("SanaTransformer2DModel", "SanaControlNetModel", "AutoencoderDC")  # in their config.json
 SHARD = re.compile(r"-\d{5}-of-(\d{5})$")
 
 
@@ -84,9 +85,9 @@ def read_tensors(path: Path | str, component: str | None = None) -> TensorFile:
     if shard and int(shard[1]) > 1:
         raise CheckpointError(f"{path.name} is one of {int(shard[1])} shards; give the folder that holds all of them")
     if path.suffix in PICKLES:
-        return TensorFile(path, _read_pickle(path), config=read_json(path.parent / "config.json"))
+        return TensorFile(path, _read_pickle(path), config=_read_config(path.parent))
     tensors, metadata = _read_safetensors(path)
-    return TensorFile(path, tensors, metadata, read_json(path.parent / "config.json"))
+    return TensorFile(path, tensors, metadata, _read_config(path.parent))
 
 
 def tensor_names(path: Path) -> dict[str, None]:
@@ -114,6 +115,12 @@ def read_json(path: Path) -> dict[str, object]:
     return found if isinstance(found, dict) else {}
 
 
+def _read_config(folder: Path) -> dict[str, object]:
+    """The `config.json` of a folder; {} for one of another model of diffusers, which may lie beside files of ours."""
+    config = read_json(folder / "config.json")
+    return config if config.get("_class_name") in (None, *DIFFUSERS_CLASSES) else {}
+
+
 def _read_folder(folder: Path) -> TensorFile:
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
@@ -121,7 +128,7 @@ def _read_folder(folder: Path) -> TensorFile:
         found, header = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), {})
         tensors.update(found)
         metadata.update(header)
-    return TensorFile(folder, tensors, metadata, read_json(folder / "config.json"))
+    return TensorFile(folder, tensors, metadata, _read_config(folder))
 
 
 def _model_files(folder: Path) -> list[Path]:

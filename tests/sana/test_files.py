@@ -55,6 +55,18 @@ def test_safetensors_with_what_stands_in_its_header_and_beside_it(tmp_path: Path
     assert list(tensor_names(path)) == list(tensor_names(tmp_path)) == sorted(tensors)
 
 
+@pytest.mark.parametrize(
+    ("name", "counts"), [("SanaTransformer2DModel", True), ("AutoencoderDC", True), ("AutoencoderKL", False)]
+)
+def test_the_configuration_of_another_model_does_not_count(
+    tmp_path: Path, tensors: Tensors, name: str, counts: bool
+) -> None:
+    save_file(tensors, path := tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": name, "scaling_factor": 0.3611}))
+    for place in (path, tmp_path):
+        assert read_tensors(place).config.get("scaling_factor") == (0.3611 if counts else None)
+
+
 @pytest.mark.parametrize("suffix", PICKLE_SUFFIXES)
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before PyTorch 1.6"])
 def test_pytorch_files(tmp_path: Path, tensors: Tensors, suffix: str, zipped: bool) -> None:
