@@ -59,10 +59,13 @@ class TensorFile:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a path beside this one to write to. It takes the place of `path` at the end, or vanishes after an error."""
-    unfinished = path.with_suffix(".part")
+    """Gives an empty file beside this one to write to. It takes the place of `path` at the end, or vanishes after an error."""
+    unfinished = path.with_suffix(f".{os.getpid()}.part")
     try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
         yield unfinished
+        unfinished.chmod(mode)  # safetensors lets nobody else read what it writes
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -72,7 +72,7 @@ def convert(
     try:
         with replacing(target) as unfinished:
             save_file(stored, unfinished, {"format": "pt", **header})
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise OSError(f"{target} cannot be written ({error}); give another place") from error
     return f"{target}: {what}, {len(tensors)} tensors"
 

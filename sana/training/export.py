@@ -10,6 +10,7 @@ from torch import Tensor
 from ..autoencoder import DCAutoencoder
 from ..config import DOWNSAMPLE, HEAD_WIDTH, AutoencoderConfig, StageConfig, TransformerConfig
 from ..detection import DEFAULT_GUIDANCE_SCALE, TransformerIdentity
+from ..files import replacing
 from ..key_map import with_convolutions
 from ..text_checkpoint import gemma_json
 from ..text_encoder import GemmaTextEncoder
@@ -120,10 +121,12 @@ INDEX = {
 def _write(folder: Path, name: str, tensors: dict[str, Tensor], config: dict[str, object], dtype: torch.dtype) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     stored = {key: tensor.detach().cpu().to(dtype).contiguous() for key, tensor in tensors.items()}
-    save_file(stored, folder / name, {"format": "pt"})
+    with replacing(folder / name) as unfinished:
+        save_file(stored, unfinished, {"format": "pt"})
     _write_json(folder / "config.json", config)
 
 
 def _write_json(path: Path, value: dict[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
