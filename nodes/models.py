@@ -1,6 +1,7 @@
 """Which model files there are: what the lists of the loaders show, and where their entries are."""
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ..sana.text_checkpoint import SOURCE as GEMMA_SOURCE
 from ..sana.text_checkpoint import is_gemma
 
 AUTO = "auto"
+INSTRUCTION_TUNED = re.compile(r"(?<![a-z])it(?![a-z])", re.IGNORECASE)  # in the name of a text encoder
 MODEL_FOLDERS = ("diffusion_models", "checkpoints")
 AUTOENCODER_SOURCE = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
 
@@ -78,7 +80,8 @@ def _part_for(
         return model
     if model.is_file() and matches(tensor_names(model)):
         return model
-    for name in part_names(folder):
+    # The tensors of Gemma-2-2b and Gemma-2-2b-it differ in their values alone, and only the second knows instructions.
+    for name in sorted(part_names(folder), key=lambda name: not INSTRUCTION_TUNED.search(name)):
         path = part_path(folder, name)
         if matches(tensor_names(path)):
             return path
