@@ -48,7 +48,7 @@ class SanaVAE(comfy.sd.VAE):
         self.downscale_ratio = self.upscale_ratio = config.downsample
         self.working_dtypes = WORKING_DTYPES
         self.device = management.vae_device()
-        self.vae_dtype = dtype or management.vae_dtype(self.device, WORKING_DTYPES)
+        self.vae_dtype = dtype or _preferred_dtype(self.device)
         self.output_device = management.intermediate_device()
         self.memory_used_encode = lambda shape, dtype: self.working_bytes(self.first_stage_model.encoder, shape)
         self.memory_used_decode = lambda shape, dtype: self.working_bytes(self.first_stage_model.decoder, shape)
@@ -150,6 +150,14 @@ def _load_patcher(
     path: Path, dtype: torch.dtype | None, disable_dynamic: bool = False
 ) -> comfy.model_patcher.ModelPatcher:
     return load_vae(path, dtype, disable_dynamic=disable_dynamic).patcher
+
+
+def _preferred_dtype(device: torch.device) -> torch.dtype:
+    """What the host prefers of WORKING_DTYPES. Told to compute every VAE in float16, it does not look at them."""
+    preferred = management.vae_dtype(device, WORKING_DTYPES)
+    if preferred in WORKING_DTYPES:
+        return preferred
+    return torch.bfloat16 if management.should_use_bf16(device) else torch.float32
 
 
 def _set_host_attributes(vae: comfy.sd.VAE) -> None:

@@ -151,6 +151,13 @@ def test_every_dtype_of_the_parts_loads(small: Small, dtype: str) -> None:
     assert bool(text.isfinite().all()) and bool(vae.decode(torch.zeros(1, 32, 2, 2)).isfinite().all())
 
 
+def test_autoencoder_is_never_in_float16(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor with --fp16-vae, for which the host asks no VAE what it can do."""
+    monkeypatch.setattr(comfy.model_management.args, "fp16_vae", True)
+    (vae,) = small.host.call("DCAELoader", vae=AUTOENCODER, dtype="auto")
+    assert vae.vae_dtype in (torch.bfloat16, torch.float32)
+
+
 def test_no_folder_is_added_to_those_of_the_host(host: Host) -> None:
     """Defect 16 of the official nodes: folders `Sana` and `sana`."""
     assert not [name for name in folder_paths.folder_names_and_paths if "sana" in name.lower()]
