@@ -235,10 +235,11 @@ class SanaModel(comfy.model_base.BaseModel):
     def process_latent_out(self, latent: Tensor) -> Tensor:
         """Raises ValueError if sampling has broken down, which would otherwise end in a black picture."""
         if not bool(torch.isfinite(latent).all()):
-            raise ValueError(
-                f"sampling gave numbers that are not finite, computing in {self.get_dtype_inference()}; this model was released "
-                f"in {self.identity.dtype}: load it with that dtype, or with fp32"
-            )
+            computing = self.get_dtype_inference()
+            advice = f"this model was released in {self.identity.dtype}: load it with that dtype, or with fp32"
+            if computing == torch.float32:
+                advice = "a LoRA, a ControlNet or the checkpoint is damaged: try without the first two"
+            raise ValueError(f"sampling gave numbers that are not finite, computing in {computing}; {advice}")
         return super().process_latent_out(latent)
 
     def memory_required(self, input_shape: list[int], cond_shapes: Mapping[str, list[list[int]]] | None = None) -> int:
