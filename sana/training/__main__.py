@@ -7,6 +7,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+from ..pipeline import MODELS
 from .demo import DemoConfig, train_demo
 from .finetune import FinetuneConfig, finetune
 
@@ -31,7 +32,11 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--out", type=Path, required=True, help="work folder; the model appears in its subfolder checkpoint"
     )
-    demo.add_argument("--start", type=Path, help="demo checkpoint to train further (default: none, from nothing)")
+    demo.add_argument(
+        "--start",
+        type=Path,
+        help='"demo", or the folder of a demo checkpoint, to train further (default: from nothing)',
+    )
     for name, value in vars(DemoConfig()).items():
         demo.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"default: {value}")
     demo.set_defaults(run=run_demo)
@@ -62,7 +67,7 @@ def run_finetune(options: argparse.Namespace) -> int:
 
 def run_demo(options: argparse.Namespace) -> int:
     given = {name: getattr(options, name) for name in vars(DemoConfig())}
-    report(train_demo(options.out, DemoConfig(**given), options.start))
+    report(train_demo(options.out, DemoConfig(**given), MODELS.get(str(options.start), options.start)))
     return 0
 
 

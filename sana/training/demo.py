@@ -97,8 +97,10 @@ def train_demo(folder: Path, config: DemoConfig, start: Path | None = None) -> P
     """Train the demo model in a work folder. Returns the folder of the finished checkpoint.
 
     start: a demo checkpoint to train further: the decoder, the transformer and the text encoder, not the encoder.
-    Raises ValueError for a folder of another start or number of scenes.
+    Raises ValueError for a folder of another start or number of scenes, and FileNotFoundError for a start that is not there.
     """
+    if start is not None and not start.exists():
+        raise FileNotFoundError(f"--start {start} does not exist; give the folder of a demo checkpoint, or demo")
     claim(folder, {"start": str(start.resolve()) if start else "nothing", "scenes": str(config.scenes)})
     machine = PartialState(cpu=not torch.cuda.is_available())
     if start is None:

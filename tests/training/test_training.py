@@ -65,6 +65,14 @@ def test_finished_demo_can_be_trained_further(trained: Path, tmp_path: Path) -> 
         assert all(torch.equal(a, b) for a, b in pairs) == (part == "autoencoder.encoder")
 
 
+def test_a_start_that_is_not_there_leaves_the_work_folder_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "--out", str(tmp_path / "work"), *SMALL, "--start", str(tmp_path / "gone")]) == 1
+    assert "gone does not exist; give the folder of a demo checkpoint, or demo" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
     """On CPUs, as `accelerate launch` starts them; the checkpoint is written once, by one of them."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines=1", "--num_processes=2"]
