@@ -188,7 +188,7 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     if options.prompt is not None:
         return [options.prompt]
     try:
-        text = options.prompts.read_text(encoding="utf-8")
+        text = options.prompts.read_text(encoding="utf-8-sig")  # editors of Windows begin a file with a mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{options.prompts} is not a text in UTF-8; write one prompt on each line") from error
     prompts = [line.strip() for line in text.splitlines() if line.strip()]

@@ -58,7 +58,7 @@ def read_pictures(folder: Path, base_size: int) -> list[Picture]:
 
 def _read_caption(path: Path) -> str:
     try:
-        return path.with_suffix(".txt").read_text(encoding="utf-8").strip()
+        return path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.with_suffix('.txt')} is not a text in UTF-8; write the caption anew") from error
 

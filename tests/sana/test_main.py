@@ -155,7 +155,7 @@ def test_a_batch_is_numbered_and_each_picture_has_its_own_seed(shell: Shell) -> 
 
 def test_every_line_of_a_file_is_drawn(shell: Shell) -> None:
     prompts = shell.folder / "prompts.txt"
-    prompts.write_text("a cat\n\n  一只猫  \r\n", encoding="utf-8")
+    prompts.write_text("\ufeffa cat\n\n  一只猫  \r\n", encoding="utf-8")
     paths = shell.draw("--prompts", prompts, "--batch-size", 2, "--seed", 7)
     found = [(path.name, record(path)["prompt"], record(path)["seed"]) for path in paths]
     assert found == [
