@@ -15,7 +15,7 @@ SIDEWAYS = 5  # Exif orientations from this one on swap height and width
 def read_picture(path: Path) -> Image.Image:
     """A picture from a file, upright as its camera says. Raises ValueError, with the path, if it is none or broken."""
     with _opened(path) as picture:
-        return ImageOps.exif_transpose(picture)
+        return _in_8_bits(ImageOps.exif_transpose(picture))
 
 
 def read_size(path: Path) -> tuple[int, int]:
@@ -23,6 +23,13 @@ def read_size(path: Path) -> tuple[int, int]:
     with _opened(path) as picture:
         sideways = picture.getexif().get(ExifTags.Base.Orientation, 1) >= SIDEWAYS
         return picture.size if sideways else picture.size[::-1]
+
+
+def _in_8_bits(picture: Image.Image) -> Image.Image:
+    """Grey of 16 bits, which Pillow would not scale but cut at 255."""
+    if not picture.mode.startswith("I"):
+        return picture
+    return Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
 
 
 @contextmanager

@@ -21,6 +21,11 @@ def test_a_photo_is_turned_upright(tmp_path: Path) -> None:
     assert upright.getpixel((1, 0)) == (255, 0, 0)
 
 
+def test_grey_of_16_bits_is_scaled(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 128 * 257, 65535]], np.uint16)).save(tmp_path / "grey.png")
+    assert [read_picture(tmp_path / "grey.png").convert("L").getpixel((x, 0)) for x in range(3)] == [0, 128, 255]
+
+
 @pytest.mark.parametrize("content", [b"no picture", None])
 def test_what_is_no_picture_is_named(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "file.png"
