@@ -53,13 +53,18 @@ def identify_transformer(file: TensorFile, variant: str | None = None) -> Transf
         raise ValueError(f"variant {variant!r} is unknown; use one of {', '.join(VARIANTS)}")
     tensors, header = transformer_tensors(file), read_header(file)
     if variant is None and "base_size" in header:
-        known = {field.name: header[field.name] for field in fields(TransformerIdentity) if field.name in header}
-        return TransformerIdentity(**{**known, "config": TransformerConfig(**header["config"]), "origin": "its header"})
+        config = TransformerConfig(**_known(TransformerConfig, header["config"]))
+        return TransformerIdentity(**{**_known(TransformerIdentity, header), "config": config, "origin": "its header"})
     if variant is None:
         found = _complete_identity(detect_transformer(tensors, file), file)
     else:
         found = _given_identity(variant, tensors, file)
-    return replace(found, guidance_scale=_guidance_scale(file))
+    return replace(found, guidance_scale=_guidance_scale(header, file))
+
+
+def _known(kind: type, values: Mapping[str, object]) -> dict[str, object]:
+    """The values that are fields of a dataclass; a later version may have written more."""
+    return {field.name: values[field.name] for field in fields(kind) if field.name in values}
 
 
 def _given_identity(variant: str, tensors: Mapping[str, Tensor], file: TensorFile) -> TransformerIdentity:
@@ -130,9 +135,9 @@ def _sibling_flow_shift(file: TensorFile) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _guidance_scale(file: TensorFile) -> float:
-    """The key `guidance_scale` of the configuration, which diffusers does not know, or that of the released models."""
-    value = file.config.get("guidance_scale")
+def _guidance_scale(header: Mapping[str, object], file: TensorFile) -> float:
+    """The key `guidance_scale` of a header or of the configuration, where diffusers does not know it; else the released models'."""
+    value = header.get("guidance_scale", file.config.get("guidance_scale"))
     return float(value) if type(value) in (int, float) else DEFAULT_GUIDANCE_SCALE
 
 
@@ -330,7 +335,9 @@ def header_tensor(identity: TransformerIdentity) -> Tensor:
 
 def read_header(file: TensorFile) -> dict[str, object]:
     """What `transformer_header`, `autoencoder_header` or `header_tensor` wrote; {} if none did."""
-    if HEADER in file.metadata:
-        return json.loads(file.metadata[HEADER])
     stored = next((tensor for name, tensor in file.tensors.items() if name.endswith(HEADER_TENSOR)), None)
-    return {} if stored is None else json.loads(stored.numpy().tobytes())
+    try:
+        found = json.loads(file.metadata.get(HEADER) or (b"{}" if stored is None else stored.numpy().tobytes()))
+    except ValueError:  # an entry of somebody else
+        return {}
+    return found if isinstance(found, dict) else {}

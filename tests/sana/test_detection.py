@@ -160,14 +160,22 @@ def test_a_header_of_another_version_is_read_as_far_as_it_is_known(diffusers: Te
     identity = TransformerIdentity(tiny_config("sana-0.6b-1024px"), "custom", 2048, 3.0, "float16", "its header")
     told = json.loads(transformer_header(identity)["sana"])
     del told["guidance_scale"]
-    header = {"sana": json.dumps({**told, "of a later version": 1})}
+    later = {"of a later version": 1}
+    header = {"sana": json.dumps({**told, **later, "config": {**told["config"], **later}})}
     assert identify_transformer(TensorFile(FILE, diffusers, header)) == identity
 
 
-def test_a_given_variant_leaves_the_guidance_to_the_configuration() -> None:
+@pytest.mark.parametrize("content", ["", "0.1", "made with SANA"])
+def test_a_header_of_somebody_else_tells_nothing(diffusers: Tensors, content: str) -> None:
+    found = identify_transformer(TensorFile(FILE, diffusers, {"sana": content}, HEADS))
+    assert found == identify_transformer(TensorFile(FILE, diffusers, config=HEADS))
+
+
+def test_a_given_variant_leaves_the_guidance_to_the_file() -> None:
     tensors = released("transformers", "official", "Sana_1600M_1024px").tensors
-    file = TensorFile(FILE, tensors, config={"guidance_scale": 3})
-    assert identify_transformer(file, "sana-1.6b-2048px").guidance_scale == 3
+    header = {"sana": json.dumps({"guidance_scale": 3})}
+    for file in (TensorFile(FILE, tensors, config={"guidance_scale": 3}), TensorFile(FILE, tensors, header)):
+        assert identify_transformer(file, "sana-1.6b-2048px").guidance_scale == 3
 
 
 def test_an_unknown_variant_is_refused_with_the_known_ones(diffusers: Tensors) -> None:
