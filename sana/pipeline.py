@@ -14,15 +14,16 @@ from torch.nn import functional as F
 from .autoencoder import DCAutoencoder
 from .checkpoint import build_transformer, load_autoencoder
 from .detection import TransformerIdentity, identify_transformer
-from .files import read_tensors
+from .files import CheckpointError, TensorFile, read_tensors
 from .guidance import Condition, Guidance, Reference, guided_denoiser, inpainting_denoiser, scm_denoiser
 from .images import to_picture, to_tensor
+from .key_map import is_autoencoder
 from .prompt import DIFFUSERS_INSTRUCTION, INSTRUCTION
 from .resolution import check_size, nearest_bucket
 from .schedule import flow_euler_sigmas, partial_sigmas, scm_angles
 from .solvers import SCM_DEVIATION, SOLVERS, Step, scm_steps
 from .streaming import check_bound, smaller_bound
-from .text_checkpoint import load_text_encoder
+from .text_checkpoint import is_gemma, load_text_encoder
 from .text_encoder import GemmaTextEncoder
 from .transformer import SanaTransformer
 
@@ -123,6 +124,7 @@ class SanaPipeline:
         model = MODELS.get(str(model), model)
         file = read_tensors(model, "transformer")
         identity = identify_transformer(file, variant)
+        _check_parts(Path(model), file, autoencoder, text_encoder)
         on_cpu = torch.device(device).type == "cpu"
         own = dtype or (torch.float32 if on_cpu else getattr(torch, identity.dtype))
         safe = torch.float32 if on_cpu else torch.bfloat16
@@ -350,3 +352,16 @@ class SanaPipeline:
         pixels = np.asarray(ImageOps.fit(settings.mask.convert("L"), (width, height), Image.Resampling.NEAREST))
         mask = torch.from_numpy(pixels.copy())[None, None].float().div(255)
         return F.max_pool2d(mask, self.autoencoder.config.downsample).to(like)
+
+
+def _check_parts(
+    model: Path, file: TensorFile, autoencoder: Path | str | None, text_encoder: Path | str | None
+) -> None:
+    """Raises CheckpointError if a part is neither given nor comes with the transformer."""
+    parts = {
+        "autoencoder": autoencoder or (model / "vae").is_dir() or is_autoencoder(file.tensors),
+        "text_encoder": text_encoder or (model / "text_encoder").is_dir() or is_gemma(file.tensors),
+    }
+    missing = " and ".join(name for name, there in parts.items() if not there)
+    if missing:
+        raise CheckpointError(f"{file.path.name} is the transformer alone; give {missing} as well")

@@ -544,7 +544,7 @@ WRONG_FOR_FLOW = (
     ({"pag_scale": 1.0, "pag_blocks": [3]}, "block 3 does not exist; the transformer has blocks 0 to 2"),
     (
         {"guidance_interval": (0.9, 0.1)},
-        "guidance interval is (0.9, 0.1); it must be two rising numbers within 0 and 1",
+        "guidance acts from 0.9 to 0.1; these must be two rising numbers within 0 and 1",
     ),
     ({"flow_shift": 0.0}, "flow_shift is 0.0; it must be a positive number, such as 3.0"),
 )
@@ -618,8 +618,13 @@ def test_parts_can_be_loaded_from_separate_files(folder: Path, pipeline: SanaPip
 
 def test_a_transformer_file_alone_asks_for_the_rest(folder: Path) -> None:
     path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    with pytest.raises(CheckpointError, match=f"^{path.name} is a SANA transformer; give a DC-AE, such as "):
-        SanaPipeline.load(path)
+    for place in (path, path.parent):
+        with pytest.raises(
+            CheckpointError, match=" is the transformer alone; give autoencoder and text_encoder as well$"
+        ):
+            SanaPipeline.load(place)
+    with pytest.raises(CheckpointError, match=f"^{path.name} is the transformer alone; give text_encoder as well$"):
+        SanaPipeline.load(path, autoencoder=folder)
 
 
 def test_a_path_that_does_not_exist_is_named(tmp_path: Path) -> None:
