@@ -43,7 +43,7 @@ class TransformerIdentity:
     base_size: int  # pixels
     flow_shift: float | None  # None: Sprint
     dtype: str  # precision of the release: that of the file if it has 16 bits, else of the table
-    origin: str  # where base size and flow shift were found
+    origin: str  # where the base size was found
     guidance_scale: float = DEFAULT_GUIDANCE_SCALE  # to draw with unless told otherwise
 
 

@@ -99,7 +99,7 @@ def _transformer_lines(identity: TransformerIdentity) -> list[str]:
     shift = "no flow shift (Sprint)" if identity.flow_shift is None else f"flow shift {identity.flow_shift:g}"
     return [
         f"{identity.variant}{release}: {', '.join(traits)}",
-        f"made for {identity.base_size} px, {shift} (from {identity.origin}); guidance {identity.guidance_scale:g}",
+        f"made for {identity.base_size} px (from {identity.origin}), {shift}, guidance {identity.guidance_scale:g}",
         f"compute in {identity.dtype} or float32; needs a DC-AE f32c32 and Gemma-2-2b-it",
     ]
 

@@ -56,7 +56,7 @@ def test_five_lines_on_a_released_transformer(tmp_path: Path) -> None:
         "556 tensors, 595,373,217 numbers in bfloat16, 1.19 GB",
         "sana-sprint-0.6b-1024px, as Efficient-Large-Model/Sana_Sprint_0.6B_1024px: "
         "28 blocks of width 1152, query and key norms, a guidance embedding",
-        "made for 1024 px, no flow shift (Sprint) (from its position buffer); guidance 4.5",
+        "made for 1024 px (from its position buffer), no flow shift (Sprint), guidance 4.5",
         "compute in bfloat16 or float32; needs a DC-AE f32c32 and Gemma-2-2b-it",
     ]
 
@@ -74,21 +74,21 @@ def test_five_lines_on_a_released_autoencoder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "sample_size", "traits", "use"),
+    ("variant", "sample_size", "traits", "shift"),
     [
-        ("sana-0.6b-1024px", 24, "", "768 px, flow shift 3"),
-        ("sana-1.6b-4096px", 128, ", a position table", "4096 px, flow shift 3"),
-        ("sana-1.5-1.6b-1024px", 32, ", query and key norms", "1024 px, flow shift 3"),
+        ("sana-0.6b-1024px", 24, "", "flow shift 3"),
+        ("sana-1.6b-4096px", 128, ", a position table", "flow shift 3"),
+        ("sana-1.5-1.6b-1024px", 32, ", query and key norms", "flow shift 3"),
         (
             "sana-sprint-0.6b-1024px",
             32,
             ", query and key norms, a guidance embedding",
-            "1024 px, no flow shift (Sprint)",
+            "no flow shift (Sprint)",
         ),
     ],
 )
 def test_five_lines_on_a_network_that_was_never_released(
-    tmp_path: Path, variant: str, sample_size: int, traits: str, use: str
+    tmp_path: Path, variant: str, sample_size: int, traits: str, shift: str
 ) -> None:
     config = tiny_config(variant)
     save_file(diffusers_transformer(config).half().state_dict(), tmp_path / "mine.safetensors")
@@ -99,7 +99,7 @@ def test_five_lines_on_a_network_that_was_never_released(
     assert lines[0] == "mine.safetensors: a SANA transformer" and "numbers in float16, 0.00 GB" in lines[1]
     assert lines[2:] == [
         f"custom: 3 blocks of width 96{traits}",
-        f"made for {use} (from config.json); guidance 4.5",
+        f"made for {sample_size * 32} px (from config.json), {shift}, guidance 4.5",
         "compute in float16 or float32; needs a DC-AE f32c32 and Gemma-2-2b-it",
     ]
 
