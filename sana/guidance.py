@@ -49,7 +49,7 @@ class Guidance:
                 raise ValueError(f"{name} is {value}; it must be a finite number, such as 4.5")
         low, high = self.interval
         if not 0 <= low < high <= 1:
-            raise ValueError(f"guidance interval is ({low}, {high}); it must be two rising numbers within 0 and 1")
+            raise ValueError(f"guidance acts from {low} to {high}; these must be two rising numbers within 0 and 1")
         if self.reference not in ("nvlabs", "diffusers"):
             raise ValueError(f"reference is {self.reference!r}; use 'nvlabs' or 'diffusers'")
 

@@ -129,8 +129,13 @@ def with_guidance_embed(patcher: ModelPatcher, scale: float) -> ModelPatcher:
 
 
 def flow_shift_of(patcher: ModelPatcher) -> float:
-    """The flow shift of a MODEL: its checkpoint's, or what another node has set."""
-    return float(patcher.get_model_object("model_sampling").shift)
+    """The flow shift of a MODEL: its checkpoint's, or what another node has set. Raises ValueError if that has none."""
+    sampling = patcher.get_model_object("model_sampling")
+    if not hasattr(sampling, "shift"):
+        raise ValueError(
+            "another node has taken the flow shift from this MODEL; set flow_shift here, or remove that node"
+        )
+    return float(sampling.shift)
 
 
 def latent_mask(latent: Latent, shape: torch.Size) -> Tensor | None:

@@ -223,7 +223,7 @@ def test_a_scale_must_be_a_number(name: str, value: float) -> None:
 )
 def test_an_interval_must_rise_within_0_and_1(interval: tuple[float, float]) -> None:
     with pytest.raises(
-        ValueError, match=r"^guidance interval is \(.*\); it must be two rising numbers within 0 and 1$"
+        ValueError, match=r"^guidance acts from .* to .*; these must be two rising numbers within 0 and 1$"
     ):
         Guidance(interval=interval)
 

@@ -255,7 +255,7 @@ def test_progress_is_that_of_all_prompts(shell: Shell) -> None:
         (("--pag-scale", "inf"), "pag_scale is inf; it must be a finite number, such as 4.5"),
         (
             ("--guidance-interval", 0.8, 0.2),
-            "guidance interval is (0.8, 0.2); it must be two rising numbers within 0 and 1",
+            "guidance acts from 0.8 to 0.2; these must be two rising numbers within 0 and 1",
         ),
         (("--flow-shift", -1), "flow_shift is -1.0; it must be a positive number, such as 3.0"),
         (("--batch-size", 0), "--batch-size is 0; at least 1 is needed"),

@@ -224,6 +224,11 @@ def test_nodes_refuse_parts_of_other_models(small: Small) -> None:
             small.host.call(node, model=sprint, **inputs)
     with pytest.raises(ValueError, match=r"^block 7 does not exist; this model has blocks 0 to 2$"):
         small.host.call("SanaPerturbedAttention", model=small.model, pag_scale=1.0, pag_block=7)
+    (other,) = small.host.call("ModelSamplingDiscrete", model=small.model, sampling="eps", zsnr=False)
+    with pytest.raises(
+        ValueError, match=r"^another node has taken the flow shift from this MODEL; set flow_shift here, "
+    ):
+        small.sample(model=other)
     for interval in ({"guidance_from": 0.8, "guidance_to": 0.2}, {"guidance_from": 0.5, "guidance_to": 0.5}):
-        with pytest.raises(ValueError, match="interval"):
+        with pytest.raises(ValueError, match="guidance acts from 0"):
             small.sample(**interval)
