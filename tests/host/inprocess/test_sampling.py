@@ -69,6 +69,11 @@ def test_pictures_of_a_batch_are_those_of_the_pipeline_and_of_their_own_seeds(sm
     assert difference(latents[2:], small.sample(seed=SEED + 2)) <= EQUAL
 
 
+def test_seeds_of_a_batch_begin_again_at_0(small: Small) -> None:
+    last = small.sample(seed=2**64 - 1, latent=small.empty(2))[1:]
+    assert difference(last, small.sample(seed=0)) <= EQUAL
+
+
 def test_picture_taken_out_of_a_batch_keeps_its_seed(small: Small, sprint: object) -> None:
     """LatentFromBatch and RebatchLatents say which pictures of the batch theirs are."""
     batch = small.empty(3)
