@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 
+import psutil
 import torch
 
 from .cases import Case, all_cases
@@ -83,8 +84,7 @@ def memory(device: str) -> float:
     """Bytes to be had: of the GPU, or most of the machine's."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    with open("/proc/meminfo", encoding="utf-8") as lines:
-        return 0.8 * 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return 0.8 * psutil.virtual_memory().available
 
 
 def run(
