@@ -90,6 +90,7 @@ def _download_packages(scratch: Path) -> None:
     settings = {
         "Dir::State::Lists": scratch / "lists",
         "Dir::Cache": scratch,
+        "Acquire::Retries": 5,
         "Debug::NoLocking": 1,
         "APT::Sandbox::User": "root",  # apt's own user cannot write here; has no meaning without root
     }

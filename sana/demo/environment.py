@@ -103,7 +103,8 @@ def run(command: Sequence[str | Path], *, folder: Path | None = None, variables:
 
 def pip(*arguments: str | Path) -> None:
     """Runs pip of the Python that runs this; its output is the progress. Raises SetupError if it fails."""
-    command = [sys.executable, "-m", "pip", *arguments, "--disable-pip-version-check"]
+    patience = ("--retries=10", "--timeout=60")
+    command = [sys.executable, "-m", "pip", *arguments, "--disable-pip-version-check", *patience]
     if run(command, variables={"PYTHONPATH": "", "PYTHONSAFEPATH": "1"}):
         raise SetupError("pip did not finish; the lines above say why. Run the command again to start it anew.")
 
