@@ -16,17 +16,20 @@ from tests.host.base_directory import PACK
 from tests.host.client import Client
 
 SIZE = {"width": 1600, "height": 1000}
-TIMEOUT_MS = 60_000
+TIMEOUT_MS, RUN_MS = 60_000, 180_000
 LOADED = """name => {  // the frontend first opens a default workflow, then the one asked for
     const workflow = window.app?.extensionManager?.workflow?.activeWorkflow
     return workflow?.filename.startsWith(name) && app.graph.nodes.length > 0
 }"""
-WATCH = """() => {
-    window.lastRun = new Promise(resolve => {
+WATCH = """limit => {
+    window.lastRun = new Promise((resolve, reject) => {
+        setTimeout(() => reject(new Error("the prompt has not ended")), limit)
         for (const kind of ["execution_success", "execution_error", "execution_interrupted"])
             app.api.addEventListener(kind, event => resolve({kind, ...event.detail}), {once: true})
     })
+    window.lastRun.catch(() => {})  // whoever waits for it reports it
 }"""
+DRAWN = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
 PICTURES = """() => Object.entries(app.nodeOutputs).every(([id, output]) => {
     const node = app.graph.getNodeById(id)
     return !node || !output?.images?.length || node.imgs?.every(picture => picture.complete)
@@ -88,12 +91,13 @@ class Frontend:
     def run(self) -> dict:
         """Presses Run and waits for the end: {"kind": "execution_success" or _error or _interrupted, ...}.
 
-        The pictures are on their nodes when it returns.
+        The pictures are drawn on their nodes when it returns. Raises playwright's Error if the prompt does not end in time.
         """
-        self.page.evaluate(WATCH)
+        self.page.evaluate(WATCH, RUN_MS)
         self.page.get_by_test_id("queue-button").click()
         result = self.page.evaluate("() => window.lastRun")
         self.page.wait_for_function(PICTURES)
+        self.page.evaluate(DRAWN)
         return result
 
     def screenshot(self, path: Path | None = None) -> Image.Image:
