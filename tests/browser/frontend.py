@@ -42,11 +42,14 @@ def launch() -> Iterator[Browser]:
     found = chromium.find_chromium()
     if not found:
         raise FileNotFoundError(chromium.MISSING)
-    # Playwright's own driver needs the variables too
-    with patch.dict(os.environ, found.variables), sync_playwright() as playwright:
+    with patch.dict(os.environ, found.variables):  # for Playwright's driver, which hands them on, and for nothing else
+        playwright = sync_playwright().start()
+    try:
         browser = playwright.chromium.launch(executable_path=found.executable, args=chromium.FLAGS)
         yield browser
         browser.close()
+    finally:
+        playwright.stop()
 
 
 @contextmanager
