@@ -4,7 +4,7 @@ import torch
 from comfy_api.latest import io
 
 from ..sana.config import DOWNSAMPLE, LATENT_CHANNELS
-from ..sana.resolution import LARGEST_SIDE, nearest_bucket
+from ..sana.resolution import LARGEST_SIDE, check_size, nearest_bucket
 
 CATEGORY = "SANA/latent"
 FREE = "width x height below"
@@ -58,11 +58,7 @@ class EmptySanaLatentImage(io.ComfyNode):
     @classmethod
     def execute(cls, size: str, width: int, height: int, batch_size: int) -> io.NodeOutput:
         height, width = sizes().get(size, (height, width))
-        for name, side in (("width", width), ("height", height)):
-            if side % DOWNSAMPLE:
-                raise ValueError(
-                    f"{name} {side} is not a multiple of {DOWNSAMPLE} px; use {round(side / DOWNSAMPLE) * DOWNSAMPLE}"
-                )
+        check_size(height, width)
         shape = (batch_size, LATENT_CHANNELS, height // DOWNSAMPLE, width // DOWNSAMPLE)
         return io.NodeOutput({"samples": torch.zeros(shape), "downscale_ratio_spacial": DOWNSAMPLE})
 

@@ -187,7 +187,11 @@ def bad_inputs() -> dict[str, tuple[Prompt, str, str]]:
         "another encoder": (changed(draw, load={"text_encoder": "clip.safetensors"}), "load", "of another model"),
         "another VAE": (changed(draw, load={"vae": "sd.safetensors"}), "load", "is the VAE of another model"),
         "no encoder": (changed(draw, **load), "load", "comes without a Gemma-2-2b-it text encoder"),
-        "size": (changed(draw, latent={"width": 100}), "latent", "width 100 is not a multiple of 32 px; use 96"),
+        "size": (
+            changed(draw, latent={"width": 100}),
+            "latent",
+            "width 100 is not a multiple of 32 px from 32 to 16384",
+        ),
         "4 channels": (latents[4], "sample", "4 channels, and SANA takes 32"),
         "16 channels": (latents[16], "sample", "16 channels, and SANA takes 32"),
         "text of another encoder": (
