@@ -7,6 +7,7 @@ from pathlib import Path
 
 import folder_paths
 
+from ..sana.detection import AUTOENCODER_SOURCE
 from ..sana.files import CheckpointError, tensor_names
 from ..sana.key_map import is_autoencoder
 from ..sana.pipeline import MODELS
@@ -16,7 +17,6 @@ from ..sana.text_checkpoint import is_gemma
 AUTO = "auto"
 INSTRUCTION_TUNED = re.compile(r"(?<![a-z])it(?![a-z])", re.IGNORECASE)  # in the name of a text encoder
 MODEL_FOLDERS = ("diffusion_models", "checkpoints")
-AUTOENCODER_SOURCE = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
 
 
 def model_names() -> list[str]:

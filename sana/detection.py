@@ -27,6 +27,7 @@ from .key_map import (
     to_transformer_names,
 )
 
+AUTOENCODER_SOURCE = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"  # for who has none
 HEADER = "sana"  # key of our entry in a safetensors header: JSON of what the tensors cannot tell
 DEFAULT_FLOW_SHIFT = 3.0
 DEFAULT_GUIDANCE_SCALE = 4.5  # of the official demo, for every release
@@ -285,7 +286,7 @@ def autoencoder_tensors(file: TensorFile) -> dict[str, Tensor]:
     if not is_autoencoder(file.tensors):
         raise CheckpointError(
             f"{file.path.name} is {describe(file.tensors)}; give a DC-AE, such as dc-ae-f32c32-sana-1.1 from "
-            "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
+            f"{AUTOENCODER_SOURCE}"
         )
     return to_autoencoder_names(file.tensors)
 
