@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from sana.detection import DEFAULT_GUIDANCE_SCALE
 from sana.images import to_pixels, to_unit
 from sana.pipeline import DEFAULT_STEPS, SanaPipeline, Settings
 from sana.training.scenes import COLOURS, SHAPES, CaptionedScene, Scene, draw, held_out_scenes, plural_ending
@@ -29,7 +30,6 @@ STEPS = (4, 8, 14, 20, 28, 50)
 REFERENCE_STEPS = 200
 SOLVERS = ("flow_dpm", "flow_euler")
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 4.5)
-RELEASED_GUIDANCE = 4.5  # of the released models
 OPPOSITES = {"left": "right", "right": "left", "above": "below", "below": "above", "over": "under", "under": "over"}
 CHANGES = ("colour", "shape", "relation")  # words to change
 
@@ -62,7 +62,7 @@ def measure(pipeline: SanaPipeline, numbers: Numbers) -> dict[str, object]:
         "error_captions": numbers.error_captions,
         "steps": steps_table(pipeline, few, numbers.error_captions, STEPS),
         "steps_with_guidance_of_released_models": steps_table(
-            pipeline, few, numbers.error_captions, STEPS[:4], RELEASED_GUIDANCE
+            pipeline, few, numbers.error_captions, STEPS[:4], DEFAULT_GUIDANCE_SCALE
         ),
     }
 
