@@ -19,7 +19,7 @@ from .config import VARIANTS
 from .files import replacing
 from .images import read_picture
 from .inspection import convert, describe_file
-from .pipeline import MODELS, SanaPipeline, Settings
+from .pipeline import SanaPipeline, Settings, model_path
 from .prompt import INSTRUCTION
 from .solvers import SOLVERS
 
@@ -225,14 +225,13 @@ def write_png(picture: Image.Image, path: Path, record: dict[str, object]) -> No
 
 
 def run_info(options: argparse.Namespace) -> int:
-    print(describe_file(MODELS.get(str(options.path), options.path)))
+    print(describe_file(model_path(options.path)))
     return 0
 
 
 def run_convert(options: argparse.Namespace) -> int:
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    source = MODELS.get(str(options.source), options.source)
-    print(convert(source, options.target, dtype=dtype, variant=options.variant))
+    print(convert(model_path(options.source), options.target, dtype=dtype, variant=options.variant))
     return 0
 
 

@@ -121,10 +121,10 @@ class SanaPipeline:
         rest. compiled: run the transformer through torch.compile.
         Raises CheckpointError for files that are something else, and FileNotFoundError.
         """
-        model = MODELS.get(str(model), model)
+        model = model_path(model)
         file = read_tensors(model, "transformer")
         identity = identify_transformer(file, variant)
-        _check_parts(Path(model), file, autoencoder, text_encoder)
+        _check_parts(model, file, autoencoder, text_encoder)
         on_cpu = torch.device(device).type == "cpu"
         own = dtype or (torch.float32 if on_cpu else getattr(torch, identity.dtype))
         safe = torch.float32 if on_cpu else torch.bfloat16
@@ -352,6 +352,11 @@ class SanaPipeline:
         pixels = np.asarray(ImageOps.fit(settings.mask.convert("L"), (width, height), Image.Resampling.NEAREST))
         mask = torch.from_numpy(pixels.copy())[None, None].float().div(255)
         return F.max_pool2d(mask, self.autoencoder.config.downsample).to(like)
+
+
+def model_path(model: Path | str) -> Path:
+    """Where a model is that is given by a name of MODELS or by its path."""
+    return MODELS.get(str(model), Path(model))
 
 
 def _check_parts(

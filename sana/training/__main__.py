@@ -7,7 +7,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from ..pipeline import MODELS
+from ..pipeline import model_path
 from .demo import DemoConfig, train_demo
 from .finetune import FinetuneConfig, finetune
 
@@ -67,7 +67,8 @@ def run_finetune(options: argparse.Namespace) -> int:
 
 def run_demo(options: argparse.Namespace) -> int:
     given = {name: getattr(options, name) for name in vars(DemoConfig())}
-    report(train_demo(options.out, DemoConfig(**given), MODELS.get(str(options.start), options.start)))
+    start = model_path(options.start) if options.start else None
+    report(train_demo(options.out, DemoConfig(**given), start))
     return 0
 
 

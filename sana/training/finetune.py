@@ -10,7 +10,7 @@ from accelerate import PartialState
 from ..checkpoint import build_transformer, load_autoencoder
 from ..detection import identify_transformer
 from ..files import read_tensors
-from ..pipeline import MODELS
+from ..pipeline import model_path
 from ..text_checkpoint import load_text_encoder
 from .export import write_transformer
 from .flow import FlowObjective
@@ -43,7 +43,7 @@ def finetune(
     whose folder is returned. Stopped and started again, it goes on. Raises ValueError for Sprint, for pictures that cannot be
     read or have no caption, and for a folder of another model or other data.
     """
-    model = MODELS.get(str(model), model)
+    model = model_path(model)
     file = read_tensors(model, "transformer")
     identity = identify_transformer(file)
     if identity.config.guidance_embed:
