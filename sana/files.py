@@ -118,6 +118,13 @@ def read_json(path: Path) -> dict[str, object]:
     return found if isinstance(found, dict) else {}
 
 
+def write_json(path: Path, value: Mapping[str, object]) -> None:
+    """Write a JSON object as a whole or not at all; its folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
 def _read_config(folder: Path) -> dict[str, object]:
     """The `config.json` of a folder; {} for one of another model of diffusers, which may lie beside files of ours."""
     config = read_json(folder / "config.json")

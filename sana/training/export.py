@@ -1,6 +1,5 @@
 """Trained networks as files: a folder in the layout of a diffusers pipeline, which the ordinary loaders read."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from ..autoencoder import DCAutoencoder
 from ..config import DOWNSAMPLE, HEAD_WIDTH, AutoencoderConfig, StageConfig, TransformerConfig
 from ..detection import DEFAULT_GUIDANCE_SCALE, TransformerIdentity
-from ..files import replacing
+from ..files import replacing, write_json
 from ..key_map import with_convolutions
 from ..text_checkpoint import gemma_json
 from ..text_encoder import GemmaTextEncoder
@@ -34,10 +33,10 @@ def write_pipeline(
     _write(folder / "vae", WEIGHTS, autoencoder.state_dict(), vae, torch.float16)
     gemma = text_encoder.model
     _write(folder / "text_encoder", "model.safetensors", gemma.state_dict(), gemma_json(gemma.config), torch.float32)
-    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(identity.flow_shift))
-    _write_json(folder / "tokenizer" / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(identity.flow_shift))
+    write_json(folder / "tokenizer" / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     (folder / "tokenizer" / "tokenizer.json").write_bytes(tokenizer.read_bytes())
-    _write_json(folder / "model_index.json", INDEX)
+    write_json(folder / "model_index.json", INDEX)
 
 
 def write_transformer(
@@ -123,10 +122,4 @@ def _write(folder: Path, name: str, tensors: dict[str, Tensor], config: dict[str
     stored = {key: tensor.detach().cpu().to(dtype).contiguous() for key, tensor in tensors.items()}
     with replacing(folder / name) as unfinished:
         save_file(stored, unfinished, {"format": "pt"})
-    _write_json(folder / "config.json", config)
-
-
-def _write_json(path: Path, value: dict[str, object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as unfinished:
-        unfinished.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config)

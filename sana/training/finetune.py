@@ -51,7 +51,7 @@ def finetune(
             f"{file.path.name} is a Sprint model, which learns from a teacher; fine-tune a SANA or SANA-1.5 model"
         )
     pictures = read_pictures(data, identity.base_size)
-    claim(folder, {"model": str(Path(model).resolve()), "data": str(data.resolve())})
+    claim(folder, {"model": str(model.resolve()), "data": str(data.resolve())})
     states = _encode(folder / "states", pictures, str(autoencoder or model), str(text_encoder or model))
     transformer = build_transformer(file, identity.config).train().requires_grad_(True)
     transformer.recompute = config.recompute

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from ..files import replacing
+from ..files import replacing, write_json
 
 log = logging.getLogger(__name__)
 
@@ -99,9 +99,7 @@ def claim(folder: Path, run: dict[str, str]) -> None:
     note = folder / "run.json"
     with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
         if not note.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with replacing(note) as unfinished:
-                unfinished.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+            write_json(note, run)
     known = json.loads(note.read_text(encoding="utf-8"))
     if known != run:
         told = ", ".join(f"{name} {value}" for name, value in known.items())
