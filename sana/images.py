@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torch.nn import functional as F
 
 SIDEWAYS = 5  # Exif orientations from this one on swap height and width
 
@@ -47,6 +48,11 @@ def to_tensor(picture: Image.Image, height: int, width: int) -> Tensor:
     """A picture scaled, and cut at the middle, to a size in px: (1, 3, height, width) float32 in [-1, 1]."""
     fitted = ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
     return to_unit(np.array(fitted)[None])
+
+
+def to_cells(mask: Tensor, rows: int, columns: int) -> Tensor:
+    """A mask (B, 1, height, width) at the size of a latent: a cell is painted anew as far as any of its pixels is."""
+    return F.adaptive_max_pool2d(mask, (rows, columns))
 
 
 def to_picture(image: Tensor) -> Image.Image:

@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.nn import functional as F
 
 from .autoencoder import DCAutoencoder
 from .checkpoint import build_transformer, load_autoencoder
 from .detection import TransformerIdentity, identify_transformer
 from .files import CheckpointError, TensorFile, read_tensors
 from .guidance import Condition, Guidance, Reference, guided_denoiser, inpainting_denoiser, scm_denoiser
-from .images import to_picture, to_tensor
+from .images import to_cells, to_picture, to_tensor
 from .key_map import is_autoencoder
 from .prompt import DIFFUSERS_INSTRUCTION, INSTRUCTION
 from .resolution import check_size, nearest_bucket
@@ -347,11 +346,11 @@ class SanaPipeline:
         return self.autoencoder.encode(image, settings.max_bytes) * self.autoencoder.config.latent_scale
 
     def _latent_mask(self, settings: Settings, like: Tensor) -> Tensor:
-        """The mask at the size of a latent: (1, 1, H, W) in [0, 1]. A cell is painted anew as far as any of its pixels is."""
+        """The mask at the size of a latent: (1, 1, H, W) in [0, 1]."""
         height, width = self.size(settings)
         pixels = np.asarray(ImageOps.fit(settings.mask.convert("L"), (width, height), Image.Resampling.NEAREST))
         mask = torch.from_numpy(pixels.copy())[None, None].float().div(255)
-        return F.max_pool2d(mask, self.autoencoder.config.downsample).to(like)
+        return to_cells(mask, *like.shape[-2:]).to(like)
 
 
 def model_path(model: Path | str) -> Path:

@@ -7,11 +7,11 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
-import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...sana.guidance import Guidance
+from ...sana.images import to_cells
 from ...sana.solvers import Denoiser, Step, flow_dpm_steps
 from .model import SanaModel
 from .run import GUIDANCE_EMBED, follow_runs
@@ -139,12 +139,12 @@ def flow_shift_of(patcher: ModelPatcher) -> float:
 
 
 def latent_mask(latent: Latent, shape: torch.Size) -> Tensor | None:
-    """The noise mask at the size of a latent (B, C, H, W): a cell is painted anew as far as any of its pixels is.
+    """The noise mask at the size of a latent (B, C, H, W), as the pipeline has it.
 
     The host looks at the pixels in the middle of a cell, and does not see a mask between them.
     """
     mask = latent.get("noise_mask")
-    return None if mask is None else F.adaptive_max_pool2d(mask.reshape(-1, 1, *mask.shape[-2:]), shape[-2:])
+    return None if mask is None else to_cells(mask.reshape(-1, 1, *mask.shape[-2:]), *shape[-2:])
 
 
 def sample_seeded(
