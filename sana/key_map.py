@@ -14,14 +14,10 @@ Tensors = dict[str, Tensor]
 # Names whose presence tells the dialect. What stands before them in a file is a prefix of all names.
 OFFICIAL_MARK = "blocks.0.mlp.inverted_conv.conv.weight"
 DIFFUSERS_MARK = "transformer_blocks.0.ff.conv_inverted.weight"
-EARLY_DIFFUSERS_MARK = (
-    "transformer_blocks.0.ff.inverted_conv.conv.weight"  # of November and December 2024; and of ACE-Step
-)
+EARLY_DIFFUSERS_MARK = "transformer_blocks.0.ff.inverted_conv.conv.weight"  # of late 2024, and of ACE-Step
 EARLY_DIFFUSERS_EMBEDDING = "pos_embed.proj.weight"  # which ACE-Step lacks
 CONTROL_MARK = "controlnet_blocks.0.weight"  # of diffusers' ControlNet, which has the marks of a transformer as well
-MUSIC_MARK = (
-    "vocoder.backbone.channel_layers.0.0.bias"  # of ACE-Step, whose autoencoder has the marks of a DC-AE as well
-)
+MUSIC_MARK = "vocoder.backbone.channel_layers.0.0.bias"  # of ACE-Step's autoencoder, which has those of a DC-AE too
 AUTOENCODER_MARKS = ("encoder.down_blocks.1.0.conv1.weight", "encoder.stages.1.op_list.0.main.conv1.conv.weight")
 
 POINTWISE = (
