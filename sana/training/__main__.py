@@ -54,12 +54,18 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument("--batch-size", type=int, default=4, help="pictures a step and process (default: 4)")
     tune.add_argument("--learning-rate", type=float, default=1e-5, help="default: 1e-5")
     tune.add_argument("--recompute", action="store_true", help="less memory, a third more work")
+    tune.add_argument(
+        "--sheet-every",
+        type=int,
+        default=500,
+        help="steps from one sheet of pictures that the model draws to the next, 0: none (default: 500)",
+    )
     tune.set_defaults(run=run_finetune)
     return top
 
 
 def run_finetune(options: argparse.Namespace) -> int:
-    config = FinetuneConfig(options.steps, options.batch_size, options.learning_rate, options.recompute)
+    config = FinetuneConfig(**{name: getattr(options, name) for name in vars(FinetuneConfig())})
     parts = {"model": options.model, "autoencoder": options.autoencoder, "text_encoder": options.text_encoder}
     report(finetune(options.out, options.data, config, **parts))
     return 0

@@ -1,21 +1,30 @@
 """Fine-tuning of a SANA transformer on a folder of pictures with captions, with its autoencoder and text encoder frozen."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from PIL import Image, ImageOps
 
+from ..autoencoder import DCAutoencoder
 from ..checkpoint import build_transformer, load_autoencoder
-from ..detection import identify_transformer
+from ..detection import TransformerIdentity, identify_transformer
 from ..files import read_tensors
+from ..guidance import Condition, Guidance, guided_denoiser
+from ..images import read_picture, to_picture
 from ..pipeline import model_path
+from ..schedule import flow_sigmas
+from ..solvers import flow_dpm_solver
 from ..text_checkpoint import load_text_encoder
 from .export import write_transformer
 from .flow import FlowObjective
 from .loop import TrainingConfig, claim, train
-from .pictures import Picture, PictureStates, read_pictures, write_states
+from .pictures import Picture, PictureStates, pad_texts, read_pictures, write_states
+
+SHEET_COLUMNS, SHEET_SIDE, SHEET_STEPS = 6, 256, 14
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,7 @@ class FinetuneConfig:
     batch_size: int = 4
     learning_rate: float = 1e-5
     recompute: bool = False  # activations of blocks in the backward pass: less memory, a third more work
+    sheet_every: int = 500  # steps from one sheet to the next, see `caption_sheet`; 0: none
 
 
 def finetune(
@@ -39,9 +49,9 @@ def finetune(
 ) -> Path:
     """Train all of a transformer. model, autoencoder, text_encoder: as for `SanaPipeline.load`.
 
-    folder: receives the states of the pictures, the state of the training, and the result, a transformer in diffusers layout,
-    whose folder is returned. Stopped and started again, it goes on. Raises ValueError for Sprint, for pictures that cannot be
-    read or have no caption, and for a folder of another model or other data.
+    folder: receives the states of the pictures, the state of the training, sheets, and the result, a transformer in
+    diffusers layout, whose folder is returned. Stopped and started again, it goes on. Raises ValueError for Sprint, for
+    pictures that cannot be read or have no caption, and for a folder of another model or other data.
     """
     model = model_path(model)
     file = read_tensors(model, "transformer")
@@ -52,30 +62,73 @@ def finetune(
         )
     pictures = read_pictures(data, identity.base_size)
     claim(folder, {"model": str(model.resolve()), "data": str(data.resolve())})
-    states = _encode(folder / "states", pictures, str(autoencoder or model), str(text_encoder or model))
+    machine = PartialState(cpu=not torch.cuda.is_available())
+    frozen = load_autoencoder(autoencoder or model, device=machine.device)
+    encoders = f"{autoencoder or model}, {text_encoder or model}"
+    states = _encode(folder / "states", pictures, encoders, frozen, text_encoder or model)
     transformer = build_transformer(file, identity.config).train().requires_grad_(True)
     transformer.recompute = config.recompute
     objective = FlowObjective(transformer, flow_shift=identity.flow_shift, null=states.null)
+    sheet = partial(caption_sheet, pictures=pictures, states=states, autoencoder=frozen, identity=identity)
+    warmup, sheet_every = min(100, config.steps // 10), config.sheet_every or config.steps
     objective = train(
         objective,
         partial(states.batch, size=config.batch_size),
-        TrainingConfig(config.steps, config.learning_rate, warmup=min(100, config.steps // 10), cooldown=0.1),
+        TrainingConfig(config.steps, config.learning_rate, warmup=warmup, cooldown=0.1, sheet_every=sheet_every),
         folder,
+        sheet if config.sheet_every else None,
     )
-    if PartialState().is_main_process:
+    if machine.is_main_process:
         dtype = getattr(torch, identity.dtype)
         write_transformer(folder / "transformer", objective.transformer, identity, dtype)
     return folder / "transformer"
 
 
-def _encode(folder: Path, pictures: list[Picture], autoencoder: str, text_encoder: str) -> PictureStates:
-    """The states of the pictures; of several processes each encodes its part."""
-    machine = PartialState(cpu=not torch.cuda.is_available())
-    encoders = f"{autoencoder}, {text_encoder}"
+def _encode(
+    folder: Path, pictures: Sequence[Picture], encoders: str, autoencoder: DCAutoencoder, text_encoder: Path | str
+) -> PictureStates:
+    """The states of the pictures; of several processes each encodes its part. Gemma is in memory for only so long."""
+    machine = PartialState()
     gemma = load_text_encoder(text_encoder, device=machine.device)
     own = pictures[machine.process_index :: machine.num_processes]
-    write_states(folder, own, encoders, load_autoencoder(autoencoder, device=machine.device), gemma)
+    write_states(folder, own, encoders, autoencoder, gemma)
     machine.wait_for_everyone()
     with torch.no_grad():
         null = gemma([""], None)[0][0].float().cpu()
     return PictureStates.read(folder, pictures, encoders, null)
+
+
+@torch.no_grad()
+def caption_sheet(
+    objective: FlowObjective,
+    pictures: Sequence[Picture],
+    states: PictureStates,
+    autoencoder: DCAutoencoder,
+    identity: TransformerIdentity,
+) -> Image.Image:
+    """Up to six of the pictures above, and below what the model makes of their captions at their sizes."""
+    sheet = Image.new("RGB", (SHEET_COLUMNS * SHEET_SIDE, 2 * SHEET_SIDE))
+    chosen = range(0, len(pictures), -(-len(pictures) // SHEET_COLUMNS))
+    for column, i in enumerate(chosen):
+        drawn = _draw(objective, states, i, autoencoder, identity)
+        given = ImageOps.fit(read_picture(pictures[i].path).convert("RGB"), drawn.size)
+        for row, picture in enumerate((given, drawn)):
+            fitted = ImageOps.contain(picture, (SHEET_SIDE, SHEET_SIDE))
+            sheet.paste(fitted, (column * SHEET_SIDE, row * SHEET_SIDE))
+    return sheet
+
+
+def _draw(
+    objective: FlowObjective, states: PictureStates, i: int, autoencoder: DCAutoencoder, identity: TransformerIdentity
+) -> Image.Image:
+    """The i-th caption as the weights at hand draw it, always from the same noise."""
+    device = objective.transformer.scale_shift_table.device
+    text, text_mask = (part.to(device) for part in pad_texts([states.texts[i].float()]))
+    null = objective.null[: text.shape[1]].expand_as(text)
+    cond, uncond = Condition(text, text_mask), Condition(null, text_mask)
+    sigmas = flow_sigmas(SHEET_STEPS, identity.flow_shift)
+    guidance = Guidance(identity.guidance_scale)
+    denoise = guided_denoiser(objective.transformer, cond, uncond, guidance, sigmas=sigmas)
+    noise = torch.randn(states.latents[i].shape, generator=torch.Generator().manual_seed(i))
+    latent = flow_dpm_solver(denoise, noise[None].to(device), sigmas)
+    return to_picture(autoencoder.decode(latent / autoencoder.config.latent_scale)[0])
