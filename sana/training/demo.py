@@ -15,13 +15,11 @@ from accelerate import PartialState
 from PIL import Image
 
 from ..autoencoder import DCAutoencoder
-from ..checkpoint import load_autoencoder, load_transformer
 from ..config import DOWNSAMPLE, AutoencoderConfig, GemmaConfig, StageConfig, TransformerConfig
 from ..detection import TransformerIdentity
 from ..gemma import Gemma2
 from ..pipeline import SanaPipeline
 from ..prompt import INSTRUCTION
-from ..text_checkpoint import load_text_encoder
 from ..text_encoder import GemmaTextEncoder, JsonTokenizer
 from ..transformer import SanaTransformer
 from .autoencoder import ReconstructionObjective, initialise, reconstruction_sheet, scene_crops, whole_scenes
@@ -97,22 +95,22 @@ def train_demo(folder: Path, config: DemoConfig, start: Path | None = None) -> P
     """Train the demo model in a work folder. Returns the folder of the finished checkpoint.
 
     start: a demo checkpoint to train further: the decoder, the transformer and the text encoder, not the encoder.
-    Raises ValueError for a folder of another start or number of scenes, and FileNotFoundError for a start that is not there.
+    Raises ValueError for a folder of another start or number of scenes and for a start that is another model, and
+    FileNotFoundError for one that is not there.
     """
-    if start is not None and not start.exists():
-        raise FileNotFoundError(f"--start {start} does not exist; give the folder of a demo checkpoint, or demo")
+    started = load_start(start) if start else None
     claim(folder, {"start": str(start.resolve()) if start else "nothing", "scenes": str(config.scenes)})
     machine = PartialState(cpu=not torch.cuda.is_available())
-    if start is None:
+    if started is None:
         with machine.main_process_first():
             tokenizer = make_tokenizer(folder / "tokenizer.json")
         autoencoder = train_autoencoder(folder / "autoencoder", config.autoencoder_steps)
         transformer, text_encoder = new_transformer(), new_text_encoder(tokenizer)
     else:
         tokenizer = start / "tokenizer" / "tokenizer.json"
-        autoencoder = load_autoencoder(start).requires_grad_(False)
-        transformer = load_transformer(start).train().requires_grad_(True)
-        text_encoder = load_text_encoder(start).train().requires_grad_(True)
+        autoencoder = started.autoencoder.requires_grad_(False)
+        transformer = started.transformer.train().requires_grad_(True)
+        text_encoder = started.text_encoder.train().requires_grad_(True)
     autoencoder = refine_decoder(folder / "decoder", autoencoder, config.decoder_steps)
     device = next(autoencoder.parameters()).device
     with machine.main_process_first():
@@ -145,6 +143,16 @@ def train_demo(folder: Path, config: DemoConfig, start: Path | None = None) -> P
             identity=IDENTITY,
         )
     return folder / "checkpoint"
+
+
+def load_start(start: Path) -> SanaPipeline:
+    """The parts of a demo checkpoint. Raises ValueError for another model, and FileNotFoundError."""
+    if not start.exists():
+        raise FileNotFoundError(f"--start {start} does not exist; give the folder of a demo checkpoint, or demo")
+    started = SanaPipeline.load(start)
+    if started.transformer.config != TRANSFORMER:
+        raise ValueError(f"--start {start} is another model; give the folder of a demo checkpoint, or demo")
+    return started
 
 
 def make_tokenizer(path: Path) -> Path:

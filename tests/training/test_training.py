@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -65,12 +66,24 @@ def test_finished_demo_can_be_trained_further(trained: Path, tmp_path: Path) -> 
         assert all(torch.equal(a, b) for a, b in pairs) == (part == "autoencoder.encoder")
 
 
-def test_a_start_that_is_not_there_leaves_the_work_folder_alone(
+def test_a_start_that_is_no_demo_leaves_the_work_folder_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["demo", "--out", str(tmp_path / "work"), *SMALL, "--start", str(tmp_path / "gone")]) == 1
-    assert "gone does not exist; give the folder of a demo checkpoint, or demo" in capsys.readouterr().err
-    assert not (tmp_path / "work").exists()
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(MODELS["demo"], tmp_path / "other")
+    wider = SanaTransformer(replace(TRANSFORMER, ff_width=512))
+    write_transformer(tmp_path / "other" / "transformer", wider, IDENTITY, torch.float16)
+    advice = "give the folder of a demo checkpoint, or demo"
+    said = {
+        "gone": f"does not exist; {advice}",
+        "empty": "holds no .safetensors",
+        "other": f"is another model; {advice}",
+    }
+    for name, message in said.items():
+        assert main(["demo", "--out", str(tmp_path / "work"), *SMALL, "--start", str(tmp_path / name)]) == 1
+        error = capsys.readouterr().err
+        assert f"{tmp_path / name} " in error and message in error
+        assert not (tmp_path / "work").exists()
 
 
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
