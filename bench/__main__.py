@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 
 import psutil
 import torch
@@ -53,7 +54,7 @@ def main() -> int:
         "left_out": left_out,
         "unequal": unequal,
     }
-    print(write_result(f"speed-{device}-{str(dtype).removeprefix('torch.')}", result))
+    print(write_result(f"speed-{device}-{str(dtype).removeprefix('torch.')}", result, options.out))
     return 1 if unequal else 0
 
 
@@ -64,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--repeats", type=int, default=5, help="timed calls of each candidate (default: 5)")
     top.add_argument("--only", default="", help="cases whose title matches this regular expression")
     top.add_argument("--compiled", action="store_true", help="torch.compile on a CPU too; takes minutes for each case")
+    top.add_argument("--out", type=Path, help="JSON file to write (default: the one in results/ that README shows)")
     return top
 
 

@@ -211,13 +211,14 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"default: {value}")
     parser.add_argument("--model", default="demo", help="checkpoint folder (default: demo)")
     parser.add_argument("--sheet", type=Path, help="write a sheet of pictures here instead of measuring")
+    parser.add_argument("--out", type=Path, help="JSON file to write (default: the one in results/ that README shows)")
     options = parser.parse_args()
     pipeline = SanaPipeline.load(options.model)
     if options.sheet:
         print("\n".join(draw_sheet(pipeline, options.sheet)))
         return
     result = measure(pipeline, Numbers(**{name: getattr(options, name) for name in vars(Numbers())}))
-    print(write_result("demo", result), "(python -m bench.readme writes its tables)", sep="\n")
+    print(write_result("demo", result, options.out), "(python -m bench.readme writes its tables)", sep="\n")
 
 
 if __name__ == "__main__":

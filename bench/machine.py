@@ -25,10 +25,10 @@ def device_name() -> str:
     return f"CPU {platform.machine()}, {_cpu_name()}, {torch.get_num_threads()} threads of {torch.backends.cpu.get_cpu_capability()}"
 
 
-def write_result(name: str, result: dict[str, object]) -> Path:
-    """Write results/NAME.json with the machine ahead of the result. Returns its path."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write_result(name: str, result: dict[str, object], out: Path | None = None) -> Path:
+    """Write results/NAME.json, or `out`, with the machine ahead of the result. Returns the path."""
+    path = out or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**describe_machine(), **result}, indent=1) + "\n", encoding="utf-8")
     return path
 

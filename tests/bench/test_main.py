@@ -1,6 +1,8 @@
 """The command: what it writes when a case fails."""
 
+import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,13 +19,13 @@ def adding(error: float) -> Case:
     return Case(f"off by {error}", 0, 1.0, 1.0, build)
 
 
-def test_unequal_case_is_named_and_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    written: dict[str, object] = {}
-    monkeypatch.setattr(sys, "argv", ["bench", "--repeats", "1"])
+def test_unequal_case_is_named_and_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "results" / "speed.json"
+    monkeypatch.setattr(sys, "argv", ["bench", "--repeats", "1", "--out", str(out)])
     monkeypatch.setattr(command, "all_cases", lambda steps: [adding(0.0), adding(0.5), adding(1e-6)])
     monkeypatch.setattr(command.Floor, "measure", lambda dtype, device: Floor(1e9, 1e9))
-    monkeypatch.setattr(command, "write_result", lambda name, result: written.update(result))
     assert command.main() == 1
+    written = json.loads(out.read_text())
     assert {row["case"] for row in written["rows"]} == {"off by 0.0", "off by 1e-06"}
     (unequal,) = written["unequal"]
     assert unequal.startswith("off by 0.5: reference differs by")
