@@ -47,7 +47,7 @@ def prepare() -> Path:
     """Makes everything the tests need and returns the Python to run them with. Raises SetupError."""
     environment.check_python()
     downloads.fetch_hosts()
-    more = downloads.host_requirements()
+    more = [*downloads.read_requirements(ROOT / "tests" / "versions.txt"), *downloads.host_requirements()]
     python = environment.prepare("tests", ["test"], more=more, finish=downloads.repair_torchvision)
     downloads.fetch_chromium()
     return python

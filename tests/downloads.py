@@ -39,10 +39,15 @@ def host_requirements() -> list[str]:
     """What the newest host requires, and what only older ones do: one environment serves all."""
     requirements: dict[str, str] = {}
     for version in HOSTS:  # newest first
-        for line in (host_folder(version) / "requirements.txt").read_text(encoding="utf-8").splitlines():
-            requirement = line.split("#")[0].strip()
+        for requirement in read_requirements(host_folder(version) / "requirements.txt"):
             requirements.setdefault(re.split(r"[^\w.-]", requirement)[0].lower(), requirement)
-    return sorted(filter(None, requirements.values()))
+    return sorted(requirements.values())
+
+
+def read_requirements(path: Path) -> list[str]:
+    """The requirements in a file, without its comments."""
+    lines = (line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line]
 
 
 def repair_torchvision(python: Path) -> None:
