@@ -2,7 +2,8 @@
 
 Every workflow runs as the user interface converts it, on a real server, with the demo model in the place of the files it
 links to: with a prompt and a size that this model knows, a drawn scene as the picture to start from, and a LoRA of small
-random weights. Needs the environment of `python3 tests`: .venv/tests/bin/python.
+random weights. The demo model cannot stand for a Sprint model, so the workflow of that has no picture. Needs the environment
+of `python3 tests`: .venv/tests/bin/python.
 """
 
 import io
@@ -55,7 +56,7 @@ def main(names: list[str]) -> None:
             stand_ins.write(server.base / "models" / LORA, demo_lora())
             with open_page(browser, server) as page:
                 page.open()
-                for name in names or graph.NAMES:
+                for name in names or PROMPTS:
                     page.load(graph.read(name))
                     picture = draw_workflow(server, name, page.prompt())
                     picture.save(graph.FOLDER / f"{name}.jpg", quality=92)

