@@ -31,6 +31,7 @@ AUTOENCODER_SOURCE = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"  # for who ha
 HEADER = "sana"  # key of our entry in a safetensors header: JSON of what the tensors cannot tell
 DEFAULT_FLOW_SHIFT = 3.0
 DEFAULT_GUIDANCE_SCALE = 4.5  # of the official demo, for every release
+SIXTEEN_BITS = ("float16", "bfloat16")  # what models are released in; 8 bits only store, and float32 holds any of them
 # Sides in pixels that the position buffer of an official file was made for, by its length, with the position settings.
 POSITIONS_2K_4K = {64**2: (64, 1.0), 128**2: (128, 2.0)}
 
@@ -54,13 +55,26 @@ def identify_transformer(file: TensorFile, variant: str | None = None) -> Transf
         raise ValueError(f"variant {variant!r} is unknown; use one of {', '.join(VARIANTS)}")
     tensors, header = transformer_tensors(file), read_header(file)
     if variant is None and "base_size" in header:
-        config = TransformerConfig(**_known(TransformerConfig, header["config"]))
-        return TransformerIdentity(**{**_known(TransformerIdentity, header), "config": config, "origin": "its header"})
+        return _told_identity(header)
     if variant is None:
-        found = _complete_identity(detect_transformer(tensors, file), file)
+        found = _complete_identity(detect_transformer(tensors, file), _stored_dtype(tensors), file)
     else:
         found = _given_identity(variant, tensors, file)
     return replace(found, guidance_scale=_guidance_scale(header, file))
+
+
+def _told_identity(header: Mapping[str, object]) -> TransformerIdentity:
+    """What a header tells, but for a dtype that no model was released in."""
+    config = TransformerConfig(**_known(TransformerConfig, header["config"]))
+    told = TransformerIdentity(**{**_known(TransformerIdentity, header), "config": config, "origin": "its header"})
+    return replace(told, dtype=_release_dtype(told.dtype, told.variant))
+
+
+def _release_dtype(stored: str, variant: str) -> str:
+    """The precision of the release of numbers stored as this dtype."""
+    if stored in SIXTEEN_BITS:
+        return stored
+    return VARIANTS[variant].dtype if variant in VARIANTS else "bfloat16"
 
 
 def _known(kind: type, values: Mapping[str, object]) -> dict[str, object]:
@@ -83,7 +97,7 @@ def _given_identity(variant: str, tensors: Mapping[str, Tensor], file: TensorFil
     return TransformerIdentity(row.transformer, variant, row.base_size, row.flow_shift, row.dtype, "the given variant")
 
 
-def _complete_identity(config: TransformerConfig, file: TensorFile) -> TransformerIdentity:
+def _complete_identity(config: TransformerConfig, stored: str, file: TensorFile) -> TransformerIdentity:
     """Base size and flow shift from the configuration beside the tensors, a buffer among them, or the table."""
     sample_size, buffer = file.config.get("sample_size"), _position_buffer(file)
     if isinstance(sample_size, int):
@@ -93,7 +107,6 @@ def _complete_identity(config: TransformerConfig, file: TensorFile) -> Transform
     else:
         base_size, origin = None, "the table, since the file does not say"
     flow_shift = None if config.guidance_embed else _sibling_flow_shift(file)
-    stored = _stored_dtype(file)
     rows = [
         (name, row)
         for name, row in VARIANTS.items()
@@ -101,20 +114,19 @@ def _complete_identity(config: TransformerConfig, file: TensorFile) -> Transform
     ]
     if not rows:
         default = None if config.guidance_embed else DEFAULT_FLOW_SHIFT
-        dtype = "bfloat16" if stored == "float32" else stored
+        dtype = _release_dtype(stored, "custom")
         return TransformerIdentity(config, "custom", base_size or 1024, flow_shift or default, dtype, origin)
     name, row = next((found for found in rows if found[1].dtype == stored), rows[0])
     # Converters wrote 3.0 beside every model below 4096 px, also beside one that was trained with another value.
     if flow_shift is None or flow_shift == DEFAULT_FLOW_SHIFT:
         flow_shift = row.flow_shift
-    dtype = row.dtype if stored == "float32" else stored
-    return TransformerIdentity(config, name, row.base_size, flow_shift, dtype, origin)
+    return TransformerIdentity(config, name, row.base_size, flow_shift, _release_dtype(stored, name), origin)
 
 
-def _stored_dtype(file: TensorFile) -> str:
-    """The dtype of most numbers in a file."""
+def _stored_dtype(tensors: Mapping[str, Tensor]) -> str:
+    """The dtype of most numbers."""
     counts: dict[str, int] = {}
-    for tensor in file.tensors.values():
+    for tensor in tensors.values():
         name = str(tensor.dtype).removeprefix("torch.")
         counts[name] = counts.get(name, 0) + tensor.numel()
     return max(counts, key=counts.__getitem__)

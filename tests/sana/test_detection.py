@@ -44,6 +44,8 @@ def identity_of(
         ("Sana_600M_1024px", torch.float32, "sana-0.6b-1024px", "float16"),
         ("Sana_600M_1024px", torch.bfloat16, "sana-0.6b-1024px", "bfloat16"),
         ("Sprint_1.6B", torch.float16, "sana-sprint-1.6b-1024px", "float16"),
+        ("Sana_1600M_1024px", torch.float8_e4m3fn, "sana-1.6b-1024px", "bfloat16"),
+        ("Sana_600M_1024px", torch.float8_e5m2, "sana-0.6b-1024px", "float16"),
     ],
 )
 def test_the_dtype_is_that_of_the_file_if_it_has_16_bits(
@@ -51,6 +53,30 @@ def test_the_dtype_is_that_of_the_file_if_it_has_16_bits(
 ) -> None:
     identity = identity_of(name, dtype=dtype)
     assert (identity.variant, identity.dtype) == (variant, released_dtype)
+
+
+@pytest.mark.parametrize(
+    ("variant", "told", "released_dtype"),
+    [
+        ("sana-0.6b-1024px", "float8_e4m3fn", "float16"),
+        ("sana-1.6b-1024px", "float32", "bfloat16"),
+        ("custom", "float8_e4m3fn", "bfloat16"),
+        ("custom", "float16", "float16"),
+    ],
+)
+def test_a_header_tells_the_dtype_if_it_has_16_bits(
+    diffusers: Tensors, variant: str, told: str, released_dtype: str
+) -> None:
+    identity = TransformerIdentity(tiny_config("sana-0.6b-1024px"), variant, 1024, 3.0, told, "its header")
+    assert identify_transformer(TensorFile(FILE, diffusers, transformer_header(identity))).dtype == released_dtype
+
+
+def test_other_networks_in_the_file_do_not_decide_the_dtype() -> None:
+    transformer = released("transformers", "official", "Sana_1600M_1024px").tensors
+    tensors = {f"model.diffusion_model.{name}": tensor.half() for name, tensor in transformer.items()}
+    gemma = torch.empty(256_000, 23_040, dtype=torch.bfloat16, device="meta")
+    tensors["text_encoders.gemma2_2b.model.embed_tokens.weight"] = gemma
+    assert identify_transformer(TensorFile(FILE, tensors)).dtype == "float16"
 
 
 def test_without_anything_beside_them_tensors_are_those_of_the_first_row() -> None:
