@@ -8,8 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from .autoencoder import DCAutoencoder
-from .config import TransformerConfig
-from .detection import autoencoder_tensors, detect_autoencoder, identify_transformer, transformer_tensors
+from .config import DOWNSAMPLE, AutoencoderConfig, TransformerConfig
+from .detection import (
+    AUTOENCODER_SOURCE,
+    autoencoder_tensors,
+    detect_autoencoder,
+    identify_transformer,
+    transformer_tensors,
+)
 from .files import CheckpointError, TensorFile, read_tensors
 from .operations import Operations
 from .transformer import SanaTransformer
@@ -63,6 +69,17 @@ def load_autoencoder(
     return fill(
         DCAutoencoder(config, operations=operations, dtype=dtype, device="meta"), tensors, file.path.name, dtype, device
     )
+
+
+def check_autoencoder(autoencoder: AutoencoderConfig, transformer: TransformerConfig) -> None:
+    """Raises CheckpointError if the latents of an autoencoder are not those that a transformer takes."""
+    found = f"f{autoencoder.downsample}c{autoencoder.latent_channels}"
+    taken = f"f{DOWNSAMPLE}c{transformer.channels}"
+    if found != taken:
+        raise CheckpointError(
+            f"the autoencoder is a DC-AE {found}, and the transformer takes latents of an {taken}; give one of these, such "
+            f"as {AUTOENCODER_SOURCE}"
+        )
 
 
 def fill(

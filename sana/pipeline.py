@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .autoencoder import DCAutoencoder
-from .checkpoint import build_transformer, load_autoencoder
+from .checkpoint import build_transformer, check_autoencoder, load_autoencoder
 from .detection import TransformerIdentity, identify_transformer
 from .files import CheckpointError, TensorFile, read_tensors
 from .guidance import Condition, Guidance, Reference, guided_denoiser, inpainting_denoiser, scm_denoiser
@@ -84,7 +84,10 @@ class Settings:
 
 
 class SanaPipeline:
-    """A SANA transformer with its autoencoder and its text encoder."""
+    """A SANA transformer with its autoencoder and its text encoder.
+
+    Raises CheckpointError for an autoencoder whose latents are not those of the transformer.
+    """
 
     def __init__(
         self,
@@ -95,6 +98,7 @@ class SanaPipeline:
         *,
         compiled: bool = False,
     ) -> None:
+        check_autoencoder(autoencoder.config, transformer.config)
         self.transformer = transformer
         self.autoencoder = autoencoder
         self.text_encoder = text_encoder

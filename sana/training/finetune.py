@@ -10,7 +10,7 @@ from accelerate import PartialState
 from PIL import Image, ImageOps
 
 from ..autoencoder import DCAutoencoder
-from ..checkpoint import build_transformer, load_autoencoder
+from ..checkpoint import build_transformer, check_autoencoder, load_autoencoder
 from ..detection import TransformerIdentity, identify_transformer
 from ..files import read_tensors
 from ..guidance import Condition, Guidance, guided_denoiser
@@ -51,7 +51,8 @@ def finetune(
 
     folder: receives the states of the pictures, the state of the training, sheets, and the result, a transformer in
     diffusers layout, whose folder is returned. Stopped and started again, it goes on. Raises ValueError for Sprint, for
-    pictures that cannot be read or have no caption, and for a folder of another model or other data.
+    pictures that cannot be read or have no caption, and for a folder of another model or other data, and CheckpointError
+    for a transformer or an autoencoder that cannot be trained with, before any picture is encoded.
     """
     model = model_path(model)
     file = read_tensors(model, "transformer")
@@ -60,10 +61,12 @@ def finetune(
         raise ValueError(
             f"{file.path.name} is a Sprint model, which learns from a teacher; fine-tune a SANA or SANA-1.5 model"
         )
+    build_transformer(file, identity.config, device="meta")  # refuses now what would be refused below
     pictures = read_pictures(data, identity.base_size)
-    claim(folder, {"model": str(model.resolve()), "data": str(data.resolve())})
     machine = PartialState(cpu=not torch.cuda.is_available())
     frozen = load_autoencoder(autoencoder or model, device=machine.device)
+    check_autoencoder(frozen.config, identity.config)
+    claim(folder, {"model": str(model.resolve()), "data": str(data.resolve())})
     encoders = f"{autoencoder or model}, {text_encoder or model}"
     states = _encode(folder / "states", pictures, encoders, frozen, text_encoder or model)
     transformer = build_transformer(file, identity.config).train().requires_grad_(True)

@@ -24,12 +24,14 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from transformers import Gemma2Model
 
+from sana.autoencoder import DCAutoencoder
 from sana.files import CheckpointError
 from sana.pipeline import SamplingError, SanaPipeline, Settings
 from sana.prompt import DIFFUSERS_INSTRUCTION, INSTRUCTION
 from sana.schedule import flow_sigmas, partial_sigmas
 from sana.solvers import Step
 from tests.sana.models import PROMPTS, SPRINT, reference_text, reference_tokenizer, write_model
+from tests.sana.networks import tiny_autoencoder_config
 
 HEIGHT, WIDTH = 64, 96
 SIZE = {"height": HEIGHT, "width": WIDTH}
@@ -625,6 +627,23 @@ def test_a_transformer_file_alone_asks_for_the_rest(folder: Path) -> None:
             SanaPipeline.load(place)
     with pytest.raises(CheckpointError, match=f"^{path.name} is the transformer alone; give text_encoder as well$"):
         SanaPipeline.load(path, autoencoder=folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "channels", "kind"), [("dc-ae-f64c128-in-1.0", 128, "f64c128"), ("dc-ae-f32c128-1.5", 128, "f32c128")]
+)
+def test_an_autoencoder_of_other_latents_is_refused(
+    pipeline: SanaPipeline, family: str, channels: int, kind: str
+) -> None:
+    config = replace(tiny_autoencoder_config(family, depth=1), latent_channels=channels)
+    message = (
+        f"the autoencoder is a DC-AE {kind}, and the transformer takes latents of an f32c32; give one of these, such as "
+        "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
+    )
+    with pytest.raises(CheckpointError, match=f"^{message}$"):
+        SanaPipeline(
+            pipeline.transformer, DCAutoencoder(config, device="meta"), pipeline.text_encoder, pipeline.identity
+        )
 
 
 def test_a_path_that_does_not_exist_is_named(tmp_path: Path) -> None:

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
+from safetensors.torch import load_file, save_file
 
 import sana
 from sana import load_transformer
+from sana.autoencoder import DCAutoencoder
 from sana.pipeline import MODELS, SanaPipeline
 from sana.training.__main__ import main
-from sana.training.demo import IDENTITY, TRANSFORMER, new_transformer
+from sana.training.demo import AUTOENCODER, IDENTITY, TRANSFORMER, new_transformer
 from sana.training.export import write_transformer
 from sana.training.flow import FlowBatch, FlowObjective
 from sana.training.latents import SceneLatents
@@ -177,6 +179,30 @@ def test_finetuning_refuses_sprint_before_any_work(tmp_path: Path, capsys: pytes
     write_transformer(tmp_path / "sprint", SanaTransformer(config), IDENTITY, torch.float16)
     assert finetune(tmp_path, tmp_path / "out", "--model", str(tmp_path / "sprint")) == 1
     assert "is a Sprint model, which learns from a teacher" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["float8", "truncated", "autoencoder"])
+def test_finetuning_refuses_other_networks_before_any_work(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(MODELS["demo"], model)
+    path = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    if damage == "float8":
+        tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
+        message = "holds float8_e4m3fn tensors, first "
+    elif damage == "truncated":
+        del tensors["proj_out.bias"]
+        message = "lacks 1 of "
+    else:
+        config = replace(AUTOENCODER, encoder=AUTOENCODER.encoder[:5], decoder=AUTOENCODER.decoder[:5])
+        save_file(DCAutoencoder(config).state_dict(), model / "vae" / path.name)
+        message = "the autoencoder is a DC-AE f16c32, and the transformer takes latents of an f32c32; give one of these"
+    save_file(tensors, path)
+    assert finetune(pictures, tmp_path / "out", "--model", str(model)) == 1
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
