@@ -289,8 +289,33 @@ class SanaConfig(comfy.supported_models_base.BASE):
 
     def process_unet_state_dict_for_saving(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """With the names and shapes diffusers gives them, and what the tensors cannot tell."""
-        tensors = {**with_convolutions(state_dict), HEADER_TENSOR: header_tensor(self.unet_config["identity"])}
-        return {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}
+        shaped = with_convolutions(state_dict)
+        for name, tensor in state_dict.items():
+            if shaped[name] is not tensor and not isinstance(tensor.device, torch.device):
+                shaped[name] = LateConvolution(shaped[name], tensor)
+        shaped[HEADER_TENSOR] = header_tensor(self.unet_config["identity"])
+        return {f"model.diffusion_model.{name}": tensor for name, tensor in shaped.items()}
+
+
+class LateConvolution(torch.nn.Parameter):
+    """A 1x1 convolution made of a matrix that gets its LoRAs and merges only when it is written.
+
+    The host hands out such matrices where weights are not whole on their device. They name a device of their own, so that
+    safetensors calls `to`.
+    """
+
+    def __new__(cls, unpatched: Tensor, matrix: torch.nn.Parameter) -> "LateConvolution":
+        return super().__new__(cls, unpatched, requires_grad=False)
+
+    def __init__(self, unpatched: Tensor, matrix: torch.nn.Parameter) -> None:
+        self.matrix = matrix
+
+    @property
+    def device(self) -> object:
+        return self.matrix.device
+
+    def to(self, *arguments: object, **named: object) -> Tensor:
+        return self.matrix.to(*arguments, **named)[..., None, None]
 
 
 def detect(state_dict: Mapping[str, Tensor], prefix: str, metadata: Mapping[str, str] | None) -> dict[str, object]:

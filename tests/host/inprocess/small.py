@@ -145,6 +145,18 @@ def load(host: Host, name: str, dtype: str = "fp32", **more: str) -> tuple[Model
     )
 
 
+def limit(model: ModelPatcher, budget: int) -> ModelPatcher:
+    """A copy that may keep `budget` bytes on its device, however much is free: what a small GPU makes of it."""
+    clone = model.clone()
+    load_part = clone.partially_load
+
+    def partially_load(device: torch.device, extra_memory: float = 0, force_patch_weights: bool = False) -> int:
+        return load_part(device, budget - clone.loaded_size(), force_patch_weights=force_patch_weights)
+
+    clone.partially_load = partially_load
+    return clone
+
+
 def load_pipeline(transformer: Path) -> sana.SanaPipeline:
     """The pipeline of `sana` with the same parts."""
     return sana.SanaPipeline.load(transformer, autoencoder=DEMO, text_encoder=DEMO)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from tests.host.inprocess.small import EQUAL, VARIANT, Small, difference, load, picture, write_variant
+from tests.host.inprocess.small import EQUAL, VARIANT, Small, difference, limit, load, picture, write_variant
 
 VARIANTS = (VARIANT, "sana-1.5-1.6b-1024px", "sana-1.6b-4096px", "sana-0.6b-512px")
 
@@ -26,18 +26,6 @@ def test_every_matrix_is_in_a_layer_of_the_host(small: Small) -> None:
             if parameter.ndim > 1
         ]
         assert all(name.endswith("scale_shift_table") for name in outside)  # which are small
-
-
-def limit(model: ModelPatcher, budget: int) -> ModelPatcher:
-    """A copy that may keep `budget` bytes on its device, however much is free: what a small GPU makes of it."""
-    clone = model.clone()
-    load_part = clone.partially_load
-
-    def partially_load(device: torch.device, extra_memory: float = 0, force_patch_weights: bool = False) -> int:
-        return load_part(device, budget - clone.loaded_size(), force_patch_weights=force_patch_weights)
-
-    clone.partially_load = partially_load
-    return clone
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
