@@ -76,7 +76,7 @@ class SanaControl(comfy.controlnet.ControlNet):
     def get_control(
         self, x_noisy: Tensor, t: Tensor, cond: dict[str, Tensor], batched_number: int, options: dict[str, object]
     ) -> dict[str, list[Tensor]] | None:
-        time = self.model_sampling_current.timestep(t).float()
+        time = self.model.process_timestep(self.model_sampling_current.timestep(t).float())
         self.extra_args = {"time": time, "model": self.model, "options": options}
         self.manual_cast_dtype = self.model.get_dtype_inference()
         return super().get_control(x_noisy, t, cond, batched_number, options)

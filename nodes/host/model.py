@@ -232,6 +232,11 @@ class SanaModel(comfy.model_base.BaseModel):
         key = (id(network), ids, tuple(text.shape), device)
         return make() if run is None else run.context(key, make)
 
+    def process_timestep(self, timestep: Tensor, **given: object) -> Tensor:
+        """The time that this network was trained with, also after a node that sets the sampling of other models."""
+        trained = self.model_config.sampling_settings["multiplier"]
+        return timestep * (trained / getattr(self.model_sampling, "multiplier", 1.0))
+
     def process_latent_out(self, latent: Tensor) -> Tensor:
         """Raises ValueError if sampling has broken down, which would otherwise end in a black picture."""
         if not bool(torch.isfinite(latent).all()):

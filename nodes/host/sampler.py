@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -131,7 +132,7 @@ def with_guidance_embed(patcher: ModelPatcher, scale: float) -> ModelPatcher:
 def flow_shift_of(patcher: ModelPatcher) -> float:
     """The flow shift of a MODEL: its checkpoint's, or what another node has set. Raises ValueError if that has none."""
     sampling = patcher.get_model_object("model_sampling")
-    if not hasattr(sampling, "shift"):
+    if not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscreteFlow):
         raise ValueError(
             "another node has taken the flow shift from this MODEL; set flow_shift here, or remove that node"
         )

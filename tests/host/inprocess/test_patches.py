@@ -1,5 +1,7 @@
 """Nodes of the host that change a MODEL, on ours: guidance, caching, schedules, merging and compiling."""
 
+import math
+
 import pytest
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
@@ -14,6 +16,7 @@ from tests.host.inprocess.small import (
     EQUAL,
     OTHER_PROMPT,
     PROMPT,
+    SEED,
     VARIANT,
     Small,
     difference,
@@ -34,6 +37,29 @@ def test_core_perturbed_attention_guidance(small: Small) -> None:
         assert difference(small.sample(model=model), theirs) <= EQUAL
         assert difference(small.ksampler(model=model), small.ksampler()) > CHANGED
     assert difference(small.ksampler(model=core), small.ksampler(model=ours)) <= EQUAL
+
+
+def test_shift_of_other_families_nodes(small: Small) -> None:
+    """They count time in other units than SANA, which is asked for its own."""
+    for node, inputs in (
+        ("ModelSamplingAuraFlow", {"shift": 5.0}),
+        ("ModelSamplingFlux", {"max_shift": math.log(5), "base_shift": math.log(5), "width": 1024, "height": 1024}),
+    ):
+        (theirs,) = small.host.call("ModelSamplingSD3", model=small.model, shift=5.0)
+        (model,) = small.host.call(node, model=small.model, **inputs)
+        sigmas = flow_sigmas(4, 5.0)
+        latents = [sample_sigmas(small, each, sigmas) for each in (theirs, model)]
+        assert difference(*latents) <= EQUAL
+
+
+def sample_sigmas(small: Small, model: object, sigmas: Tensor) -> Tensor:
+    """The latents of SamplerCustom without guidance."""
+    (sampler,) = small.host.call("KSamplerSelect", sampler_name="euler")
+    inputs = {"positive": small.positive, "negative": small.negative, "latent_image": small.empty(), "cfg": 1.0}
+    noise = {"add_noise": True, "noise_seed": SEED}
+    return small.host.call("SamplerCustom", model=model, sampler=sampler, sigmas=sigmas, **inputs, **noise)[0][
+        "samples"
+    ]
 
 
 def test_core_skip_layer_guidance(small: Small) -> None:
