@@ -331,9 +331,10 @@ def detect(state_dict: Mapping[str, Tensor], prefix: str, metadata: Mapping[str,
 
 
 def complete_mask(text: Tensor, mask: Tensor | None) -> Tensor:
-    """A mask (B, L) for text (B, L, C). Core's ConditioningConcat joins texts but not masks: rows beyond a mask that are not
-    zero count."""
+    """A mask (B, L) for text (B, L, C): rows beyond the mask at hand count unless they are zero.
+
+    Core's ConditioningConcat joins texts but not masks, and a scheduled CLIP gives none.
+    """
     known = torch.zeros(len(text), 0) if mask is None else mask.reshape(-1, mask.shape[-1]).float()
-    rest = text[:, known.shape[-1] :]
-    found = torch.ones(rest.shape[:2]) if mask is None else (rest != 0).any(dim=-1).float().to(known)
-    return torch.cat([known.to(found), found], dim=1)
+    found = (text[:, known.shape[-1] :] != 0).any(dim=-1).to(known)
+    return torch.cat([known, found], dim=1)

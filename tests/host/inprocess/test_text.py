@@ -50,6 +50,12 @@ def test_core_text_encode_gives_the_plain_text(small: Small) -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_text_without_its_mask_does_not_count_padding(small: Small) -> None:
+    """A CLIP with schedules gives none."""
+    text, _ = parts(small.positive)
+    assert difference(small.sample(positive=[[text, {}]], cfg=1.0), small.sample(cfg=1.0)) <= EQUAL
+
+
 def test_tokens_are_reported_and_the_prompt_is_not(
     small: Small, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
