@@ -155,7 +155,8 @@ def test_lokr_of_lycoris(small: Small, weights: dict[str, Tensor]) -> None:
     assert difference(small.sample(model=model), small.sample(model=changed)) <= EQUAL
 
 
-def test_lora_of_the_text_encoder(small: Small) -> None:
+@pytest.mark.parametrize("node", ["LoraLoader", "LoraLoaderBypass"])
+def test_lora_of_the_text_encoder(small: Small, node: str) -> None:
     """Also with the instruction, whose keys and values are kept from one prompt to the next."""
     weight = small.clip.cond_stage_model.state_dict()[f"{PART}.weight"]
     torch.manual_seed(0)
@@ -164,7 +165,7 @@ def test_lora_of_the_text_encoder(small: Small) -> None:
     name = write_lora(small, "text", dict(zip(names, (down, up), strict=True)))
     before = small.encode("a red circle")[0][0]
     inputs = {"model": small.model, "clip": small.clip, "lora_name": name}
-    _, clip = small.host.call("LoraLoader", **inputs, strength_model=1.0, strength_clip=1.0)
+    _, clip = small.host.call(node, **inputs, strength_model=1.0, strength_clip=1.0)
     ours = replace(small, clip=clip).encode("a red circle")[0][0]
     encoder = sana.load_text_encoder(DEMO)
     layer = encoder.model.layers[0].self_attn.v_proj
