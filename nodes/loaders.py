@@ -70,7 +70,7 @@ class SanaCheckpointLoader(io.ComfyNode):
         patcher = load_model(path, None if variant == AUTO else variant, DTYPES[dtype])
         encoder_path, autoencoder_path = text_encoder_for(path, text_encoder), autoencoder_for(path, vae)
         clip, autoencoder = load_clip(encoder_path), load_vae(autoencoder_path)
-        show_previews(patcher.model.latent_format, fit_preview(autoencoder))
+        show_previews(patcher, fit_preview(autoencoder))
         identity = patcher.model.identity
         parts = (("text encoder", encoder_path), ("autoencoder", autoencoder_path))
         origins = [f"its own {part}" if found == path else f"{part} {found.name}" for part, found in parts]

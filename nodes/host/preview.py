@@ -3,8 +3,10 @@
 A latent cell covers 32x32 px, so one colour for each would be a mosaic. Its 32 channels know more: the map gives 4x4 colours.
 """
 
+import comfy.patcher_extension
 import torch
 from comfy.latent_formats import LatentFormat
+from comfy.model_patcher import ModelPatcher
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
@@ -44,8 +46,14 @@ def fit_preview(vae: SanaVAE) -> Preview:
     return Preview(torch.linalg.solve(known.T @ known + ridge, known.T @ wanted))
 
 
-def show_previews(latent_format: LatentFormat, preview: Preview) -> None:
-    """Let the host draw previews of latents with this map."""
+def show_previews(patcher: ModelPatcher, preview: Preview) -> None:
+    """Let the host draw previews of latents of a MODEL with this map, also where it loads it anew to compile it."""
+    _set_factors(patcher.model.latent_format, preview)
+    on_clone = comfy.patcher_extension.CallbacksMP.ON_CLONE
+    patcher.add_callback(on_clone, lambda original, clone: _set_factors(clone.model.latent_format, preview))
+
+
+def _set_factors(latent_format: LatentFormat, preview: Preview) -> None:
     latent_format.latent_rgb_factors = torch.eye(3).tolist()
     latent_format.latent_rgb_factors_bias = [0.0, 0.0, 0.0]
     latent_format.latent_rgb_factors_reshape = preview

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from sana.config import LATENT_SCALE
 from tests.host.boot import Host
-from tests.host.inprocess.small import HEIGHT, WIDTH, Small, difference, picture
+from tests.host.inprocess.small import HEIGHT, WIDTH, Small, difference, load, picture
 
 EQUAL = 1e-5  # of pixels in [0, 1]; measured: 1e-6
 LITTLE = 0.0075  # GiB: just more than the least
@@ -101,6 +101,18 @@ def test_empty_latents_of_the_host_become_ours(small: Small) -> None:
         (latent,) = small.host.call(node, width=WIDTH, height=HEIGHT, batch_size=1)
         assert torch.equal(small.ksampler(latent_image=latent), small.ksampler())
         assert torch.equal(small.sample(latent=latent), small.sample())
+
+
+def test_model_that_is_loaded_anew_has_previews(small: Small) -> None:
+    """As core makes one to compile it, or for another GPU."""
+    other = load(small.host, small.path.name)[0]
+    other.model.latent_format.latent_rgb_factors = None
+    clone = small.model.clone(model_override=other.get_clone_model_override())
+    assert clone.model is other.model
+    assert (
+        clone.model.latent_format.latent_rgb_factors_reshape
+        is small.model.model.latent_format.latent_rgb_factors_reshape
+    )
 
 
 def test_preview_looks_like_the_picture(small: Small) -> None:
