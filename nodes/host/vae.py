@@ -122,7 +122,8 @@ class SanaVAE(comfy.sd.VAE):
                 part = x[len(parts) : len(parts) + 1].to(self.device, self.vae_dtype)
                 try:
                     out = run(part, bound).to(self.output_device, self.vae_output_dtype())
-                except management.OOM_EXCEPTION:
+                except Exception as error:  # CUDA has several for it, which the host knows
+                    management.raise_non_oom(error)
                     less = smaller_bound(network, x.shape, self.vae_dtype, bound)
                     if management.is_device_cpu(self.device) or less is None:
                         raise

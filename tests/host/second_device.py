@@ -28,15 +28,17 @@ class Memory:
         self.capacity = capacity
         self.used = 0
         self.peak = 0
+        self.error: type[Exception] = torch.OutOfMemoryError
         self.holders: dict[int, int] = {}  # tensors that share a storage, by its address
 
     def hold(self, tensor: Tensor) -> tuple[int, int]:
-        """Count the storage of a tensor. Raises OutOfMemoryError. Returns what `release` takes."""
+        """Count the storage of a tensor. Raises `error` where there is no room. Returns what `release` takes."""
         storage = tensor.untyped_storage()
         address, size = storage.data_ptr(), storage.nbytes()
         if address not in self.holders:
             if self.used + size > self.capacity:
-                raise torch.OutOfMemoryError(f"{NAME}: {self.used} of {self.capacity} bytes taken, {size} wanted")
+                taken = f"{self.used} of {self.capacity} bytes taken, {size} wanted"
+                raise self.error(f"{NAME} is out of memory: {taken}")
             self.used += size
             self.peak = max(self.peak, self.used)
         self.holders[address] = self.holders.get(address, 0) + 1
