@@ -6,6 +6,7 @@ It knows no schedule, no guidance and no file. What depends on the text alone (`
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
@@ -102,18 +103,22 @@ class Block(nn.Module):
         mask: Tensor | None,
         attention: Attention,
         band: int,
+        identity: bool = False,
     ) -> None:
         """The same as `forward`, without gradients, in x itself, `band` rows of the image at a time.
 
         Linear attention is a sum over tokens, so its bands add up; the convolution of the Mix-FFN needs one row more on
-        either side, which is computed twice.
+        either side, which is computed twice. identity: `LinearAttention.identity` in the place of self-attention.
         """
         attn, ff = self.branches(modulation)
         bands = x.split(band * columns, dim=1)
-        precision = torch.promote_types(x.dtype, torch.float32)  # many bands added up in 16 bits would drift
-        state = sum(self.attn1.state(attn.norm(part)).to(precision) for part in bands)
+        attend = self.attn1.identity
+        if not identity:
+            precision = torch.promote_types(x.dtype, torch.float32)  # many bands added up in 16 bits would drift
+            state = sum(self.attn1.state(attn.norm(part)).to(precision) for part in bands)
+            attend = partial(self.attn1.attend, state=state)
         for part in bands:
-            part.copy_(attn.add(part, self.attn1.attend(attn.norm(part), state)))
+            part.copy_(attn.add(part, attend(attn.norm(part))))
             part.add_(self.attn2(part, *text, mask, attention))
 
         grid = x.unflatten(1, (-1, columns))  # (B, H, W, D)
@@ -240,14 +245,13 @@ class SanaTransformer(nn.Module):
         corrections: list[Tensor] = []
         for i, block in enumerate(self.transformer_blocks):
             step = (tokens, columns, modulation.blocks, context.keys_values[i], context.mask, scaled_dot_product)
-            if i in identity_blocks:
-                tokens = block(*step, LinearAttention.identity)
-            elif torch.is_grad_enabled() and self.recompute:
-                tokens = checkpoint(block, *step, use_reentrant=False)
+            self_attention = LinearAttention.identity if i in identity_blocks else LinearAttention.__call__
+            if torch.is_grad_enabled() and self.recompute:
+                tokens = checkpoint(block, *step, self_attention, use_reentrant=False)
             elif torch.is_grad_enabled() or band is None:
-                tokens = block(*step)
+                tokens = block(*step, self_attention)
             else:
-                block.forward_banded(*step, band)
+                block.forward_banded(*step, band, identity=i in identity_blocks)
             if control is not None and i == 0:
                 corrections = control(tokens)
             if i < len(corrections):

@@ -22,7 +22,7 @@ from ...sana.guidance import GUIDANCE_EMBED_SCALE
 from ...sana.key_map import HEADER_TENSOR, to_transformer_names, with_convolutions
 from ...sana.layers import Attention, LinearAttention
 from ...sana.transformer import WORKING_BYTES, SanaTransformer, SelfAttention, TextContext, open_length
-from .run import GUIDANCE_EMBED, REFERENCE, RUN, SamplingRun
+from .run import GUIDANCE_EMBED, IDENTITY_BLOCKS, REFERENCE, RUN, SamplingRun
 
 UNNAMED = "the checkpoint"  # a file whose name the host does not tell
 IMAGE_MODEL = "sana"  # value of `image_model` in the host's model configurations
@@ -111,21 +111,20 @@ class HostTransformer(SanaTransformer):
     ) -> Tensor:
         """One block, or what other nodes have put in its place, or in the place of its self-attention."""
         block, attention = self.transformer_blocks[i], host_attention(options)
-        replacements = options.get("patches_replace", {})
-        self_attention = replaced_attention(replacements.get("attn1", {}), i, self.config.perturbed_block, options)
+        replacements, identity = options.get("patches_replace", {}), i in options.get(IDENTITY_BLOCKS, ())
+        replaced = replaced_attention(replacements.get("attn1", {}), i, self.config.perturbed_block, options)
+        self_attention = LinearAttention.identity if identity else replaced or LinearAttention.__call__
 
         def run(arguments: dict[str, object]) -> dict[str, object]:
             step = (arguments["img"], columns, arguments["vec"], text, text_bias, attention)
-            if self_attention is not None:
+            if band is None or replaced is not None:  # which may need all tokens at once
                 return {**arguments, "img": block(*step, self_attention)}
-            if band is None:
-                return {**arguments, "img": block(*step)}
-            block.forward_banded(*step, band)
+            block.forward_banded(*step, band, identity)
             return arguments
 
         arguments = {"img": tokens, "txt": text, "vec": modulation, "transformer_options": options}
-        replaced = replacements.get("dit", {}).get(("double_block", i))
-        return (run(arguments) if replaced is None else replaced(arguments, {"original_block": run}))["img"]
+        whole = replacements.get("dit", {}).get(("double_block", i))
+        return (run(arguments) if whole is None else whole(arguments, {"original_block": run}))["img"]
 
 
 def host_attention(options: Options) -> Attention:

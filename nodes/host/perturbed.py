@@ -1,11 +1,11 @@
 """Perturbed-attention guidance (arXiv 2403.17377) for SANA, whose self-attention core's node does not reach by itself."""
 
-import comfy.model_patcher
 import comfy.samplers
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...sana.guidance import Guidance
+from .run import IDENTITY_BLOCKS
 
 
 def perturb_attention(
@@ -21,18 +21,18 @@ def perturb_attention(
     if unknown:
         raise ValueError(f"block {unknown[0]} does not exist; this model has blocks 0 to {depth - 1}")
 
-    def identity(q: Tensor, k: Tensor, v: Tensor, options: dict[str, object]) -> Tensor:
-        return v
-
     def guide(arguments: dict[str, object]) -> Tensor:
         denoised, sigma = arguments["denoised"], arguments["sigma"]
         if not interval.acts_at(float(sigma.max())):
             return denoised
-        options = arguments["model_options"].copy()
-        for block in blocks:
-            options = comfy.model_patcher.set_model_options_patch_replace(options, identity, "attn1", "block", block)
+        options = arguments["model_options"]
+        inner = {**options["transformer_options"], IDENTITY_BLOCKS: frozenset(blocks)}
         (perturbed,) = comfy.samplers.calc_cond_batch(
-            arguments["model"], [arguments["cond"]], arguments["input"], sigma, options
+            arguments["model"],
+            [arguments["cond"]],
+            arguments["input"],
+            sigma,
+            {**options, "transformer_options": inner},
         )
         return denoised + scale * (arguments["cond_denoised"] - perturbed)
 

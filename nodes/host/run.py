@@ -13,6 +13,7 @@ from ...sana.transformer import TextContext
 # Entries in transformer_options
 RUN = "sana_run"  # the SamplingRun
 REFERENCE = "sana_reference"  # whose mask the negative prompt gets, see `sana.guidance.Guidance`
+IDENTITY_BLOCKS = "sana_identity_blocks"  # numbers of blocks whose self-attention is the identity
 GUIDANCE_EMBED = "sana_guidance_embed"  # the guidance scale that a Sprint model is told
 WRAPPER = "sana"
 
