@@ -45,7 +45,7 @@ class GemmaTextEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip: io.Clip.Type, text: str, instruction: str, custom_instruction: str = "") -> io.NodeOutput:
-        if not isinstance(clip.cond_stage_model, SanaTextModel):
+        if not isinstance(getattr(clip, "cond_stage_model", None), SanaTextModel):
             raise ValueError("this CLIP is not Gemma-2; connect the CLIP of Load SANA or Load SANA text encoder")
         before = {OFFICIAL: INSTRUCTION, NONE: None, CUSTOM: custom_instruction or None}[instruction]
         tokens = clip.tokenize(text, instruction=before)

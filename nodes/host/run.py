@@ -63,6 +63,11 @@ def follow_runs(patcher: ModelPatcher, reference: Literal["nvlabs", "diffusers"]
 
 def _outer_sample(executor: comfy.patcher_extension.WrapperExecutor, *arguments: object, **named: object) -> Tensor:
     guider = executor.class_obj
+    if guider.model_patcher.model.identity.config.guidance_embed and getattr(guider, "cfg", 1) != 1:
+        raise ValueError(
+            f"SANA-Sprint takes its guidance as an input, and no negative prompt: set cfg to 1, not {guider.cfg:g}, or use "
+            "SANA Sprint sampler"
+        )
     options = guider.model_options["transformer_options"]  # a copy that the host made for this run
     options[RUN] = SamplingRun(guider.conds)
     try:

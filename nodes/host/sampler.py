@@ -48,7 +48,17 @@ def host_sampler(steps: Callable[[Denoiser, Tensor, Tensor], Iterator[Step]]) ->
     return sample
 
 
-sample_flow_dpm = host_sampler(flow_dpm_steps)
+def _flow_dpm_of_flows(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
+    """Raises ValueError for the noise levels of other models, to all of which the host offers this sampler."""
+    if float(sigmas[0]) > 1:
+        raise ValueError(
+            f"{FLOW_DPM} is for flow models, whose noise levels are at most 1, and these begin at {float(sigmas[0]):.3g}; "
+            "choose another sampler, such as dpmpp_2m"
+        )
+    return flow_dpm_steps(denoise, x, sigmas)
+
+
+sample_flow_dpm = host_sampler(_flow_dpm_of_flows)
 
 
 def flow_dpm_sampler() -> comfy.samplers.KSAMPLER:

@@ -116,7 +116,7 @@ def test_control_sees_the_exact_time_in_bfloat16(
 def test_sprint_is_refused(small: Small, control: Control) -> None:
     sprint = load(small.host, write_variant(small.host, "sana-sprint-0.6b-1024px").name)[0]
     with pytest.raises(ValueError, match="SANA-Sprint takes no ControlNet"):
-        small.ksampler(model=sprint, **apply(small, control, 1.0))
+        small.ksampler(model=sprint, cfg=1.0, **apply(small, control, 1.0))
 
 
 def test_no_strength_changes_nothing(small: Small, control: Control) -> None:

@@ -222,8 +222,17 @@ def test_nodes_refuse_parts_of_other_models(small: Small) -> None:
             ValueError, match=r"^this MODEL is SANA-Sprint; use SANA Sprint schedule and SANA Sprint sam"
         ):
             small.host.call(node, model=sprint, **inputs)
+    (other,) = small.host.call(
+        "ModelSamplingContinuousEDM", model=small.model, sampling="eps", sigma_max=120.0, sigma_min=0.002
+    )
+    with pytest.raises(
+        ValueError, match=r"^flow_dpm is for flow models, .* begin at 120; choose another sampler, such as"
+    ):
+        small.ksampler(model=other, sampler_name="flow_dpm")
     with pytest.raises(ValueError, match=r"^block 7 does not exist; this model has blocks 0 to 2$"):
         small.host.call("SanaPerturbedAttention", model=small.model, pag_scale=1.0, pag_block=7)
+    with pytest.raises(ValueError, match=r"^this CLIP is not Gemma-2; connect the CLIP of Load SANA or"):
+        small.host.call("GemmaTextEncode", clip=None, text="a", instruction="official")  # from CheckpointLoaderSimple
     (other,) = small.host.call("ModelSamplingDiscrete", model=small.model, sampling="eps", zsnr=False)
     with pytest.raises(
         ValueError, match=r"^another node has taken the flow shift from this MODEL; set flow_shift here, "
