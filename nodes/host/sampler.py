@@ -172,7 +172,7 @@ def sample_seeded(
     numbers = places if len(places) == len(samples) else range(len(samples))
     seeds = [(seed + k) % 2**64 for k in numbers]
     noise = noise_source(samples.shape, seeds)()
-    if not samples.any():
+    if len(sigmas) and float(sigmas[0]) and not samples.any():
         noise = noise / float(sigmas[0])  # which the host multiplies by; SANA starts from noise as it is
     steps = len(sigmas) - 1
     out = guider.sample(

@@ -226,6 +226,20 @@ def test_sprint_gives_the_latents_of_the_pipeline_in_a_batch(small: Small, sprin
     assert difference(latents[:1], sprint_latents(small.host, sprint, small)) <= 10 * EQUAL
 
 
+def test_sprint_in_core_nodes_takes_its_own_time_and_no_second_guidance(small: Small, sprint: object) -> None:
+    (shifted,) = small.host.call("ModelSamplingSD3", model=sprint, shift=1.0)
+    ours = small.ksampler(model=sprint, cfg=1.0, steps=2)
+    assert difference(small.ksampler(model=shifted, cfg=1.0, steps=2), ours) <= EQUAL
+    with pytest.raises(ValueError, match=r"^SANA-Sprint takes its guidance as an input, .*: set cfg to 1, not 4.5, or"):
+        small.ksampler(model=sprint)
+
+
+def test_no_steps_leave_a_latent_as_it_is(small: Small, sprint: object) -> None:
+    (sigmas,) = small.host.call("BasicScheduler", model=sprint, scheduler="simple", steps=2, denoise=0.0)
+    latent = small.empty()
+    assert torch.equal(sprint_latents(small.host, sprint, small, latent=latent, sigmas=sigmas), latent["samples"])
+
+
 def test_sprint_follows_its_sigmas(small: Small, sprint: object) -> None:
     """Defect 9 of the official nodes: their sampler ran its own schedule, whatever it was given."""
     seen: list[float] = []
