@@ -15,7 +15,7 @@ from ...sana.guidance import Guidance
 from ...sana.images import to_cells
 from ...sana.solvers import Denoiser, Step, flow_dpm_steps
 from .model import SanaModel
-from .run import GUIDANCE_EMBED, follow_runs
+from .run import GUIDANCE_EMBED, REFERENCE, follow_runs
 
 FLOW_DPM = "flow_dpm"  # in the list of the host's KSampler
 
@@ -126,7 +126,9 @@ def flow_model(patcher: ModelPatcher) -> SanaModel:
 
 
 def with_reference(patcher: ModelPatcher, reference: str) -> ModelPatcher:
-    """A copy of a MODEL that follows a mask convention, see `sana.guidance.Guidance`."""
+    """A MODEL that follows a mask convention, see `sana.guidance.Guidance`: this one if it does, else a copy."""
+    if patcher.model_options["transformer_options"].get(REFERENCE) == reference:
+        return patcher
     clone = patcher.clone()
     follow_runs(clone, reference)
     return clone
