@@ -29,6 +29,8 @@ from .transformer import SanaTransformer
 MODELS = {"demo": Path(__file__).parent / "demo" / "checkpoint"}  # names that stand for a folder
 DEFAULT_STEPS, SPRINT_STEPS = 20, 2
 DEFAULT_STRENGTH = 0.5  # of an image to start from, without a mask
+# Settings that Sprint, which has no guidance by a second evaluation and another schedule, has no use for.
+NOT_OF_SPRINT = ("negative", "mask", "pag_scale", "pag_blocks", "guidance_interval", "solver", "flow_shift")
 LARGE = 2  # times the pixels of the model's square, from which on an image does not suggest its own size
 
 log = logging.getLogger(__name__)
@@ -75,6 +77,12 @@ class Settings:
             raise ValueError(f"strength is {self.strength}; it must be above 0 and at most 1")
         if self.strength not in (None, 1) and self.image is None:
             raise ValueError(f"strength {self.strength} needs an image to start from; give both")
+
+    @property
+    def changed(self) -> dict[str, object]:
+        """What differs from the defaults, by name."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {field.name: given[field.name] for field in fields(self) if given[field.name] != field.default}
 
     @property
     def noise_share(self) -> float:
@@ -195,9 +203,8 @@ class SanaPipeline:
         Its seed, steps, guidance and size, and what else differs from the defaults of `Settings`.
         """
         height, width = self.size(settings)
-        given = {field.name: getattr(settings, field.name) for field in fields(settings)}
-        changed = {field.name: given[field.name] for field in fields(settings) if given[field.name] != field.default}
-        plain = {name: value for name, value in changed.items() if name not in ("image", "mask", "max_bytes")}
+        left_out = ("image", "mask", "max_bytes")
+        plain = {name: value for name, value in settings.changed.items() if name not in left_out}
         started = {"image": "given"} if settings.image is not None else {}
         model = {"model": self.identity.variant, "steps": self.step_count(settings)}
         resolved = {"guidance_scale": self._guidance_scale(settings), "height": height, "width": width}
@@ -273,8 +280,11 @@ class SanaPipeline:
         yield from SOLVERS[settings.solver](denoise, x, sigmas)
 
     def _sprint_steps(self, prompts: list[str], settings: Settings) -> Iterator[Step]:
-        if settings.negative or settings.mask is not None:
-            raise ValueError("Sprint models take neither a negative prompt nor a mask; use another SANA model for them")
+        unused = [name for name in NOT_OF_SPRINT if name in settings.changed]
+        if unused:
+            raise ValueError(
+                f"Sprint models do not take {' and '.join(unused)}; leave that out, or use another SANA model"
+            )
         angles = self._angles(settings)
         generators = self._generators(len(prompts), settings)
         noise = torch.cat([self._draw(generator, settings) for generator in generators]) * SCM_DEVIATION

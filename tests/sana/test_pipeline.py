@@ -550,10 +550,14 @@ WRONG_FOR_FLOW = (
     ),
     ({"flow_shift": 0.0}, "flow_shift is 0.0; it must be a positive number, such as 3.0"),
 )
-SPRINT_LACKS = "Sprint models take neither a negative prompt nor a mask; use another SANA model for them"
+SPRINT_LACKS = "Sprint models do not take {}; leave that out, or use another SANA model"
 WRONG_FOR_SPRINT = (
-    ({"negative": "blurry"}, SPRINT_LACKS),
-    ({"image": picture(), "mask": half_mask()}, SPRINT_LACKS),
+    ({"negative": "blurry"}, SPRINT_LACKS.format("negative")),
+    ({"image": picture(), "mask": half_mask()}, SPRINT_LACKS.format("mask")),
+    ({"pag_scale": 2.0, "pag_blocks": [1]}, SPRINT_LACKS.format("pag_scale and pag_blocks")),
+    ({"guidance_interval": (0.1, 0.9)}, SPRINT_LACKS.format("guidance_interval")),
+    ({"solver": "flow_euler"}, SPRINT_LACKS.format("solver")),
+    ({"flow_shift": 4.0}, SPRINT_LACKS.format("flow_shift")),
 )
 
 
