@@ -15,7 +15,7 @@ from ..detection import TransformerIdentity, identify_transformer
 from ..files import read_tensors
 from ..guidance import Condition, Guidance, guided_denoiser
 from ..images import read_picture, to_picture
-from ..pipeline import model_path
+from ..pipeline import decode, model_path
 from ..schedule import flow_sigmas
 from ..solvers import flow_dpm_solver
 from ..text_checkpoint import load_text_encoder
@@ -134,4 +134,4 @@ def _draw(
     denoise = guided_denoiser(objective.transformer, cond, uncond, guidance, sigmas=sigmas)
     noise = torch.randn(states.latents[i].shape, generator=torch.Generator().manual_seed(i))
     latent = flow_dpm_solver(denoise, noise[None].to(device), sigmas)
-    return to_picture(autoencoder.decode(latent / autoencoder.config.latent_scale)[0])
+    return to_picture(decode(autoencoder, latent / autoencoder.config.latent_scale)[0])

@@ -1,6 +1,6 @@
 """Whole pipelines against those of diffusers on the same weights and the same noise, and what a caller can rely on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -415,24 +415,60 @@ def test_too_little_memory_is_refused_before_sampling(pipeline: SanaPipeline, st
     assert not evaluations
 
 
+SCARCE = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("GET was unable to find an engine to execute this computation"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+]
+
+
+class SmallCard:
+    """Half of an autoencoder, which raises an error instead of taking more than `enough` bytes."""
+
+    def __init__(self, run: Callable[[Tensor, int | None], Tensor], error: RuntimeError) -> None:
+        self.run, self.error, self.enough = run, error, 2**23
+
+    def __call__(self, x: Tensor, max_bytes: int | None = None) -> Tensor:
+        if max_bytes is None or max_bytes > self.enough:
+            raise self.error
+        return self.run(x, max_bytes)
+
+
+@pytest.mark.parametrize("error", SCARCE, ids=str)
 def test_decoding_goes_on_within_less_memory_after_running_out(
-    pipeline: SanaPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    pipeline: SanaPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: RuntimeError
 ) -> None:
     latent = sample(pipeline, PROMPTS[0], steps=1)
     expected = np.asarray(pipeline.pictures(latent)[0], np.int16)
-    decode, enough = pipeline.autoencoder.decode, 2**23
-
-    def on_a_small_card(ae_latent: Tensor, max_bytes: int | None = None) -> Tensor:
-        if max_bytes is None or max_bytes > enough:
-            raise torch.OutOfMemoryError("out of memory")
-        return decode(ae_latent, max_bytes)
-
-    monkeypatch.setattr(pipeline.autoencoder, "decode", on_a_small_card)
+    card = SmallCard(pipeline.autoencoder.decode, error)
+    monkeypatch.setattr(pipeline.autoencoder, "decode", card)
     assert np.abs(np.asarray(pipeline.pictures(latent)[0], np.int16) - expected).max() <= 1
     assert len(caplog.messages) == 1 and "Out of memory in the autoencoder; going on" in caplog.messages[0]
-    enough = 0
-    with pytest.raises(torch.OutOfMemoryError):
+    card.enough = 0
+    with pytest.raises(type(error)) as caught:
         pipeline.pictures(latent)
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("error", SCARCE, ids=str)
+def test_encoding_goes_on_within_less_memory_after_running_out(
+    pipeline: SanaPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: RuntimeError
+) -> None:
+    options = {"image": picture(), "strength": 0.5, "steps": 1}
+    expected = sample(pipeline, PROMPTS[0], **options)
+    monkeypatch.setattr(pipeline.autoencoder, "encode", SmallCard(pipeline.autoencoder.encode, error))
+    torch.testing.assert_close(sample(pipeline, PROMPTS[0], **options), expected, rtol=0, atol=1e-4)
+    assert len(caplog.messages) == 1 and "Out of memory in the autoencoder; going on" in caplog.messages[0]
+
+
+def test_another_error_of_the_autoencoder_is_not_tried_again(
+    pipeline: SanaPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    error = RuntimeError("an illegal memory access was encountered")
+    monkeypatch.setattr(pipeline.autoencoder, "decode", SmallCard(pipeline.autoencoder.decode, error))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        pipeline.pictures(drawn(0))
+    assert not caplog.messages
 
 
 def test_a_caller_can_stop_early_and_decode_what_is_there(pipeline: SanaPipeline) -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import sana
 from sana import load_transformer
@@ -163,6 +165,27 @@ def test_finetuning_encodes_a_picture_once(pictures: Path, tmp_path: Path) -> No
     assert finetune(pictures, out) == 0
     second = {path.name: path.stat().st_mtime_ns for path in (out / "states").iterdir()}
     assert len(first) == 6 and len(second) == 7 and first.items() < second.items()
+
+
+def test_finetuning_goes_on_after_running_out_of_memory(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the autoencoder, which a large picture takes most for."""
+    for name in ("encode", "decode"):
+        monkeypatch.setattr(DCAutoencoder, name, bounded(getattr(DCAutoencoder, name)))
+    assert finetune(pictures, tmp_path / "out", "--sheet-every", "1") == 0
+    assert [message.split(";")[0] for message in caplog.messages] == ["Out of memory in the autoencoder"] * 12
+
+
+def bounded(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A method of the autoencoder that needs a bound on its memory."""
+
+    def method(autoencoder: DCAutoencoder, x: Tensor, max_bytes: int | None = None) -> Tensor:
+        if max_bytes is None:
+            raise RuntimeError("GET was unable to find an engine to execute this computation")
+        return run(autoencoder, x, max_bytes)
+
+    return method
 
 
 def test_finetuning_refuses_the_folder_of_another_run(
