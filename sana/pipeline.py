@@ -369,7 +369,9 @@ def decode(autoencoder: DCAutoencoder, ae_latent: Tensor, max_bytes: int | None 
     return _within_memory(autoencoder.decode, autoencoder.decoder, ae_latent, autoencoder.dtype, max_bytes)
 
 
-def _within_memory(run: Run, network: Encoder | Decoder, x: Tensor, dtype: torch.dtype, max_bytes: int | None) -> Tensor:
+def _within_memory(
+    run: Run, network: Encoder | Decoder, x: Tensor, dtype: torch.dtype, max_bytes: int | None
+) -> Tensor:
     while True:
         try:
             return run(x, max_bytes)
