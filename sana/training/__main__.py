@@ -7,6 +7,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+from ..config import VARIANTS
 from ..pipeline import model_path
 from .demo import DemoConfig, train_demo
 from .finetune import FinetuneConfig, finetune
@@ -50,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     )
     tune.add_argument("--autoencoder", help="for a transformer file: file or folder of its DC-AE")
     tune.add_argument("--text-encoder", help="for a transformer file: file or folder of Gemma-2-2b-it")
+    tune.add_argument("--variant", choices=tuple(VARIANTS), help="for a file that cannot tell 1K from 2K or 4K")
     tune.add_argument("--steps", type=int, default=1000, help="default: 1000")
     tune.add_argument("--batch-size", type=int, default=4, help="pictures a step and process (default: 4)")
     tune.add_argument("--learning-rate", type=float, default=1e-5, help="default: 1e-5")
@@ -66,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run_finetune(options: argparse.Namespace) -> int:
     config = FinetuneConfig(**{name: getattr(options, name) for name in vars(FinetuneConfig())})
-    parts = {"model": options.model, "autoencoder": options.autoencoder, "text_encoder": options.text_encoder}
+    parts = {name: getattr(options, name) for name in ("model", "autoencoder", "text_encoder", "variant")}
     report(finetune(options.out, options.data, config, **parts))
     return 0
 

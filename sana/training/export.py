@@ -1,5 +1,6 @@
 """Trained networks as files: a folder in the layout of a diffusers pipeline, which the ordinary loaders read."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from ..autoencoder import DCAutoencoder
 from ..config import DOWNSAMPLE, HEAD_WIDTH, AutoencoderConfig, StageConfig, TransformerConfig
-from ..detection import DEFAULT_GUIDANCE_SCALE, TransformerIdentity
+from ..detection import DEFAULT_GUIDANCE_SCALE, TransformerIdentity, transformer_header
 from ..files import replacing, write_json
 from ..key_map import with_convolutions
 from ..text_checkpoint import gemma_json
@@ -42,11 +43,12 @@ def write_pipeline(
 def write_transformer(
     folder: Path, transformer: SanaTransformer, identity: TransformerIdentity, dtype: torch.dtype
 ) -> None:
-    """Write a transformer alone, as the folder `transformer` of a pipeline."""
+    """Write a transformer alone, as the folder `transformer` of a pipeline. Its header tells what no tensor does."""
     config = {"_class_name": "SanaTransformer2DModel", **transformer_json(transformer.config, identity.base_size)}
     if identity.guidance_scale != DEFAULT_GUIDANCE_SCALE:
         config["guidance_scale"] = identity.guidance_scale  # diffusers warns of a key that it does not know
-    _write(folder, WEIGHTS, with_convolutions(transformer.state_dict()), config, dtype)
+    written = replace(identity, config=transformer.config, dtype=str(dtype).removeprefix("torch."))
+    _write(folder, WEIGHTS, with_convolutions(transformer.state_dict()), config, dtype, transformer_header(written))
 
 
 def transformer_json(config: TransformerConfig, base_size: int) -> dict[str, object]:
@@ -117,9 +119,16 @@ INDEX = {
 }
 
 
-def _write(folder: Path, name: str, tensors: dict[str, Tensor], config: dict[str, object], dtype: torch.dtype) -> None:
+def _write(
+    folder: Path,
+    name: str,
+    tensors: dict[str, Tensor],
+    config: dict[str, object],
+    dtype: torch.dtype,
+    header: dict[str, str] | None = None,  # None: nothing to tell
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     stored = {key: tensor.detach().cpu().to(dtype).contiguous() for key, tensor in tensors.items()}
     with replacing(folder / name) as unfinished:
-        save_file(stored, unfinished, {"format": "pt"})
+        save_file(stored, unfinished, {"format": "pt", **(header or {})})
     write_json(folder / "config.json", config)

@@ -46,8 +46,9 @@ def finetune(
     model: Path | str = "demo",
     autoencoder: Path | str | None = None,
     text_encoder: Path | str | None = None,
+    variant: str | None = None,
 ) -> Path:
-    """Train all of a transformer. model, autoencoder, text_encoder: as for `SanaPipeline.load`.
+    """Train all of a transformer. model, autoencoder, text_encoder, variant: as for `SanaPipeline.load`.
 
     folder: receives the states of the pictures, the state of the training, sheets, and the result, a transformer in
     diffusers layout, whose folder is returned. Stopped and started again, it goes on. Raises ValueError for Sprint, for
@@ -56,7 +57,7 @@ def finetune(
     """
     model = model_path(model)
     file = read_tensors(model, "transformer")
-    identity = identify_transformer(file)
+    identity = identify_transformer(file, variant)
     if identity.config.guidance_embed:
         raise ValueError(
             f"{file.path.name} is a Sprint model, which learns from a teacher; fine-tune a SANA or SANA-1.5 model"
@@ -66,7 +67,8 @@ def finetune(
     machine = PartialState(cpu=not torch.cuda.is_available())
     frozen = load_autoencoder(autoencoder or model, device=machine.device)
     check_autoencoder(frozen.config, identity.config)
-    claim(folder, {"model": str(model.resolve()), "data": str(data.resolve())})
+    given = {"variant": variant} if variant else {}
+    claim(folder, {"model": str(model.resolve()), "data": str(data.resolve()), **given})
     encoders = f"{autoencoder or model}, {text_encoder or model}"
     states = _encode(folder / "states", pictures, encoders, frozen, text_encoder or model)
     transformer = build_transformer(file, identity.config).train().requires_grad_(True)

@@ -16,11 +16,12 @@ from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer, PreTrainedTo
 from sana.autoencoder import DCAutoencoder
 from sana.config import GemmaConfig, TransformerConfig
 from sana.detection import TransformerIdentity
+from sana.files import write_json
 from sana.gemma import Gemma2
 from sana.prompt import INSTRUCTION
 from sana.text_checkpoint import gemma_json
 from sana.text_encoder import BOS, GemmaTextEncoder, JsonTokenizer
-from sana.training.export import write_pipeline
+from sana.training.export import scheduler_json, write_pipeline
 from sana.training.tokenizer import train_tokenizer
 from sana.transformer import SanaTransformer
 from tests.sana.networks import randomise, tiny_autoencoder_config, tiny_config
@@ -80,14 +81,16 @@ def write_model(folder: Path, config: TransformerConfig = TRANSFORMER) -> Path:
     """A whole model in the layout of a diffusers pipeline. A Sprint one has the scheduler of another, which is not read."""
     tokenizer = folder / "trained.json"
     tokenizer.write_bytes(tokenizer_json())
+    flow_shift = None if config.guidance_embed else 2.0
     write_pipeline(
         folder,
         transformer(config),
         autoencoder(),
         text_encoder(),
         tokenizer=tokenizer,
-        identity=TransformerIdentity(config, "custom", 64, 2.0, "float32", "training"),
+        identity=TransformerIdentity(config, "custom", 64, flow_shift, "float32", "training"),
     )
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(2.0))
     return folder
 
 

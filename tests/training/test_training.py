@@ -20,6 +20,9 @@ from torch import Tensor
 import sana
 from sana import load_transformer
 from sana.autoencoder import DCAutoencoder
+from sana.config import VARIANTS
+from sana.detection import identify_transformer
+from sana.files import read_tensors
 from sana.pipeline import MODELS, SanaPipeline
 from sana.training.__main__ import main
 from sana.training.demo import AUTOENCODER, IDENTITY, TRANSFORMER, new_transformer
@@ -130,7 +133,39 @@ def test_finetuning_writes_a_transformer_that_loads(pictures: Path, tmp_path: Pa
     after = SanaPipeline.load(tmp_path / "out" / "transformer", autoencoder=MODELS["demo"], text_encoder=MODELS["demo"])
     trained = after.transformer.state_dict()
     assert any(not torch.equal(trained[name], tensor) for name, tensor in before.transformer.state_dict().items())
-    assert after.identity == before.identity
+    assert replace(after.identity, origin=before.identity.origin) == before.identity
+
+
+def test_a_finetuned_transformer_alone_knows_its_flow_shift_and_guidance(pictures: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(MODELS["demo"], model)
+    scheduler = model / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace("3.0", "2.5"))
+    assert finetune(pictures, tmp_path / "out", "--model", str(model)) == 0
+    (path,) = (tmp_path / "out" / "transformer").glob("*.safetensors")
+    identity = identify_transformer(read_tensors(path.rename(tmp_path / "alone.safetensors")))
+    assert (identity.flow_shift, identity.guidance_scale, identity.base_size) == (2.5, 2.0, 256)
+    assert identity.dtype == "float16" and identity.config == TRANSFORMER
+    assert json.loads((tmp_path / "out" / "run.json").read_text()).keys() == {"model", "data"}
+
+
+def test_the_variant_of_a_finetuned_transformer_can_be_given(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, out = "sana-1.6b-4096px", tmp_path / "out"
+    assert finetune(pictures, out, "--variant", name) == 1
+    assert (
+        f"has 8 blocks of width 192 and is no {name}; give the variant that it is, or none" in capsys.readouterr().err
+    )
+    row = replace(VARIANTS[name], transformer=TRANSFORMER, base_size=192)
+    monkeypatch.setitem(VARIANTS, name, row)
+    assert finetune(pictures, out, "--variant", name) == 0
+    identity = identify_transformer(read_tensors(out / "transformer"))
+    assert (identity.variant, identity.base_size, identity.flow_shift) == (name, 192, row.flow_shift)
+    assert finetune(pictures, out) == 1
+    assert f"holds another training (model {MODELS['demo'].resolve()}, data {pictures}, variant {name})" in (
+        capsys.readouterr().err
+    )
 
 
 def test_finetuning_without_captions_says_what_is_missing(
