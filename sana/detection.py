@@ -32,6 +32,7 @@ HEADER = "sana"  # key of our entry in a safetensors header: JSON of what the te
 DEFAULT_FLOW_SHIFT = 3.0
 DEFAULT_GUIDANCE_SCALE = 4.5  # of the official demo, for every release
 SIXTEEN_BITS = ("float16", "bfloat16")  # what models are released in; 8 bits only store, and float32 holds any of them
+SIBLING_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}  # by the suffix that diffusers gives to a copy in 16 bits
 # Sides in pixels that the position buffer of an official file was made for, by its length, with the position settings.
 POSITIONS_2K_4K = {64**2: (64, 1.0), 128**2: (128, 2.0)}
 
@@ -57,7 +58,7 @@ def identify_transformer(file: TensorFile, variant: str | None = None) -> Transf
     if variant is None and "base_size" in header:
         return _told_identity(header)
     if variant is None:
-        found = _complete_identity(detect_transformer(tensors, file), _stored_dtype(tensors), file)
+        found = _complete_identity(detect_transformer(tensors, file), _stored_dtype(tensors, file), file)
     else:
         found = _given_identity(variant, tensors, file)
     return replace(found, guidance_scale=_guidance_scale(header, file))
@@ -123,13 +124,15 @@ def _complete_identity(config: TransformerConfig, stored: str, file: TensorFile)
     return TransformerIdentity(config, name, row.base_size, flow_shift, _release_dtype(stored, name), origin)
 
 
-def _stored_dtype(tensors: Mapping[str, Tensor]) -> str:
-    """The dtype of most numbers."""
+def _stored_dtype(tensors: Mapping[str, Tensor], file: TensorFile) -> str:
+    """The dtype of most numbers; if that is float32, of the copy in 16 bits beside the file, if there is one such."""
     counts: dict[str, int] = {}
     for tensor in tensors.values():
         name = str(tensor.dtype).removeprefix("torch.")
         counts[name] = counts.get(name, 0) + tensor.numel()
-    return max(counts, key=counts.__getitem__)
+    stored = max(counts, key=counts.__getitem__)
+    beside = [dtype for suffix, dtype in SIBLING_DTYPES.items() if suffix in file.siblings]
+    return beside[0] if stored == "float32" and len(beside) == 1 else stored
 
 
 def _position_buffer(file: TensorFile) -> int:

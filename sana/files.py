@@ -55,6 +55,7 @@ class TensorFile:
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)  # of a safetensors header
     config: dict[str, object] = field(default_factory=dict)  # of a `config.json` in the same folder
+    siblings: frozenset[str] = frozenset()  # "fp16" of `name.fp16.safetensors` in the same folder as `name.safetensors`
 
 
 @contextmanager
@@ -88,9 +89,9 @@ def read_tensors(path: Path | str, component: str | None = None) -> TensorFile:
     if shard and int(shard[1]) > 1:
         raise CheckpointError(f"{path.name} is one of {int(shard[1])} shards; give the folder that holds all of them")
     if path.suffix in PICKLES:
-        return TensorFile(path, _read_pickle(path), config=_read_config(path.parent))
+        return TensorFile(path, _read_pickle(path), {}, _read_config(path.parent), _siblings(path))
     tensors, metadata = _read_safetensors(path)
-    return TensorFile(path, tensors, metadata, _read_config(path.parent))
+    return TensorFile(path, tensors, metadata, _read_config(path.parent), _siblings(path))
 
 
 def tensor_names(path: Path) -> dict[str, None]:
@@ -134,11 +135,19 @@ def _read_config(folder: Path) -> dict[str, object]:
 def _read_folder(folder: Path) -> TensorFile:
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
-    for path in _model_files(folder):
+    paths = _model_files(folder)
+    for path in paths:
         found, header = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), {})
         tensors.update(found)
         metadata.update(header)
-    return TensorFile(folder, tensors, metadata, _read_config(folder))
+    return TensorFile(folder, tensors, metadata, _read_config(folder), _siblings(paths[0]))
+
+
+def _siblings(path: Path) -> frozenset[str]:
+    """What stands behind the name of this file in those of others in its folder, before their suffix."""
+    name = SHARD.sub("", path.stem) + "."
+    others = [other for other in path.parent.iterdir() if other.suffix in (".safetensors", *PICKLES)]
+    return frozenset(SHARD.sub("", other.stem.removeprefix(name)) for other in others if other.stem.startswith(name))
 
 
 def _model_files(folder: Path) -> list[Path]:

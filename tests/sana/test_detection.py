@@ -27,7 +27,7 @@ FILE = Path("model.safetensors")
 
 
 def identity_of(
-    name: str, dialect: str = "official", dtype: torch.dtype = torch.float32, **companions: dict
+    name: str, dialect: str = "official", dtype: torch.dtype = torch.float32, **companions: dict | frozenset
 ) -> TransformerIdentity:
     tensors = released("transformers", dialect, name).tensors
     return identify_transformer(
@@ -52,6 +52,23 @@ def test_the_dtype_is_that_of_the_file_if_it_has_16_bits(
     name: str, dtype: torch.dtype, variant: str, released_dtype: str
 ) -> None:
     identity = identity_of(name, dtype=dtype)
+    assert (identity.variant, identity.dtype) == (variant, released_dtype)
+
+
+@pytest.mark.parametrize(
+    ("stored", "suffixes", "variant", "released_dtype"),
+    [
+        (torch.float32, ["fp16"], "sana-1.6b-1024px-fp16", "float16"),
+        (torch.float32, ["bf16"], "sana-1.6b-1024px", "bfloat16"),
+        (torch.float32, ["ema"], "sana-1.6b-1024px", "bfloat16"),
+        (torch.float32, ["bf16", "fp16"], "sana-1.6b-1024px", "bfloat16"),
+        (torch.bfloat16, ["fp16"], "sana-1.6b-1024px", "bfloat16"),
+    ],
+)
+def test_a_copy_in_16_bits_tells_the_dtype_of_a_float32_file(
+    stored: torch.dtype, suffixes: list[str], variant: str, released_dtype: str
+) -> None:
+    identity = identity_of("Sana_1600M_1024px", dtype=stored, siblings=frozenset(suffixes))
     assert (identity.variant, identity.dtype) == (variant, released_dtype)
 
 

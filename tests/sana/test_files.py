@@ -126,6 +126,16 @@ def test_a_folder_with_the_same_model_twice_gives_the_plainest(tmp_path: Path, t
     assert_holds(read_tensors(tmp_path), tensors)
 
 
+@pytest.mark.parametrize("name", ["model", "model-00001-of-00001"])
+def test_a_file_knows_the_suffixes_of_its_copies(tmp_path: Path, tensors: Tensors, name: str) -> None:
+    for other in ("model.fp16", "model.bf16-00001-of-00002", "another.ema"):
+        save_file(tensors, tmp_path / f"{other}.safetensors")
+    (tmp_path / "model.json.txt").touch()
+    save_file(tensors, path := tmp_path / f"{name}.safetensors")
+    assert read_tensors(path).siblings == read_tensors(tmp_path).siblings == {"fp16", "bf16"}
+    assert read_tensors(tmp_path / "model.fp16.safetensors").siblings == frozenset()
+
+
 def test_a_component_of_a_pipeline_folder(tmp_path: Path, tensors: Tensors) -> None:
     (tmp_path / "vae").mkdir()
     save_file(tensors, tmp_path / "vae" / "model.safetensors")
