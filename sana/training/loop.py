@@ -150,11 +150,15 @@ class TrainingState:
         """Read the file if there is one. Returns the step to go on with."""
         if not self.path.exists():
             return 0
-        saved = torch.load(self.path, map_location="cpu", weights_only=True)
+        # To GPUs values are copied, so their processes need not each read all of it into memory.
+        saved = torch.load(self.path, map_location="cpu", weights_only=True, mmap=torch.cuda.is_available())
         self.objective.load_state_dict(saved["objective"])
         self.average.load_state_dict(saved["average"])
         for update, state in zip(self.updates, saved["updates"], strict=True):
             update.load_state_dict(state)
+            for values in update.state.values():
+                if "step" in values:  # AdamW counts on the CPU, and a file that is still mapped stays on the disk
+                    values["step"] = values["step"].clone()
         return int(saved["step"])
 
 

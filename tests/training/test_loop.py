@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-from sana.training.loop import TrainingConfig, optimizers, step_generator, train
+from sana.training.loop import TrainingConfig, TrainingState, optimizers, step_generator, train
+from tests.sana.measures import mapped_bytes
 
 CONFIG = TrainingConfig(steps=9, learning_rate=0.02, warmup=2, save_every=3, sheet_every=4, ema_decay=0.5)
 
@@ -56,6 +58,20 @@ def test_finished_run_is_not_repeated(tmp_path: Path, caplog: pytest.LogCaptureF
     found = run(tmp_path, source=none_left)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert caplog.messages == [f"{tmp_path} has all of its {CONFIG.steps} steps behind it; nothing is trained."]
+
+
+def test_resuming_on_a_gpu_reads_only_what_is_copied_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path)
+    objective, path = Objective(), tmp_path / "state.pt"
+    updates = optimizers(objective, CONFIG, [objective.hidden.weight])
+    state = TrainingState(path, objective, AveragedModel(objective, use_buffers=True), updates)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert state.resume() == CONFIG.steps
+    kept = list(updates[0].state.values())
+    assert mapped_bytes((values["exp_avg"] for values in kept), path) > 0  # on a GPU this would be a copy
+    counts = [values["step"] for values in kept]
+    assert mapped_bytes([*counts, *state.objective.parameters(), *state.average.parameters()], path) == 0
+    assert counts == [torch.tensor(float(CONFIG.steps))] * 3
 
 
 def test_loss_falls_and_is_logged(tmp_path: Path) -> None:
