@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from PIL import Image
 
 from ..autoencoder import DCAutoencoder
@@ -26,7 +25,7 @@ from .autoencoder import ReconstructionObjective, initialise, reconstruction_she
 from .export import write_pipeline
 from .flow import FlowBatch, FlowObjective, initialise_transformer
 from .latents import SceneLatents
-from .loop import TrainingConfig, claim, train
+from .loop import TrainingConfig, claim, process_state, train
 from .scenes import KIND_SHARE, Kind, caption, held_out_scenes, sample_scene
 from .tokenizer import train_tokenizer
 
@@ -100,7 +99,7 @@ def train_demo(folder: Path, config: DemoConfig, start: Path | None = None) -> P
     """
     started = load_start(start) if start else None
     claim(folder, {"start": str(start.resolve()) if start else "nothing", "scenes": str(config.scenes)})
-    machine = PartialState(cpu=not torch.cuda.is_available())
+    machine = process_state()
     if started is None:
         with machine.main_process_first():
             tokenizer = make_tokenizer(folder / "tokenizer.json")

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from PIL import Image, ImageOps
 
 from ..autoencoder import DCAutoencoder
@@ -21,7 +20,7 @@ from ..solvers import flow_dpm_solver
 from ..text_checkpoint import load_text_encoder
 from .export import write_transformer
 from .flow import FlowObjective
-from .loop import TrainingConfig, claim, train
+from .loop import TrainingConfig, claim, process_state, train
 from .pictures import Picture, PictureStates, pad_texts, read_pictures, write_states
 
 SHEET_COLUMNS, SHEET_SIDE, SHEET_STEPS = 6, 256, 14
@@ -64,7 +63,7 @@ def finetune(
         )
     build_transformer(file, identity.config, device="meta")  # refuses now what would be refused below
     pictures = read_pictures(data, identity.base_size)
-    machine = PartialState(cpu=not torch.cuda.is_available())
+    machine = process_state()
     frozen = load_autoencoder(autoencoder or model, device=machine.device)
     check_autoencoder(frozen.config, identity.config)
     given = {"variant": variant} if variant else {}
@@ -93,7 +92,7 @@ def _encode(
     folder: Path, pictures: Sequence[Picture], encoders: str, autoencoder: DCAutoencoder, text_encoder: Path | str
 ) -> PictureStates:
     """The states of the pictures; of several processes each encodes its part. Gemma is in memory for only so long."""
-    machine = PartialState()
+    machine = process_state()
     gemma = load_text_encoder(text_encoder, device=machine.device)
     own = pictures[machine.process_index :: machine.num_processes]
     write_states(folder, own, encoders, autoencoder, gemma)

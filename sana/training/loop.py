@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ..files import replacing, write_json
+
+PATIENCE = timedelta(hours=2)  # for the process that saves or draws; NCCL alone gives up after 10 minutes
 
 log = logging.getLogger(__name__)
 
@@ -94,10 +97,15 @@ def train(
     return average.module
 
 
+def process_state() -> PartialState:
+    """Which of several processes this is. The first call lets them find each other."""
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+
+
 def claim(folder: Path, run: dict[str, str]) -> None:
     """Make a work folder and note what it is for. Raises ValueError if it is for something else."""
     note = folder / "run.json"
-    with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
+    with process_state().main_process_first():
         if not note.exists():
             write_json(note, run)
     known = json.loads(note.read_text(encoding="utf-8"))

@@ -1,5 +1,6 @@
 """The training loop with a small network: stopping, resuming, averaging."""
 
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from sana.training import loop
 from sana.training.loop import TrainingConfig, TrainingState, optimizers, step_generator, train
 from tests.sana.measures import mapped_bytes
 
@@ -113,6 +115,11 @@ def test_sheets_are_drawn_with_averaged_weights(tmp_path: Path) -> None:
 def test_learning_rate_rises_and_falls() -> None:
     config = TrainingConfig(steps=100, learning_rate=1.0, warmup=10, cooldown=0.5)
     assert [config.rate(step) for step in (0, 9, 50, 75, 99)] == [0.1, 1.0, 1.0, 0.5, 0.02]
+
+
+def test_processes_wait_two_hours_for_the_one_that_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "PartialState", lambda **options: options)
+    assert loop.process_state() == {"cpu": not torch.cuda.is_available(), "timeout": timedelta(hours=2)}
 
 
 def test_matrices_go_to_muon_and_the_rest_to_adamw() -> None:
