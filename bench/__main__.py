@@ -93,6 +93,8 @@ def run(
     case: Case, floor: Floor, dtype: torch.dtype, device: str, compiled: bool, repeats: int
 ) -> Iterator[dict[str, object]]:
     """Race one case, print its lines and return them."""
+    if compiled:
+        torch.compiler.reset()  # what is compiled for a second size, in the same process, is for all sizes and slower
     calls = case.build(dtype, device, compiled)
     least = count_flops(next(iter(calls.values()))) / floor.flops_per_second
     measured = race(calls, repeats, TOLERANCE[dtype])

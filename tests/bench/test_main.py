@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,27 @@ def adding(error: float) -> Case:
         return {"ours": lambda: torch.ones(8), "reference": lambda: torch.ones(8) + error}
 
     return Case(f"off by {error}", 0, 1.0, 1.0, build)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_case_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    """Also the one after an unequal case."""
+    told = []
+
+    def build(name: str) -> Case:
+        case = adding(0.5 if name == "second" else 0.0)
+        return replace(case, name=name, build=lambda *options: told.append(name) or case.build(*options))
+
+    monkeypatch.setattr(sys, "argv", ["bench", "--repeats=1", f"--out={tmp_path / 'speed.json'}"])
+    if compiled:
+        sys.argv.append("--compiled")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(command, "all_cases", lambda steps: [build(name) for name in ("first", "second", "third")])
+    monkeypatch.setattr(command.Floor, "measure", lambda dtype, device: Floor(1e9, 1e9))
+    monkeypatch.setattr(torch.compiler, "reset", lambda: told.append("reset"))
+    assert command.main() == 1
+    expected = ["reset", "first", "reset", "second", "reset", "third"]
+    assert told == (expected if compiled else expected[1::2])
 
 
 def test_unequal_case_is_named_and_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
