@@ -153,25 +153,29 @@ def _siblings(path: Path) -> frozenset[str]:
 def _model_files(folder: Path) -> list[Path]:
     """The files of one model in a folder: all shards of the plainest name, safetensors before pickles.
 
-    Folders may hold the same model several times, as `name.safetensors` and `name.fp16.safetensors`.
+    Folders may hold the same model several times: as `name.safetensors` and `name.fp16.safetensors`, or whole and in shards.
     """
     for suffixes in ((".safetensors",), PICKLES):
-        groups: dict[str, list[Path]] = {}
+        groups: dict[tuple[str, int], list[Path]] = {}  # by name and number of shards, 0: whole
         for path in sorted(folder.iterdir()):
             if path.suffix in suffixes:
-                groups.setdefault(SHARD.sub("", path.stem), []).append(path)
+                shard = SHARD.search(path.stem)
+                groups.setdefault((SHARD.sub("", path.stem), int(shard[1]) if shard else 0), []).append(path)
         if groups:
-            name = min(groups, key=lambda name: (name.count("."), name))
-            return _complete(groups[name], folder)
+            return _chosen(groups, folder)
     raise CheckpointError(
         f"{folder} holds no .safetensors or .pth file; give the folder of one model, or of a pipeline with a transformer/ in it"
     )
 
 
-def _complete(paths: list[Path], folder: Path) -> list[Path]:
-    shard = SHARD.search(paths[0].stem)
-    if shard and len(paths) != int(shard[1]):
-        raise CheckpointError(f"{folder} holds {len(paths)} of {int(shard[1])} shards; download the missing ones")
+def _chosen(groups: dict[tuple[str, int], list[Path]], folder: Path) -> list[Path]:
+    """Of the plainest name the whole file, or a complete set of shards. Raises CheckpointError if there is neither."""
+    plainest = min((name for name, _ in groups), key=lambda name: (name.count("."), name))
+    counts = sorted(count for name, count in groups if name == plainest)
+    count = next((count for count in counts if count in (0, len(groups[plainest, count]))), counts[0])
+    paths = groups[plainest, count]
+    if count not in (0, len(paths)):
+        raise CheckpointError(f"{folder} holds {len(paths)} of {count} shards; download the missing ones")
     return paths
 
 

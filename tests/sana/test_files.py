@@ -136,6 +136,23 @@ def test_a_file_knows_the_suffixes_of_its_copies(tmp_path: Path, tensors: Tensor
     assert read_tensors(tmp_path / "model.fp16.safetensors").siblings == frozenset()
 
 
+@pytest.mark.parametrize("there", [(1, 2), (2,)])
+def test_a_whole_file_beside_shards_of_its_name_is_the_model(
+    tmp_path: Path, tensors: Tensors, there: tuple[int, ...]
+) -> None:
+    save_file(tensors, tmp_path / "model.safetensors")
+    for i in there:
+        save_file({"other": torch.ones(1)}, tmp_path / f"model-0000{i}-of-00002.safetensors")
+    assert_holds(read_tensors(tmp_path), tensors)
+
+
+def test_shards_in_another_number_beside_a_complete_set_do_not_count(tmp_path: Path, tensors: Tensors) -> None:
+    save_file({"other": torch.ones(1)}, tmp_path / "model-00001-of-00002.safetensors")
+    for i, (name, tensor) in enumerate(tensors.items(), 1):
+        save_file({name: tensor}, tmp_path / f"model-0000{i}-of-00003.safetensors")
+    assert_holds(read_tensors(tmp_path), tensors)
+
+
 def test_a_component_of_a_pipeline_folder(tmp_path: Path, tensors: Tensors) -> None:
     (tmp_path / "vae").mkdir()
     save_file(tensors, tmp_path / "vae" / "model.safetensors")
