@@ -23,7 +23,7 @@ from .resolution import check_size, nearest_bucket
 from .schedule import flow_euler_sigmas, partial_sigmas, scm_angles
 from .solvers import SCM_DEVIATION, SOLVERS, Step, scm_steps
 from .streaming import check_bound, smaller_bound
-from .text_checkpoint import is_gemma, load_text_encoder
+from .text_checkpoint import check_text_encoder, is_gemma, load_text_encoder
 from .text_encoder import GemmaTextEncoder
 from .transformer import SanaTransformer
 
@@ -98,7 +98,7 @@ class Settings:
 class SanaPipeline:
     """A SANA transformer with its autoencoder and its text encoder.
 
-    Raises CheckpointError for an autoencoder whose latents are not those of the transformer.
+    Raises CheckpointError for an autoencoder or a text encoder that is not made for the transformer.
     """
 
     def __init__(
@@ -111,6 +111,7 @@ class SanaPipeline:
         compiled: bool = False,
     ) -> None:
         check_autoencoder(autoencoder.config, transformer.config)
+        check_text_encoder(text_encoder.model.config, transformer.config)
         self.transformer = transformer
         self.autoencoder = autoencoder
         self.text_encoder = text_encoder

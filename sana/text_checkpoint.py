@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import fill
-from .config import GemmaConfig
+from .config import GemmaConfig, TransformerConfig
 from .detection import describe
 from .files import CheckpointError, TensorFile, read_tensors
 from .gemma import Gemma2
@@ -24,6 +24,15 @@ TOKENIZERS = {"spiece_model": SentencePieceTokenizer, "tokenizer_json": JsonToke
 CONFIG = "gemma_config"
 MODEL_TYPE = "gemma2"  # in a Hugging Face config.json
 SOURCE = "Efficient-Large-Model/gemma-2-2b-it"
+
+
+def check_text_encoder(text_encoder: GemmaConfig, transformer: TransformerConfig) -> None:
+    """Raises CheckpointError if the texts of an encoder are not as wide as a transformer takes them."""
+    if text_encoder.hidden_size != transformer.text_width:
+        raise CheckpointError(
+            f"the text encoder is a Gemma-2 of width {text_encoder.hidden_size}, and the transformer takes texts of width "
+            f"{transformer.text_width}; for a released model give {SOURCE}"
+        )
 
 
 def load_text_encoder(

@@ -11,13 +11,14 @@ from PIL import Image, ImageOps
 from ..autoencoder import DCAutoencoder
 from ..checkpoint import build_transformer, check_autoencoder, load_autoencoder
 from ..detection import TransformerIdentity, identify_transformer
-from ..files import read_tensors
+from ..files import TensorFile, read_tensors
 from ..guidance import Condition, Guidance, guided_denoiser
 from ..images import read_picture, to_picture
 from ..pipeline import decode, model_path
 from ..schedule import flow_sigmas
 from ..solvers import flow_dpm_solver
-from ..text_checkpoint import load_text_encoder
+from ..text_checkpoint import check_text_encoder, load_text_encoder
+from ..text_encoder import GemmaTextEncoder
 from .export import write_transformer
 from .flow import FlowObjective
 from .loop import TrainingConfig, claim, process_state, train
@@ -52,24 +53,22 @@ def finetune(
     folder: receives the states of the pictures, the state of the training, sheets, and the result, a transformer in
     diffusers layout, whose folder is returned. Stopped and started again, it goes on. Raises ValueError for Sprint, for
     pictures that cannot be read or have no caption, and for a folder of another model or other data, and CheckpointError
-    for a transformer or an autoencoder that cannot be trained with, before any picture is encoded.
+    for parts that cannot be trained with, before any picture is encoded.
     """
     model = model_path(model)
     file = read_tensors(model, "transformer")
-    identity = identify_transformer(file, variant)
-    if identity.config.guidance_embed:
-        raise ValueError(
-            f"{file.path.name} is a Sprint model, which learns from a teacher; fine-tune a SANA or SANA-1.5 model"
-        )
-    build_transformer(file, identity.config, device="meta")  # refuses now what would be refused below
+    identity = _trainable(file, variant)
     pictures = read_pictures(data, identity.base_size)
     machine = process_state()
     frozen = load_autoencoder(autoencoder or model, device=machine.device)
+    gemma = load_text_encoder(text_encoder or model, device=machine.device)
     check_autoencoder(frozen.config, identity.config)
+    check_text_encoder(gemma.model.config, identity.config)
     given = {"variant": variant} if variant else {}
     claim(folder, {"model": str(model.resolve()), "data": str(data.resolve()), **given})
     encoders = f"{autoencoder or model}, {text_encoder or model}"
-    states = _encode(folder / "states", pictures, encoders, frozen, text_encoder or model)
+    states = _encode(folder / "states", pictures, encoders, frozen, gemma)
+    del gemma  # it is the largest part, and no longer needed
     transformer = build_transformer(file, identity.config).train().requires_grad_(True)
     transformer.recompute = config.recompute
     objective = FlowObjective(transformer, flow_shift=identity.flow_shift, null=states.null)
@@ -88,12 +87,22 @@ def finetune(
     return folder / "transformer"
 
 
+def _trainable(file: TensorFile, variant: str | None) -> TransformerIdentity:
+    """What a transformer is. Raises ValueError for one that cannot be trained, by its kind or by its tensors."""
+    identity = identify_transformer(file, variant)
+    if identity.config.guidance_embed:
+        raise ValueError(
+            f"{file.path.name} is a Sprint model, which learns from a teacher; fine-tune a SANA or SANA-1.5 model"
+        )
+    build_transformer(file, identity.config, device="meta")  # refuses now what would be refused hours later
+    return identity
+
+
 def _encode(
-    folder: Path, pictures: Sequence[Picture], encoders: str, autoencoder: DCAutoencoder, text_encoder: Path | str
+    folder: Path, pictures: Sequence[Picture], encoders: str, autoencoder: DCAutoencoder, gemma: GemmaTextEncoder
 ) -> PictureStates:
-    """The states of the pictures; of several processes each encodes its part. Gemma is in memory for only so long."""
+    """The states of the pictures; of several processes each encodes its part."""
     machine = process_state()
-    gemma = load_text_encoder(text_encoder, device=machine.device)
     own = pictures[machine.process_index :: machine.num_processes]
     write_states(folder, own, encoders, autoencoder, gemma)
     machine.wait_for_everyone()

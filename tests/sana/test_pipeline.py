@@ -30,8 +30,9 @@ from sana.pipeline import SamplingError, SanaPipeline, Settings
 from sana.prompt import DIFFUSERS_INSTRUCTION, INSTRUCTION
 from sana.schedule import flow_sigmas, partial_sigmas
 from sana.solvers import Step
+from sana.transformer import SanaTransformer
 from tests.sana.models import PROMPTS, SPRINT, reference_text, reference_tokenizer, write_model
-from tests.sana.networks import tiny_autoencoder_config
+from tests.sana.networks import tiny_autoencoder_config, tiny_config
 
 HEIGHT, WIDTH = 64, 96
 SIZE = {"height": HEIGHT, "width": WIDTH}
@@ -684,6 +685,16 @@ def test_an_autoencoder_of_other_latents_is_refused(
         SanaPipeline(
             pipeline.transformer, DCAutoencoder(config, device="meta"), pipeline.text_encoder, pipeline.identity
         )
+
+
+def test_a_text_encoder_of_another_width_is_refused(pipeline: SanaPipeline) -> None:
+    transformer = SanaTransformer(tiny_config("sana-0.6b-1024px"), device="meta")
+    message = (
+        r"the text encoder is a Gemma-2 of width \d+, and the transformer takes texts of width 40; for a released model give "
+        "Efficient-Large-Model/gemma-2-2b-it"
+    )
+    with pytest.raises(CheckpointError, match=f"^{message}$"):
+        SanaPipeline(transformer, pipeline.autoencoder, pipeline.text_encoder, pipeline.identity)
 
 
 def test_a_path_that_does_not_exist_is_named(tmp_path: Path) -> None:
