@@ -1,5 +1,7 @@
 """The deep-compression autoencoder (DC-AE, arXiv 2410.10733): images to latents 32 times smaller per side, and back."""
 
+import logging
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -9,7 +11,14 @@ from .autoencoder_layers import Decoder, Encoder
 from .config import AutoencoderConfig
 from .layers import Build
 from .operations import Operations
-from .streaming import stream
+from .streaming import smaller_bound, stream
+
+# What PyTorch and cuDNN say for want of memory; cuDNN raises a plain RuntimeError.
+MEMORY_MESSAGES = ("out of memory", "unable to find an engine", "cudnn_status_alloc_failed")
+
+log = logging.getLogger(__name__)
+
+Run = Callable[[Tensor, int | None], Tensor]  # (input, max_bytes) -> output
 
 
 class DCAutoencoder(nn.Module):
@@ -67,3 +76,27 @@ class DCAutoencoder(nn.Module):
             return stream(network, x, self.dtype, max_bytes)
         out = network(x.to(self.dtype, memory_format=torch.channels_last))
         return out.to(x.dtype, memory_format=torch.contiguous_format)
+
+
+def encode_within_memory(autoencoder: DCAutoencoder, image: Tensor, max_bytes: int | None = None) -> Tensor:
+    """`autoencoder.encode`. After running out of memory, again within half as much."""
+    return _within_memory(autoencoder.encode, autoencoder.encoder, image, autoencoder.dtype, max_bytes)
+
+
+def decode_within_memory(autoencoder: DCAutoencoder, ae_latent: Tensor, max_bytes: int | None = None) -> Tensor:
+    """`autoencoder.decode`. After running out of memory, again within half as much."""
+    return _within_memory(autoencoder.decode, autoencoder.decoder, ae_latent, autoencoder.dtype, max_bytes)
+
+
+def _within_memory(
+    run: Run, network: Encoder | Decoder, x: Tensor, dtype: torch.dtype, max_bytes: int | None
+) -> Tensor:
+    while True:
+        try:
+            return run(x, max_bytes)
+        except RuntimeError as error:
+            scarce = any(message in str(error).lower() for message in MEMORY_MESSAGES)
+            if not scarce or (bound := smaller_bound(network, x.shape, dtype, max_bytes)) is None:
+                raise
+        max_bytes = bound
+        log.warning("Out of memory in the autoencoder; going on within %.1f GiB.", max_bytes / 2**30)

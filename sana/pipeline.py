@@ -1,7 +1,7 @@
 """From a prompt to pictures: the parts of this package put together, without a host."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -10,8 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .autoencoder import DCAutoencoder
-from .autoencoder_layers import Decoder, Encoder
+from .autoencoder import DCAutoencoder, decode_within_memory, encode_within_memory
 from .checkpoint import build_transformer, check_autoencoder, load_autoencoder
 from .detection import TransformerIdentity, identify_transformer
 from .files import CheckpointError, TensorFile, read_tensors
@@ -22,7 +21,7 @@ from .prompt import DIFFUSERS_INSTRUCTION, INSTRUCTION
 from .resolution import check_size, nearest_bucket
 from .schedule import flow_euler_sigmas, partial_sigmas, scm_angles
 from .solvers import SCM_DEVIATION, SOLVERS, Step, scm_steps
-from .streaming import check_bound, smaller_bound
+from .streaming import check_bound
 from .text_checkpoint import check_text_encoder, is_gemma, load_text_encoder
 from .text_encoder import GemmaTextEncoder
 from .transformer import SanaTransformer
@@ -32,10 +31,7 @@ DEFAULT_STEPS, SPRINT_STEPS = 20, 2
 DEFAULT_STRENGTH = 0.5  # of an image to start from, without a mask
 # Settings that Sprint, which has no guidance by a second evaluation and another schedule, has no use for.
 NOT_OF_SPRINT = ("negative", "mask", "pag_scale", "pag_blocks", "guidance_interval", "solver", "flow_shift")
-# What PyTorch and cuDNN say for want of memory; cuDNN raises a plain RuntimeError.
-MEMORY_MESSAGES = ("out of memory", "unable to find an engine", "cudnn_status_alloc_failed")
 LARGE = 2  # times the pixels of the model's square, from which on an image does not suggest its own size
-Run = Callable[[Tensor, int | None], Tensor]  # (input, max_bytes) -> output
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +192,9 @@ class SanaPipeline:
         Where that runs out of memory, it goes on within less: the pictures are the same.
         """
         scale = self.autoencoder.config.latent_scale
-        return [to_picture(decode(self.autoencoder, part / scale, max_bytes)[0]) for part in latent.split(1)]
+        return [
+            to_picture(decode_within_memory(self.autoencoder, part / scale, max_bytes)[0]) for part in latent.split(1)
+        ]
 
     def step_count(self, settings: Settings) -> int:
         """How many steps `sample` takes. Raises ValueError for a schedule that cannot be."""
@@ -350,7 +348,7 @@ class SanaPipeline:
         """The latent (1, 32, H, W) of the image to start from."""
         height, width = self.size(settings)
         image = to_tensor(settings.image, height, width).to(self.transformer.scale_shift_table.device)
-        return encode(self.autoencoder, image, settings.max_bytes) * self.autoencoder.config.latent_scale
+        return encode_within_memory(self.autoencoder, image, settings.max_bytes) * self.autoencoder.config.latent_scale
 
     def _latent_mask(self, settings: Settings, like: Tensor) -> Tensor:
         """The mask at the size of a latent: (1, 1, H, W) in [0, 1]."""
@@ -358,30 +356,6 @@ class SanaPipeline:
         pixels = np.asarray(ImageOps.fit(settings.mask.convert("L"), (width, height), Image.Resampling.NEAREST))
         mask = torch.from_numpy(pixels.copy())[None, None].float().div(255)
         return to_cells(mask, *like.shape[-2:]).to(like)
-
-
-def encode(autoencoder: DCAutoencoder, image: Tensor, max_bytes: int | None = None) -> Tensor:
-    """`autoencoder.encode`. After running out of memory, again within half as much."""
-    return _within_memory(autoencoder.encode, autoencoder.encoder, image, autoencoder.dtype, max_bytes)
-
-
-def decode(autoencoder: DCAutoencoder, ae_latent: Tensor, max_bytes: int | None = None) -> Tensor:
-    """`autoencoder.decode`. After running out of memory, again within half as much."""
-    return _within_memory(autoencoder.decode, autoencoder.decoder, ae_latent, autoencoder.dtype, max_bytes)
-
-
-def _within_memory(
-    run: Run, network: Encoder | Decoder, x: Tensor, dtype: torch.dtype, max_bytes: int | None
-) -> Tensor:
-    while True:
-        try:
-            return run(x, max_bytes)
-        except RuntimeError as error:
-            scarce = any(message in str(error).lower() for message in MEMORY_MESSAGES)
-            if not scarce or (bound := smaller_bound(network, x.shape, dtype, max_bytes)) is None:
-                raise
-        max_bytes = bound
-        log.warning("Out of memory in the autoencoder; going on within %.1f GiB.", max_bytes / 2**30)
 
 
 def model_path(model: Path | str) -> Path:

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from ..autoencoder import DCAutoencoder
+from ..autoencoder import DCAutoencoder, decode_within_memory
 from ..checkpoint import build_transformer, check_autoencoder, load_autoencoder
 from ..detection import TransformerIdentity, identify_transformer
 from ..files import TensorFile, read_tensors
 from ..guidance import Condition, Guidance, guided_denoiser
 from ..images import read_picture, to_picture
-from ..pipeline import decode, model_path
+from ..pipeline import model_path
 from ..schedule import flow_sigmas
 from ..solvers import flow_dpm_solver
 from ..text_checkpoint import check_text_encoder, load_text_encoder
@@ -144,4 +144,4 @@ def _draw(
     denoise = guided_denoiser(objective.transformer, cond, uncond, guidance, sigmas=sigmas)
     noise = torch.randn(states.latents[i].shape, generator=torch.Generator().manual_seed(i))
     latent = flow_dpm_solver(denoise, noise[None].to(device), sigmas)
-    return to_picture(decode(autoencoder, latent / autoencoder.config.latent_scale)[0])
+    return to_picture(decode_within_memory(autoencoder, latent / autoencoder.config.latent_scale)[0])

@@ -12,10 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..autoencoder import DCAutoencoder
+from ..autoencoder import DCAutoencoder, encode_within_memory
 from ..files import replacing
 from ..images import read_picture, read_size, to_tensor
-from ..pipeline import encode
 from ..prompt import INSTRUCTION
 from ..resolution import nearest_bucket
 from ..text_encoder import GemmaTextEncoder
@@ -109,7 +108,7 @@ def write_states(
     missing = [(picture, path) for picture, path in places if not path.exists()]
     for picture, path in tqdm(missing, desc="encoding pictures", disable=not missing):
         image = to_tensor(read_picture(picture.path), *picture.size).to(device)
-        latent = encode(autoencoder, image)[0] * autoencoder.config.latent_scale
+        latent = encode_within_memory(autoencoder, image)[0] * autoencoder.config.latent_scale
         text, text_mask = text_encoder([picture.caption], INSTRUCTION)
         states = {"latent": latent.half().cpu(), "text": text[0][text_mask[0]].bfloat16().cpu()}
         with replacing(path) as unfinished:
