@@ -40,7 +40,7 @@ WRAPPERS = (
     "ema",
 )  # keys under which training code files its tensors
 DIFFUSERS_CLASSES = ("SanaTransformer2DModel", "SanaControlNetModel", "AutoencoderDC")  # in their config.json
-SHARD = re.compile(r"-\d{5}-of-(\d{5})$")
+SHARD = re.compile(r"-\d{5}-of-(\d{5})(?=\.|$)")  # of a stem; older files name their format behind it
 
 
 class CheckpointError(ValueError):
@@ -146,8 +146,9 @@ def _read_folder(folder: Path) -> TensorFile:
 def _siblings(path: Path) -> frozenset[str]:
     """What stands behind the name of this file in those of others in its folder, before their suffix."""
     name = SHARD.sub("", path.stem) + "."
-    others = [other for other in path.parent.iterdir() if other.suffix in (".safetensors", *PICKLES)]
-    return frozenset(SHARD.sub("", other.stem.removeprefix(name)) for other in others if other.stem.startswith(name))
+    others = (other for other in path.parent.iterdir() if other.suffix in (".safetensors", *PICKLES))
+    stems = (SHARD.sub("", other.stem) for other in others)
+    return frozenset(stem.removeprefix(name) for stem in stems if stem.startswith(name))
 
 
 def _model_files(folder: Path) -> list[Path]:

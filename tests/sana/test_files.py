@@ -104,9 +104,12 @@ def test_what_training_code_wraps_around_tensors_is_taken_off(
     assert_holds(read_tensors(path), tensors)
 
 
-def test_shards_are_one_model(tmp_path: Path, tensors: Tensors) -> None:
+@pytest.mark.parametrize(
+    "pattern", ["model-0000{}-of-00003", "model.fp16-0000{}-of-00003", "model-0000{}-of-00003.fp16"]
+)
+def test_shards_are_one_model(tmp_path: Path, tensors: Tensors, pattern: str) -> None:
     for i, (name, tensor) in enumerate(tensors.items(), 1):
-        save_file({name: tensor}, tmp_path / f"model-0000{i}-of-00003.safetensors", {"format": "pt"})
+        save_file({name: tensor}, tmp_path / f"{pattern.format(i)}.safetensors", {"format": "pt"})
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     assert_holds(read_tensors(tmp_path), tensors)
     assert set(tensor_names(tmp_path)) == set(tensors)
@@ -128,11 +131,11 @@ def test_a_folder_with_the_same_model_twice_gives_the_plainest(tmp_path: Path, t
 
 @pytest.mark.parametrize("name", ["model", "model-00001-of-00001"])
 def test_a_file_knows_the_suffixes_of_its_copies(tmp_path: Path, tensors: Tensors, name: str) -> None:
-    for other in ("model.fp16", "model.bf16-00001-of-00002", "another.ema"):
+    for other in ("model.fp16", "model.bf16-00001-of-00002", "model-00001-of-00002.fp32", "another.ema"):
         save_file(tensors, tmp_path / f"{other}.safetensors")
     (tmp_path / "model.json.txt").touch()
     save_file(tensors, path := tmp_path / f"{name}.safetensors")
-    assert read_tensors(path).siblings == read_tensors(tmp_path).siblings == {"fp16", "bf16"}
+    assert read_tensors(path).siblings == read_tensors(tmp_path).siblings == {"fp16", "bf16", "fp32"}
     assert read_tensors(tmp_path / "model.fp16.safetensors").siblings == frozenset()
 
 
