@@ -95,8 +95,13 @@ def _within_memory(
         try:
             return run(x, max_bytes)
         except RuntimeError as error:
-            scarce = any(message in str(error).lower() for message in MEMORY_MESSAGES)
-            if not scarce or (bound := smaller_bound(network, x.shape, dtype, max_bytes)) is None:
+            less = smaller_bound(network, x.shape, dtype, max_bytes) if is_out_of_memory(error) else None
+            if less is None:
                 raise
-        max_bytes = bound
+        max_bytes = less
         log.warning("Out of memory in the autoencoder; going on within %.1f GiB.", max_bytes / 2**30)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether PyTorch or cuDNN says that there is no memory left."""
+    return any(message in str(error).lower() for message in MEMORY_MESSAGES)

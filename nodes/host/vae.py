@@ -13,7 +13,7 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from ...sana.autoencoder import DCAutoencoder
+from ...sana.autoencoder import DCAutoencoder, is_out_of_memory
 from ...sana.autoencoder_layers import Decoder, Encoder
 from ...sana.checkpoint import check_tensors
 from ...sana.config import LATENT_CHANNELS
@@ -122,8 +122,9 @@ class SanaVAE(comfy.sd.VAE):
                 part = x[len(parts) : len(parts) + 1].to(self.device, self.vae_dtype)
                 try:
                     out = run(part, bound).to(self.output_device, self.vae_output_dtype())
-                except Exception as error:  # CUDA has several for it, which the host knows
-                    management.raise_non_oom(error)
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        management.raise_non_oom(error)  # the host knows more errors of CUDA
                     less = smaller_bound(network, x.shape, self.vae_dtype, bound)
                     if management.is_device_cpu(self.device) or less is None:
                         raise

@@ -8,7 +8,7 @@ generators, the workspaces of kernels, fragmentation, and any speed.
 
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
 import torch
@@ -28,7 +28,7 @@ class Memory:
         self.capacity = capacity
         self.used = 0
         self.peak = 0
-        self.error: type[Exception] = torch.OutOfMemoryError
+        self.error: Callable[[str], Exception] = torch.OutOfMemoryError
         self.holders: dict[int, int] = {}  # tensors that share a storage, by its address
 
     def hold(self, tensor: Tensor) -> tuple[int, int]:
