@@ -1,8 +1,9 @@
-"""Layers with weights, as networks make them without a host: those of PyTorch, two of them quicker."""
+"""Layers with weights, as networks make them without a host: those of PyTorch, most of them quicker."""
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 
 # float32 products of matrices by oneDNN. PyTorch's own go to MKL, which takes up to a quarter longer on AMD processors.
 ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -12,7 +13,12 @@ class Operations:
     """A namespace like `torch.nn`, for the argument `operations` of every network."""
 
     Conv2d = nn.Conv2d
-    RMSNorm = nn.RMSNorm
+
+    class RMSNorm(nn.RMSNorm):
+        """Under autocast too in the dtype of what comes in: for a weight of another, PyTorch warns and takes longer."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
     class Linear(nn.Linear):
         """In float32 on a CPU by oneDNN, unless something watches that its function does not know: see `_is_watched`."""

@@ -95,6 +95,8 @@ class FlowObjective(nn.Module):
             text, text_mask, null = batch.text.to(dropped.device), batch.text_mask.to(dropped.device), self.null
         else:
             text, text_mask = self.text_encoder(batch.captions, INSTRUCTION)
+            longest = int(text_mask.sum(dim=1).max())  # what is behind it counts for no caption
+            text, text_mask = text[:, :longest], text_mask[:, :longest]
             null = self.text_encoder([""], None)[0][0]
         return torch.where(dropped[:, None, None], null[: text.shape[1]].to(text), text), text_mask
 

@@ -120,3 +120,17 @@ def test_without_onednn_linear_is_that_of_pytorch(layer: Operations.Linear, monk
     monkeypatch.setattr(operations, "ONEDNN_LINEAR", None)
     x = torch.randn(3, INPUTS)
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_rms_norm_keeps_the_dtype_of_what_comes_in(dtype: torch.dtype) -> None:
+    """As in training with autocast, where weights are float32: PyTorch's own warns there, and gives float32."""
+    norm = Operations.RMSNorm(INPUTS, eps=1e-5)
+    norm.weight.copy_(torch.randn(INPUTS))
+    x = torch.randn(3, INPUTS, dtype=dtype)
+    expected = F.rms_norm(x.float(), (INPUTS,), norm.weight, 1e-5)
+    found = norm(x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)

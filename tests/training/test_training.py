@@ -306,6 +306,19 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(*gradients, strict=True))
 
 
+def test_no_padding_is_computed(monkeypatch: pytest.MonkeyPatch, trained: Path) -> None:
+    demo = SanaPipeline.load(trained)
+    captions = ["a red circle", "three yellow stars on a white background"]
+    seen, forward = [], demo.transformer.forward
+    monkeypatch.setattr(
+        demo.transformer, "forward", lambda *arguments: seen.append(arguments[2:]) or forward(*arguments)
+    )
+    FlowObjective(demo.transformer, demo.text_encoder)(FlowBatch(torch.randn(2, 32, 3, 2), captions))
+    counts = [count.used for count in demo.text_encoder.count(captions)]
+    text, mask = seen[0]
+    assert text.shape[1] == max(counts) and mask.sum(dim=1).tolist() == counts
+
+
 def test_noise_levels_are_shifted_logit_normal() -> None:
     objective = FlowObjective(new_transformer(), flow_shift=3.0)
     levels = objective.noise_levels(20000, 0.0, torch.Generator().manual_seed(0), torch.device("cpu"))
