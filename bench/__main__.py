@@ -8,6 +8,7 @@ import argparse
 import gc
 import re
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -34,17 +35,18 @@ def main() -> int:
     )
     compiled = device == "cuda" or options.compiled
     cases = [c for c in all_cases(20 if device == "cuda" else 2) if re.search(options.only, c.title)]
-    chosen = list(choose(cases, floor, options.minutes * 60, memory(device), dtype, options.repeats, compiled))
-    left_out = [case.title for case in cases if case not in chosen]
+    chosen = []
     print("\n| case | candidate | ms | spread | x faster than reference | peak MB | error | of the floor |")
     print("|---|---|---:|---:|---:|---:|---:|---:|", flush=True)
     rows, unequal = [], []
-    for case in chosen:
+    for case in choose(cases, floor, options.minutes * 60, memory(device), dtype, options.repeats, compiled):
+        chosen.append(case)
         try:
             rows += run(case, floor, dtype, device, compiled, options.repeats)
         except ArithmeticError as error:
             unequal.append(f"{case.title}: {error}")
             print(f"| {unequal[-1]} |", flush=True)
+    left_out = [case.title for case in cases if case not in chosen]
     print("\nLeft out, too large for this machine or for the time allowed: " + ("; ".join(left_out) or "nothing") + ".")
     result = {
         "dtype": str(dtype),
@@ -72,13 +74,16 @@ def parser() -> argparse.ArgumentParser:
 def choose(
     cases: list[Case], floor: Floor, seconds: float, space: float, dtype: torch.dtype, repeats: int, compiled: bool
 ) -> Iterator[Case]:
-    """The smaller cases first, as many as fit."""
+    """The smaller cases first, as many as fit, by the clock: a case may take as much more than estimated as those before it."""
+    start, estimated = time.monotonic(), 0.0
     for case in sorted(cases, key=lambda case: case.flops):
         calls = (repeats + 1) * (5 if compiled else 3)
         cost = calls * 1.5 * case.flops / floor.flops_per_second + case.weights / BUILD_RATE
         need = (case.weights + case.activations) * dtype.itemsize
-        if cost <= seconds and need <= space:
-            seconds -= cost
+        spent = time.monotonic() - start
+        pace = max(1.0, spent / estimated) if estimated else 1.0
+        if spent + pace * cost <= seconds and need <= space:
+            estimated += cost
             yield case
 
 

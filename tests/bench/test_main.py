@@ -1,4 +1,4 @@
-"""The command: what it writes when a case fails."""
+"""The command: which cases it chooses, and what it writes when one fails."""
 
 import json
 import sys
@@ -51,3 +51,18 @@ def test_unequal_case_is_named_and_costs_no_other(tmp_path: Path, monkeypatch: p
     assert {row["case"] for row in written["rows"]} == {"off by 0.0", "off by 1e-06"}
     (unequal,) = written["unequal"]
     assert unequal.startswith("off by 0.5: reference differs by")
+
+
+@pytest.mark.parametrize(("slowness", "expected"), [(0.5, 6), (1.0, 5), (2.0, 3)])
+def test_time_taken_beyond_the_estimate_leaves_fewer_cases(
+    monkeypatch: pytest.MonkeyPatch, slowness: float, expected: int
+) -> None:
+    """Cases of an estimated 2, 4, 6, ... seconds."""
+    clock = [0.0]
+    monkeypatch.setattr(command.time, "monotonic", lambda: clock[0])
+    cases = [replace(adding(0.0), flops=flops, weights=0.0) for flops in (5.0, 3.0, 1.0, 6.0, 2.0, 4.0)]
+    chosen = []
+    for case in command.choose(cases, Floor(9.0, 1.0), 31.0, 1e9, torch.float32, 3, False):
+        clock[0] += slowness * 2 * case.flops
+        chosen.append(case.flops)
+    assert chosen == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0][:expected]
