@@ -22,7 +22,10 @@ def device_name() -> str:
     """Name of the GPU, or kind and threads of the CPU."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"CPU {platform.machine()}, {_cpu_name()}, {torch.get_num_threads()} threads of {torch.backends.cpu.get_cpu_capability()}"
+    vectors = torch.backends.cpu.get_cpu_capability()
+    if getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"):
+        vectors += " and AMX"
+    return f"CPU {platform.machine()}, {_cpu_name()}, {torch.get_num_threads()} threads of {vectors}"
 
 
 def write_result(name: str, result: dict[str, object], out: Path | None = None) -> Path:
