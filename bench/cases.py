@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle, islice
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
@@ -25,6 +26,7 @@ TRANSFORMERS = ("sana-0.6b-1024px", "sana-1.6b-1024px", "sana-1.5-4.8b-1024px", 
 AUTOENCODER = "dc-ae-f32c32-sana-1.1"
 PARAMETERS = {"0.6b": 0.59e9, "1.6b": 1.6e9, "4.8b": 4.72e9}
 TEXT_TOKENS, WORDS = 300, 20
+PROMPT_WORDS = (5, 20, 200)
 DECODE_FLOPS = 8.0e6  # per pixel, of the decoder; the encoder needs 5.0e6
 ENCODE_FLOPS = 5.0e6
 PROMPT_FLOPS = 2 * 2.0e9 * 600  # of Gemma-2-2b: the instruction and 300 tokens
@@ -66,7 +68,8 @@ def all_cases(picture_steps: int) -> Iterator[Case]:
         common = {"side": side, "weights": 0.32e9, "activations": 900 * side**2}
         yield Case("decode", flops=DECODE_FLOPS * side**2, build=partial(decode_calls, side), **common)
         yield Case("encode", flops=ENCODE_FLOPS * side**2, build=partial(encode_calls, side), **common)
-    yield Case("prompt of 20 words, Gemma-2-2b", 0, PROMPT_FLOPS, 2.6e9, prompt_calls)
+    for words in PROMPT_WORDS:
+        yield Case(f"prompt of {words} words, Gemma-2-2b", 0, PROMPT_FLOPS, 2.6e9, partial(prompt_calls, words))
     for variant, side in (("sana-0.6b-1024px", 512), ("sana-0.6b-1024px", 1024), ("sana-1.6b-1024px", 1024)):
         parameters = PARAMETERS["0.6b" if "0.6b" in variant else "1.6b"]
         text_flops = 1.5 * PROMPT_FLOPS  # half as much for the negative prompt, which has no instruction
@@ -132,10 +135,11 @@ def encode_calls(side: int, dtype: torch.dtype, device: str, compiled: bool) -> 
     }
 
 
-def prompt_calls(dtype: torch.dtype, device: str, compiled: bool) -> dict[str, Call]:
+def prompt_calls(words: int, dtype: torch.dtype, device: str, compiled: bool) -> dict[str, Call]:
     """A prompt after another one: the instruction's keys and values are there. The reference encodes all, padded."""
     ours, model = gemma_pair(dtype, device)
-    ids = ours.tokenize([PROMPT])[0]
+    prompt = " ".join(islice(cycle(PROMPT.split()), words))
+    ids = ours.tokenize([prompt])[0]
     prefix = len(ours.tokenizer.encode(INSTRUCTION))
     length = prefix + TEXT_TOKENS - 2
     row = torch.tensor([ids + [0] * (length - len(ids))], device=device)
@@ -146,7 +150,7 @@ def prompt_calls(dtype: torch.dtype, device: str, compiled: bool) -> dict[str, C
         kept = [0, *range(length - TEXT_TOKENS + 1, len(ids))]
         return hidden[:, kept]
 
-    return {"ours": call(lambda: ours([PROMPT])[0][:, : len(ids) - prefix + 2]), "transformers": call(theirs)}
+    return {"ours": call(lambda: ours([prompt])[0][:, : len(ids) - prefix + 2]), "transformers": call(theirs)}
 
 
 def picture_calls(

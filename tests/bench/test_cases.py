@@ -19,7 +19,8 @@ BUILDS = {
     "step of Sprint": partial(cases.transformer_calls, "sana-sprint-0.6b-1024px", 64, 1),
     "decode": partial(cases.decode_calls, 64),
     "encode": partial(cases.encode_calls, 64),
-    "prompt": cases.prompt_calls,
+    "short prompt": partial(cases.prompt_calls, 5),
+    "long prompt": partial(cases.prompt_calls, 200),
     "picture": partial(cases.picture_calls, "sana-0.6b-1024px", 64, 2),
 }
 
