@@ -66,6 +66,11 @@ class SanaControl(comfy.controlnet.ControlNet):
         theirs, ours = model.identity.config, self.control_model.config
         if theirs.guidance_embed:
             raise ValueError("SANA-Sprint takes no ControlNet; use the SANA model that this one was made for")
+        if theirs.qk_norm != ours.qk_norm:
+            made_for, given = ("SANA-1.5", "SANA") if ours.qk_norm else ("SANA", "SANA-1.5")
+            raise ValueError(
+                f"this ControlNet was made for {made_for}, and the model is a {given}; use a {made_for} model"
+            )
         if theirs.hidden_size != ours.hidden_size:
             raise ValueError(
                 f"this ControlNet is {ours.hidden_size} wide and the SANA model {theirs.hidden_size}; use the one of its size"

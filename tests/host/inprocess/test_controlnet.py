@@ -119,6 +119,14 @@ def test_sprint_is_refused(small: Small, control: Control) -> None:
         small.ksampler(model=sprint, cfg=1.0, **apply(small, control, 1.0))
 
 
+def test_another_generation_is_refused(small: Small, control: Control) -> None:
+    """SANA and SANA-1.5 of the same width: the tensors fit, and the corrections do not."""
+    model = load(small.host, write_variant(small.host, "sana-1.5-1.6b-1024px").name)[0]
+    message = "this ControlNet was made for SANA, and the model is a SANA-1.5; use a SANA model"
+    with pytest.raises(ValueError, match=message):
+        small.ksampler(model=model, **apply(small, control, 1.0))
+
+
 def test_no_strength_changes_nothing(small: Small, control: Control) -> None:
     assert difference(small.sample(**apply(small, control, 0.0)), small.sample()) < EQUAL
 
