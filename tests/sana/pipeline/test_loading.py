@@ -1,0 +1,85 @@
+"""Pipelines from folders and from separate parts, in every format."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sana.autoencoder import DCAutoencoder
+from sana.files import CheckpointError
+from sana.pipeline import SanaPipeline
+from sana.transformer import SanaTransformer
+from tests.sana.models import PROMPTS
+from tests.sana.networks import tiny_autoencoder_config, tiny_config
+from tests.sana.pipeline.drawing import HEIGHT, SIZE, WIDTH, sample
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_text_encoder_and_the_autoencoder_never_compute_in_float16(folder: Path, dtype: torch.dtype) -> None:
+    pipeline = SanaPipeline.load(folder, dtype=dtype)
+    assert pipeline.transformer.dtype == dtype
+    assert pipeline.text_encoder.dtype != torch.float16
+    assert pipeline.autoencoder.decoder.conv_in.weight.dtype != torch.float16
+
+
+def test_bfloat16_draws_nearly_the_same_picture(folder: Path, pipeline: SanaPipeline) -> None:
+    rounded = SanaPipeline.load(folder, dtype=torch.bfloat16)
+    latents = [sample(each, PROMPTS[0], steps=8, guidance_scale=2.0) for each in (rounded, pipeline)]
+    assert latents[0].dtype == torch.float32  # solvers do not round
+    assert (latents[0] - latents[1]).norm() / latents[1].norm() < 0.15
+    assert rounded(PROMPTS[0], steps=1, **SIZE)[0].size == (WIDTH, HEIGHT)
+
+
+def test_parts_can_be_loaded_from_separate_files(folder: Path, pipeline: SanaPipeline) -> None:
+    weights = "diffusion_pytorch_model.safetensors"
+    separate = SanaPipeline.load(
+        folder / "transformer" / weights,
+        autoencoder=folder / "vae" / weights,
+        text_encoder=folder / "text_encoder" / "model.safetensors",
+    )
+    assert separate.identity == pipeline.identity
+    assert torch.equal(sample(separate, PROMPTS[0], steps=2), sample(pipeline, PROMPTS[0], steps=2))
+
+
+def test_a_transformer_file_alone_asks_for_the_rest(folder: Path) -> None:
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    for place in (path, path.parent):
+        with pytest.raises(
+            CheckpointError, match=" is the transformer alone; give autoencoder and text_encoder as well$"
+        ):
+            SanaPipeline.load(place)
+    with pytest.raises(CheckpointError, match=f"^{path.name} is the transformer alone; give text_encoder as well$"):
+        SanaPipeline.load(path, autoencoder=folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "channels", "kind"), [("dc-ae-f64c128-in-1.0", 128, "f64c128"), ("dc-ae-f32c128-1.5", 128, "f32c128")]
+)
+def test_an_autoencoder_of_other_latents_is_refused(
+    pipeline: SanaPipeline, family: str, channels: int, kind: str
+) -> None:
+    config = replace(tiny_autoencoder_config(family, depth=1), latent_channels=channels)
+    message = (
+        f"the autoencoder is a DC-AE {kind}, and the transformer takes latents of an f32c32; give one of these, such as "
+        "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
+    )
+    with pytest.raises(CheckpointError, match=f"^{message}$"):
+        SanaPipeline(
+            pipeline.transformer, DCAutoencoder(config, device="meta"), pipeline.text_encoder, pipeline.identity
+        )
+
+
+def test_a_text_encoder_of_another_width_is_refused(pipeline: SanaPipeline) -> None:
+    transformer = SanaTransformer(tiny_config("sana-0.6b-1024px"), device="meta")
+    message = (
+        r"the text encoder is a Gemma-2 of width \d+, and the transformer takes texts of width 40; for a released model give "
+        "Efficient-Large-Model/gemma-2-2b-it"
+    )
+    with pytest.raises(CheckpointError, match=f"^{message}$"):
+        SanaPipeline(transformer, pipeline.autoencoder, pipeline.text_encoder, pipeline.identity)
+
+
+def test_a_path_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="missing does not exist; give a checkpoint file or a folder"):
+        SanaPipeline.load(tmp_path / "missing")

@@ -1,0 +1,83 @@
+"""Pictures and masks to start from."""
+
+import pytest
+import torch
+from PIL import Image
+
+from sana.pipeline import SanaPipeline, Settings
+from sana.schedule import flow_sigmas, partial_sigmas
+from tests.sana.models import PROMPTS
+from tests.sana.pipeline.drawing import HEIGHT, SIZE, WIDTH, drawn, encoded, half_mask, picture, sample
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.6, 1.0])
+def test_a_picture_to_start_from_is_put_at_the_noise_level_of_the_strength(
+    pipeline: SanaPipeline, strength: float
+) -> None:
+    options = {"image": picture(), "strength": strength, "steps": 6, **SIZE}
+    first, *_, last = pipeline.sample(PROMPTS[0], Settings(**options))
+    clean = encoded(pipeline, picture())
+    sigmas = partial_sigmas(6, pipeline.identity.flow_shift, strength)
+    assert last.index == 5
+    torch.testing.assert_close(first.x, (1 - sigmas[0]) * clean + sigmas[0] * drawn(0), rtol=0, atol=1e-4)
+    if strength == 1:
+        assert sigmas[0] == flow_sigmas(6, pipeline.identity.flow_shift)[0] > 0.999
+
+
+def test_less_strength_keeps_more_of_the_picture(pipeline: SanaPipeline) -> None:
+    clean = encoded(pipeline, picture())
+    changes = [
+        float((sample(pipeline, "", image=picture(), strength=strength, steps=6) - clean).norm())
+        for strength in (0.05, 0.3, 0.6, 1.0)
+    ]
+    assert changes == sorted(changes)
+    assert changes[0] < 0.5 * changes[-1]
+
+
+@pytest.mark.parametrize("solver", ["flow_dpm", "flow_euler"])
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_inpainting_keeps_the_latent_outside_the_mask(pipeline: SanaPipeline, strength: float, solver: str) -> None:
+    options = {"image": picture(), "mask": half_mask(), "strength": strength, "steps": 5, "solver": solver}
+    latent = sample(pipeline, PROMPTS[0], batch_size=2, **options)
+    clean = encoded(pipeline, picture()).expand_as(latent)
+    torch.testing.assert_close(latent[..., :1], clean[..., :1], rtol=0, atol=1e-5)
+    assert (latent - clean)[..., 1:].abs().mean() > 0.5
+    other = sample(pipeline, PROMPTS[1], batch_size=2, **options)
+    assert (latent - other)[..., 1:].abs().mean() > 0.1
+
+
+def test_a_picture_suggests_its_own_size_and_is_cut_to_the_one_asked_for(pipeline: SanaPipeline) -> None:
+    wide = picture().resize((120, 65))
+    assert pipeline.size(Settings(image=wide)) == (64, 96)
+    assert pipeline.size(Settings(image=wide, height=32)) == (32, 96)
+    assert pipeline.size(Settings(image=picture().resize((5, 5)))) == (32, 32)
+    grey = wide.convert("LA")
+    assert pipeline("", image=grey, mask=half_mask(), steps=1)[0].size == (96, 64)
+
+
+def test_a_photo_far_larger_than_the_model_suggests_a_size_of_the_model(pipeline: SanaPipeline) -> None:
+    assert pipeline.size(Settings(image=Image.new("RGB", (4000, 3000)))) == (64, 64)
+    assert pipeline.size(Settings(image=Image.new("RGB", (1000, 4000)))) == (128, 32)
+
+
+def test_a_picture_without_a_mask_is_kept_in_part(pipeline: SanaPipeline) -> None:
+    half = sample(pipeline, "", image=picture(), strength=0.5, steps=4)
+    assert torch.equal(sample(pipeline, "", image=picture(), steps=4), half)
+    whole = sample(pipeline, "", image=picture(), mask=half_mask(), strength=1.0, steps=4)
+    assert torch.equal(sample(pipeline, "", image=picture(), mask=half_mask(), steps=4), whole)
+
+
+def test_sprint_says_when_it_keeps_nothing_of_a_picture(sprint: SanaPipeline, caplog: pytest.LogCaptureFixture) -> None:
+    sample(sprint, "", image=picture())
+    assert not caplog.messages
+    sample(sprint, "", image=picture(), strength=0.6)
+    assert [message for message in caplog.messages if "nothing of the image is kept" in message]
+
+
+def test_a_thin_stroke_of_a_mask_is_painted(pipeline: SanaPipeline) -> None:
+    mask = Image.new("L", (WIDTH, HEIGHT))
+    mask.paste(255, (0, 20, WIDTH, 22))  # between the pixels that a bilinear sample would read
+    clean = encoded(pipeline, picture())
+    latent = sample(pipeline, PROMPTS[0], image=picture(), mask=mask, steps=3)
+    assert (latent - clean)[:, :, 0].abs().mean() > 0.5
+    torch.testing.assert_close(latent[:, :, 1], clean[:, :, 1], rtol=0, atol=1e-5)
