@@ -1,0 +1,149 @@
+"""What generate writes."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.sana.shell.commands import Outcome, Shell, pixels, record
+
+
+def test_a_picture_carries_what_it_was_drawn_with(shell: Shell) -> None:
+    options = ("--height", 64, "--width", 96, "--seed", 7, "--negative", "模糊", "--guidance-scale", 2.5)
+    (path,) = shell.draw("a 🐱 «猫»", *options, "--steps", 2)
+    assert Image.open(path).size == (96, 64)
+    assert record(path) == {
+        "prompt": "a 🐱 «猫»",
+        "seed": 7,
+        "model": "custom",
+        "steps": 2,
+        "negative": "模糊",
+        "height": 64,
+        "width": 96,
+        "guidance_scale": 2.5,
+    }
+
+
+def test_a_picture_shows_its_prompt_seed_and_settings(shell: Shell) -> None:
+    (path,) = shell.draw("a cat", "--seed", 7)
+    drawn = {pixels(path)}
+    for changed in (
+        ("a dog", "--seed", 7),
+        ("a cat", "--seed", 8),
+        ("a cat", "--seed", 7, "--negative", "blurry"),
+        ("a cat", "--seed", 7, "--guidance-scale", "1"),
+        ("a cat", "--seed", 7, "--instruction", ""),
+        ("a cat", "--seed", 7, "--reference", "diffusers"),
+        ("a cat", "--seed", 7, "--pag-scale", "3"),
+        ("a cat", "--seed", 7, "--solver", "flow_euler"),
+        ("", "--seed", 7),
+    ):
+        drawn.add(pixels(shell.draw(*changed)[0]))
+    assert len(drawn) == 10
+    assert pixels(shell.draw("a cat", "--seed", 7)[0]) in drawn
+
+
+def test_flow_shift_and_guidance_interval_are_settings_too(shell: Shell) -> None:
+    found = {
+        pixels(shell.draw("a cat", *options, "--steps", 3)[0])
+        for options in ((), ("--flow-shift", 5), ("--guidance-interval", 0.2, 0.7))
+    }
+    assert len(found) == 3
+
+
+def test_a_batch_is_numbered_and_each_picture_has_its_own_seed(shell: Shell) -> None:
+    paths = shell.draw("a cat", "--batch-size", 3, "--seed", 7)
+    assert [path.name for path in paths] == ["out-0001.png", "out-0002.png", "out-0003.png"]
+    assert [record(path)["seed"] for path in paths] == [7, 8, 9]
+    (alone,) = shell.draw("a cat", "--seed", 9)
+    assert pixels(alone) == pixels(paths[2])
+
+
+def test_every_line_of_a_file_is_drawn(shell: Shell) -> None:
+    prompts = shell.folder / "prompts.txt"
+    prompts.write_text("\ufeffa cat\n\n  一只猫  \r\n", encoding="utf-8")
+    paths = shell.draw("--prompts", prompts, "--batch-size", 2, "--seed", 7)
+    found = [(path.name, record(path)["prompt"], record(path)["seed"]) for path in paths]
+    assert found == [
+        ("out-0001.png", "a cat", 7),
+        ("out-0002.png", "a cat", 8),
+        ("out-0003.png", "一只猫", 7),
+        ("out-0004.png", "一只猫", 8),
+    ]
+
+
+def test_resume_fills_the_gaps_with_the_right_seeds(shell: Shell) -> None:
+    prompts = shell.folder / "prompts.txt"
+    prompts.write_text("a cat\na dog\n", encoding="utf-8")
+    arguments = ("--prompts", prompts, "--batch-size", 3, "--seed", 7, "--resume")
+    paths = shell.draw(*arguments)
+    drawn = [path.read_bytes() for path in paths]
+    kept = [path.stat().st_mtime_ns for path in paths]
+    for gone in (1, 3, 4, 5):
+        paths[gone].unlink()
+    assert shell.draw(*arguments) == [paths[i] for i in (1, 3, 4, 5)]
+    assert [path.read_bytes() for path in paths] == drawn
+    assert [paths[i].stat().st_mtime_ns for i in (0, 2)] == [kept[i] for i in (0, 2)]
+
+    outcome = shell.generate(*arguments)
+    assert outcome == Outcome(0, "Every picture exists already.\n", "")
+
+
+def test_without_resume_pictures_are_drawn_again(shell: Shell) -> None:
+    (path,) = shell.draw("a cat")
+    assert shell.draw("a dog") == [path]
+    assert record(path)["prompt"] == "a dog"
+
+
+def test_an_empty_prompt_is_drawn(shell: Shell) -> None:
+    (path,) = shell.draw("")
+    assert record(path)["prompt"] == ""
+
+
+def test_a_prompt_of_100_000_characters_is_cut_and_says_so(shell: Shell, caplog: pytest.LogCaptureFixture) -> None:
+    prompt = "a red circle " * 7700
+    (path,) = shell.draw(prompt)
+    assert record(path)["prompt"] == prompt
+    (message,) = caplog.messages
+    assert message.startswith("The prompt is too long by ")
+
+
+def test_a_picture_and_a_mask_to_start_from(shell: Shell, photo: Path) -> None:
+    Image.new("L", (96, 64), 0).save(shell.folder / "mask.png")
+    (path,) = shell.draw("a cat", "--image", photo, "--strength", 0.5, "--steps", 2)
+    assert Image.open(path).size == (96, 64)
+    assert record(path) == {
+        "prompt": "a cat",
+        "seed": 0,
+        "model": "custom",
+        "steps": 2,
+        "strength": 0.5,
+        "image": "given",
+        "guidance_scale": 4.5,
+        "height": 64,
+        "width": 96,
+    }
+    drawn = pixels(path)
+    (kept,) = shell.draw("a cat", "--image", photo, "--mask", shell.folder / "mask.png")
+    (other,) = shell.draw("a dog", "--image", photo, "--mask", shell.folder / "mask.png")
+    assert pixels(kept) == pixels(other) != drawn  # nothing is painted anew
+
+
+def test_sprint_is_drawn_in_two_steps(shell: Shell, sprint_model: Path) -> None:
+    outcome = shell.run("generate", "a cat", "--model", sprint_model, "--out", shell.folder / "out.png")
+    assert outcome.code == 0
+    assert record(shell.folder / "out.png")["steps"] == 2
+
+
+def test_progress_shows_every_step(shell: Shell) -> None:
+    outcome = shell.generate("a cat", "--steps", 3)
+    assert "a cat: 100%" in outcome.err
+    assert "3/3" in outcome.err
+
+
+def test_progress_is_that_of_all_prompts(shell: Shell) -> None:
+    prompts = shell.folder / "prompts.txt"
+    prompts.write_text("a cat\na dog\n", encoding="utf-8")
+    outcome = shell.generate("--prompts", prompts, "--steps", 3)
+    assert "a cat:  50%" in outcome.err
+    assert "a dog: 100%" in outcome.err

@@ -1,0 +1,90 @@
+"""What info says and convert writes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests.sana.shell.commands import Shell, error_line, pixels
+
+
+@pytest.mark.parametrize(
+    ("part", "first", "second"),
+    [
+        ("transformer", "transformer: a SANA transformer", "3 blocks of width 96"),
+        ("vae", "vae: a DC-AE, the autoencoder of SANA", "32 px per latent cell, 32 channels"),
+    ],
+)
+def test_info_says_what_a_file_is_in_five_lines(shell: Shell, model: Path, part: str, first: str, second: str) -> None:
+    outcome = shell.run("info", model / part)
+    lines = outcome.out.splitlines()
+    assert (outcome.code, outcome.err, len(lines)) == (0, "", 5)
+    assert lines[0] == first
+    assert second in lines[2]
+    assert "float16" in lines[1]
+
+
+def test_info_on_a_pipeline_is_about_its_transformer(shell: Shell, model: Path) -> None:
+    assert shell.run("info", model) == shell.run("info", model / "transformer")
+
+
+def test_info_on_a_text_encoder_says_where_it_belongs(shell: Shell, model: Path) -> None:
+    lines = shell.run("info", model / "text_encoder").out.splitlines()
+    assert lines[0] == "text_encoder: a Gemma text encoder"
+    assert lines[-1] == "give its path as the text encoder"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.safetensors", b"text", "a.safetensors is not a readable safetensors file"),
+        ("a.pth", b"text", "a.pth is not a readable PyTorch file; the download may be incomplete"),
+        ("a.txt", b"text", "a.txt is not a readable safetensors file"),
+    ],
+)
+def test_info_on_anything_else_is_one_line(shell: Shell, name: str, content: bytes, message: str) -> None:
+    (shell.folder / name).write_bytes(content)
+    outcome = shell.run("info", shell.folder / name)
+    assert outcome.code == 1
+    assert error_line(outcome).startswith(message)
+
+
+def test_a_converted_model_draws_the_same_picture(shell: Shell, model: Path) -> None:
+    paths = {part: shell.folder / f"{part}.safetensors" for part in ("transformer", "vae")}
+    for part, path in paths.items():
+        outcome = shell.run("convert", model / part, path)
+        assert (outcome.code, outcome.err) == (0, "")
+        assert str(path) in outcome.out
+    (expected,) = shell.draw("a cat", "--seed", 5, "--steps", 2)
+    drawn = pixels(expected)
+    separate = ("--model", paths["transformer"], "--autoencoder", paths["vae"], "--text-encoder", model)
+    assert shell.draw("a cat", "--seed", 5, "--steps", 2, *separate) == [expected]
+    assert pixels(expected) == drawn
+
+
+def test_convert_can_change_the_dtype(shell: Shell, model: Path) -> None:
+    target = shell.folder / "small.safetensors"
+    assert shell.run("convert", model / "vae", target, "--dtype", "bfloat16").code == 0
+    with safe_open(target, "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "message"),
+    [
+        ("vae", "out.bin", "does not end in .safetensors; give the name of the file to write"),
+        ("vae", "missing/out.safetensors", "out.safetensors"),
+        ("vae", "folder.safetensors", "folder.safetensors"),
+        ("text_encoder", "out.safetensors", "is a Gemma text encoder; give a SANA transformer or a DC-AE"),
+        ("missing", "out.safetensors", "does not exist"),
+    ],
+)
+def test_what_cannot_be_converted_is_one_line(
+    shell: Shell, model: Path, source: str, target: str, message: str
+) -> None:
+    (shell.folder / "folder.safetensors").mkdir()
+    outcome = shell.run("convert", model / source, shell.folder / target)
+    assert outcome.code == 1
+    assert message in error_line(outcome)
+    assert [path.name for path in shell.folder.iterdir()] == ["folder.safetensors"]
