@@ -20,6 +20,9 @@ from .layers import Build, TextProjection
 from .operations import Operations
 from .transformer import Block, Modulation, TextContext, TimeEmbedding, compact_text
 
+# Other models have ControlNets with tensors of the second name.
+MARKS = ("transformer_blocks.0.ff.conv_inverted.weight", "controlnet_blocks.0.weight")
+
 
 class SanaControlNet(nn.Module):
     """Corrections for the first blocks of a transformer. Attribute names are those of diffusers' SanaControlNetModel.
@@ -78,10 +81,10 @@ def load_controlnet(
     Raises CheckpointError if the file has none.
     """
     file = read_tensors(path, "controlnet")
-    official = any(name.startswith("controlnet.") for name in file.tensors)
-    if not official and "controlnet_blocks.0.weight" not in file.tensors:
-        raise CheckpointError(f"{file.path.name} is {describe(file.tensors)}; give a ControlNet for SANA")
     tensors = to_control_names(file.tensors)
+    if not all(mark in tensors for mark in MARKS):
+        found = describe(file.tensors).replace("a ControlNet", "a ControlNet for another model")
+        raise CheckpointError(f"{file.path.name} is {found}; give a ControlNet for SANA")
     blocks = sum(name.startswith("controlnet_blocks.") and name.endswith(".weight") for name in tensors)
     config = replace(detect_transformer(tensors, file), control_blocks=blocks)
     network = SanaControlNet(config, operations=operations, dtype=dtype, device="meta")

@@ -181,6 +181,19 @@ def test_a_transformer_is_no_controlnet(networks: tuple[dict[str, Tensor], dict[
         load_controlnet(path)
 
 
+@pytest.mark.parametrize(
+    "other", ["transformer_blocks.0.ff.net.0.proj.weight", "controlnet.0.copied_block.mlp.fc1.weight"]
+)
+def test_a_controlnet_for_another_model_is_named(tmp_path: Path, other: str) -> None:
+    """That of SD3 or Qwen-Image, and that of PixArt."""
+    tensors = {"controlnet_blocks.0.weight": torch.zeros(2, 2), other: torch.zeros(2, 2)}
+    save_file(tensors, path := tmp_path / "control.safetensors")
+    with pytest.raises(
+        CheckpointError, match="control.safetensors is a ControlNet for another model; give a ControlNet for SANA"
+    ):
+        load_controlnet(path)
+
+
 def test_a_controlnet_is_no_transformer(networks: tuple[dict[str, Tensor], dict[str, Tensor]], tmp_path: Path) -> None:
     save_file(networks[1], path := tmp_path / "control.safetensors")
     (tmp_path / "config.json").write_text(HEADS)
