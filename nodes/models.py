@@ -47,10 +47,10 @@ def part_names(folder: str) -> list[str]:
 
 def part_path(folder: str, name: str) -> Path:
     """The file or folder of an entry. Raises CheckpointError if it is gone."""
-    found = _model_folders(folder).get(name) or folder_paths.get_full_path(folder, name)
+    found = _find_part(folder, name)
     if found is None:
         raise CheckpointError(f"{name} is not in models/{folder}; choose another, or press R")
-    return Path(found)
+    return found
 
 
 def text_encoder_for(model: Path, chosen: str) -> Path:
@@ -82,12 +82,18 @@ def _part_for(
         return model
     # The tensors of Gemma-2-2b and Gemma-2-2b-it differ in their values alone, and only the second knows instructions.
     for name in sorted(part_names(folder), key=lambda name: not INSTRUCTION_TUNED.search(name)):
-        path = part_path(folder, name)
-        if matches(tensor_names(path)):
+        path = _find_part(folder, name)
+        if path is not None and matches(tensor_names(path)):
             return path
     raise CheckpointError(
         f"{model.name} comes without {what}, and models/{folder} holds none; download {source} and put it into models/{folder}"
     )
+
+
+def _find_part(folder: str, name: str) -> Path | None:
+    """None for an entry without a file, such as a link that leads nowhere."""
+    found = _model_folders(folder).get(name) or folder_paths.get_full_path(folder, name)
+    return None if found is None else Path(found)
 
 
 def _diffusers_folders() -> dict[str, Path]:

@@ -63,12 +63,22 @@ def test_auto_finds_the_parts_and_says_which(small: Small, caplog: pytest.LogCap
     assert vae.patcher.cached_patcher_init[1][0].name == AUTOENCODER
 
 
+def test_auto_passes_over_a_link_that_leads_nowhere(small: Small) -> None:
+    link = small.host.base / "models" / "vae" / "it.safetensors"  # which is looked at first
+    link.symlink_to("nowhere")
+    try:
+        assert link.name in small.host.pack("nodes.models").part_names("vae")
+        load(small.host, small.path.name)
+    finally:
+        link.unlink()
+
+
 def test_auto_takes_the_gemma_that_knows_instructions(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     """The host has the other one too, for Lumina, and its name comes first. Their tensors are alike."""
     models, folder = small.host.pack("nodes.models"), small.host.base / "models" / "text_encoders" / TEXT_ENCODER
     names = ["gemma_2_2b_fp16.safetensors", "gemma_2_2b_it_elm_bf16.safetensors"]
     monkeypatch.setattr(models, "part_names", lambda kind: names)
-    monkeypatch.setattr(models, "part_path", lambda kind, name: folder.with_name(name))
+    monkeypatch.setattr(models, "_find_part", lambda kind, name: folder.with_name(name))
     mark = "model.layers.0.post_feedforward_layernorm.weight"
     monkeypatch.setattr(models, "tensor_names", lambda path: {mark: None} if path.name in names else {})
     assert models.text_encoder_for(small.path, "auto").name == names[1]
