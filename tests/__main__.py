@@ -18,6 +18,7 @@ import downloads  # noqa: E402
 import environment  # noqa: E402
 from host.hosts import HOSTS, NEWEST  # noqa: E402
 
+OLDEST_PYTHON = (3, 11)  # of the packages that the tests compare with
 IN_PROCESS = "tests/host/inprocess"
 NO_TESTS = 5  # the exit code of pytest that found none
 
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> int:
 
 def prepare() -> Path:
     """Makes everything the tests need and returns the Python to run them with. Raises SetupError."""
-    environment.check_python()
+    environment.check_python(OLDEST_PYTHON)
     downloads.fetch_hosts()
     more = [*downloads.read_requirements(ROOT / "tests" / "versions.txt"), *downloads.host_requirements()]
     python = environment.prepare("tests", ["test"], more=more, finish=downloads.repair_torchvision)

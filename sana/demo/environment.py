@@ -59,12 +59,10 @@ def prepare(
     return python
 
 
-def check_python() -> None:
-    """Raises SetupError if the Python that runs this is too old for the project."""
-    if sys.version_info < OLDEST_PYTHON:
-        raise SetupError(
-            f"Python {_dotted(sys.version_info[:2])} is too old: use Python {_dotted(OLDEST_PYTHON)} or newer."
-        )
+def check_python(oldest: Sequence[int] = OLDEST_PYTHON) -> None:
+    """Raises SetupError if the Python that runs this is too old."""
+    if sys.version_info < tuple(oldest):
+        raise SetupError(f"Python {_dotted(sys.version_info[:2])} is too old: use Python {_dotted(oldest)} or newer.")
 
 
 def read_requirements(extras: Sequence[str]) -> list[str]:
