@@ -18,9 +18,13 @@ def make_base_directory(base: Path) -> None:
         (base / folder).mkdir(parents=True, exist_ok=True)
     (base / "user" / "default" / "comfy.settings.json").write_text(json.dumps(SETTINGS), encoding="utf-8")
     ignored = shutil.ignore_patterns(".*", *_patterns(".comfyignore"), *_patterns(".gitignore"))
-    shutil.copytree(ROOT, base / "custom_nodes" / PACK, ignore=ignored)
+    pack = base / "custom_nodes" / PACK
+    shutil.copytree(ROOT, pack, ignore=ignored)
+    for path in _patterns(".comfyignore"):
+        if "/" in path:
+            (pack / path).unlink()
 
 
 def _patterns(name: str) -> list[str]:
-    """The names that an ignore file lists; it holds plain names and wildcards, no paths."""
+    """What an ignore file lists: plain names and wildcards, and paths of files."""
     return [line.rstrip("/") for line in (ROOT / name).read_text(encoding="utf-8").split() if line]
