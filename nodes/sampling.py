@@ -6,6 +6,7 @@ from comfy_api.latest import io
 from ..sana.detection import DEFAULT_GUIDANCE_SCALE
 from ..sana.schedule import MAX_ANGLE, PAPER_ANGLES, TWO_STEP_ANGLE, partial_sigmas, scm_angles
 from .host.perturbed import perturb_attention
+from .host.report import report
 from .host.sampler import (
     SanaGuidance,
     flow_dpm_sampler,
@@ -190,7 +191,7 @@ class FlowDPMSampler(io.ComfyNode):
         guider.set_cfg(cfg)
         guider.set_interval(guidance_from, guidance_to)
         sigmas = schedule(model, steps, denoise, flow_shift)
-        return io.NodeOutput(sample_seeded(guider, flow_dpm_sampler(), sigmas, latent, seed))
+        return io.NodeOutput(sample_seeded(guider, flow_dpm_sampler(), sigmas, latent, seed, whole=denoise == 1))
 
 
 class FlowDPMScheduler(io.ComfyNode):
@@ -304,7 +305,7 @@ class SCMScheduler(io.ComfyNode):
                     max=1.5708,
                     step=0.0001,
                     round=False,
-                    tooltip="Radians; where to start.",
+                    tooltip="Radians; where to start. Below pi / 2, the latent of a picture is kept in part.",
                 ),
                 io.Float.Input(
                     "intermediate_angle",
@@ -367,6 +368,9 @@ class SCMSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         if not sana_model(model).identity.config.guidance_embed:
             raise ValueError("this MODEL is not SANA-Sprint; use SANA sampler (Flow-DPM) for it")
+        kept = latent["samples"].any() and "noise_mask" not in latent
+        if kept and len(sigmas) and float(sigmas[0]) > 0.99:
+            report(cls, "Nothing of the picture is kept: take less max_angle in SANA Sprint schedule, such as 1.3.")
         guider = SanaGuidance(with_guidance_embed(model, guidance))
         guider.set_conds(positive, positive)
         return io.NodeOutput(sample_seeded(guider, None, sigmas, latent, seed))

@@ -1,5 +1,6 @@
 """Our solvers as samplers of the host, its noise from seeds, and guidance within an interval."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import comfy.model_sampling
@@ -161,11 +162,17 @@ def latent_mask(latent: Latent, shape: torch.Size) -> Tensor | None:
 
 
 def sample_seeded(
-    guider: comfy.samplers.CFGGuider, sampler: comfy.samplers.KSAMPLER | None, sigmas: Tensor, latent: Latent, seed: int
+    guider: comfy.samplers.CFGGuider,
+    sampler: comfy.samplers.KSAMPLER | None,
+    sigmas: Tensor,
+    latent: Latent,
+    seed: int,
+    *,
+    whole: bool = True,
 ) -> Latent:
     """Sample a LATENT with noise of seed + k for its k-th image, counted in the batch it was taken from, if it was.
 
-    sampler: None: that of Sprint.
+    sampler: None: that of Sprint. whole: the sigmas are those of a whole schedule, which starts from noise.
     """
     samples = comfy.sample.fix_empty_latent_channels(
         guider.model_patcher, latent["samples"], latent.get("downscale_ratio_spacial")
@@ -174,8 +181,10 @@ def sample_seeded(
     numbers = places if len(places) == len(samples) else range(len(samples))
     seeds = [(seed + k) % 2**64 for k in numbers]
     noise = noise_source(samples.shape, seeds)()
-    if len(sigmas) and float(sigmas[0]) and not samples.any():
-        noise = noise / float(sigmas[0])  # which the host multiplies by; SANA starts from noise as it is
+    first = float(sigmas[0]) if len(sigmas) else 0.0
+    if whole and first and not samples.any():
+        # The host multiplies by the first sigma. SANA starts from noise as it is, Sprint so at its angle, see `scm_sampler`.
+        noise = noise / first if sampler else noise * (math.hypot(first, 1 - first) / first)
     steps = len(sigmas) - 1
     out = guider.sample(
         noise,

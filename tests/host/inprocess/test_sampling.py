@@ -1,5 +1,6 @@
 """Every way to sample, against `sana` on the same weights: the same latents from KSampler, our nodes and the pipeline."""
 
+import logging
 from dataclasses import replace
 
 import comfy.k_diffusion.sampling
@@ -14,7 +15,7 @@ from torch import Tensor
 import sana
 from sana.config import LATENT_SCALE, VARIANTS
 from sana.prompt import DIFFUSERS_INSTRUCTION
-from sana.schedule import flow_sigmas
+from sana.schedule import flow_sigmas, scm_angles
 from tests.host.boot import Host
 from tests.host.inprocess.small import (
     EQUAL,
@@ -224,6 +225,30 @@ def test_sprint_gives_the_latents_of_the_pipeline_in_a_batch(small: Small, sprin
     latents = sprint_latents(small.host, sprint, small, 2)
     assert difference(latents, pipeline_latent(pipeline, PROMPT, 2, steps=2)) <= 10 * EQUAL
     assert difference(latents[:1], sprint_latents(small.host, sprint, small)) <= 10 * EQUAL
+
+
+@pytest.mark.parametrize("max_angle", [1.5458, 1.3])
+def test_sprint_starts_from_noise_at_every_angle(
+    small: Small, sprint: object, monkeypatch: pytest.MonkeyPatch, max_angle: float
+) -> None:
+    pipeline = load_pipeline(write_variant(small.host, SPRINT))
+    angles = scm_angles(2, max_angle=max_angle, intermediate_angle=1.0)
+    monkeypatch.setattr(pipeline, "_angles", lambda settings: angles)
+    found = sprint_latents(small.host, sprint, small, sigmas=angles.sin() / (angles.sin() + angles.cos()))
+    assert difference(found, pipeline_latent(pipeline, PROMPT, steps=2)) <= 10 * EQUAL
+
+
+@pytest.mark.parametrize(("max_angle", "masked", "said"), [(1.5708, False, 1), (1.3, False, 0), (1.5708, True, 0)])
+def test_sprint_says_when_it_keeps_nothing_of_a_picture(
+    small: Small, sprint: object, caplog: pytest.LogCaptureFixture, max_angle: float, masked: bool, said: int
+) -> None:
+    latent = {"samples": small.vae.encode(picture())}
+    if masked:
+        latent["noise_mask"] = torch.ones(1, HEIGHT, WIDTH)
+    angle = torch.tensor([max_angle, 0.0])
+    with caplog.at_level(logging.INFO):
+        sprint_latents(small.host, sprint, small, latent=latent, sigmas=angle.sin() / (angle.sin() + angle.cos()))
+    assert sum("Nothing of the picture is kept" in message for message in caplog.messages) == said
 
 
 def test_sprint_in_core_nodes_takes_its_own_time_and_no_second_guidance(small: Small, sprint: object) -> None:
