@@ -115,15 +115,18 @@ class HostTransformer(SanaTransformer):
         replaced = replaced_attention(replacements.get("attn1", {}), i, self.config.perturbed_block, options)
         self_attention = LinearAttention.identity if identity else replaced or LinearAttention.__call__
 
+        whole = replacements.get("dit", {}).get(("double_block", i))
+
         def run(arguments: dict[str, object]) -> dict[str, object]:
             step = (arguments["img"], columns, arguments["vec"], text, text_bias, attention)
             if band is None or replaced is not None:  # which may need all tokens at once
                 return {**arguments, "img": block(*step, self_attention)}
-            block.forward_banded(*step, band, identity)
-            return arguments
+            # A replacement may still need what it gave, to tell what the block has changed.
+            tokens = arguments["img"] if whole is None else arguments["img"].clone()
+            block.forward_banded(tokens, *step[1:], band, identity)
+            return {**arguments, "img": tokens}
 
         arguments = {"img": tokens, "txt": text, "vec": modulation, "transformer_options": options}
-        whole = replacements.get("dit", {}).get(("double_block", i))
         return (run(arguments) if whole is None else whole(arguments, {"original_block": run}))["img"]
 
 

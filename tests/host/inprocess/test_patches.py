@@ -74,6 +74,23 @@ def test_core_skip_layer_guidance(small: Small) -> None:
     assert torch.equal(small.ksampler(model=off, steps=1), plain)
 
 
+def test_a_node_around_a_block_keeps_what_it_gave_it(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes that keep what a block has changed subtract the one from the other, also where it works in bands of rows."""
+    changes: list[float] = []
+
+    def around(arguments: dict[str, Tensor], extra: dict[str, object]) -> dict[str, Tensor]:
+        out = extra["original_block"](arguments)
+        changes.append(difference(out["img"], arguments["img"]))
+        return out
+
+    expected = small.ksampler(steps=1)
+    monkeypatch.setattr(small.host.pack("nodes.host.model"), "WORKING_BYTES", 1)
+    model = small.model.clone()
+    model.set_model_patch_replace(around, "dit", "double_block", 1)
+    assert difference(small.ksampler(model=model, steps=1), expected) <= EQUAL
+    assert min(changes) > CHANGED
+
+
 def test_core_easy_cache(small: Small) -> None:
     common = {"start_percent": 0.0, "end_percent": 1.0, "verbose": False}
     (never,) = small.host.call("EasyCache", model=small.model, reuse_threshold=0.0, **common)
