@@ -63,13 +63,17 @@ class DCAutoencoder(nn.Module):
 
         max_bytes: as for `encode`. Raises ValueError likewise.
         """
+        self.check_latent(ae_latent)
+        return self._run(self.decoder, ae_latent, max_bytes)
+
+    def check_latent(self, ae_latent: Tensor) -> None:
+        """Raises ValueError for a latent of another shape than `decode` takes."""
         channels = self.config.latent_channels
         if ae_latent.ndim != 4 or ae_latent.shape[1] != channels or not ae_latent.numel():
             raise ValueError(
                 f"a latent of this autoencoder has shape (B, {channels}, H, W), not {tuple(ae_latent.shape)}; "
                 "it was made by another model"
             )
-        return self._run(self.decoder, ae_latent, max_bytes)
 
     def _run(self, network: Encoder | Decoder, x: Tensor, max_bytes: int | None) -> Tensor:
         if max_bytes is not None:

@@ -1,6 +1,6 @@
 """The SANA transformer as a model of the host: MODEL, sampled, offloaded, patched, quantised and saved by the host itself."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -190,17 +190,23 @@ class SanaModel(comfy.model_base.BaseModel):
         transformer_options: Options | None = None,
         **given: Tensor,
     ) -> Tensor:
-        options, channels = transformer_options or {}, self.identity.config.channels
-        if x.shape[1] != channels:
-            raise ValueError(
-                f"this latent has {x.shape[1]} channels, and SANA takes {channels}; use EmptySanaLatentImage, or encode the image "
-                "with a DC-AE"
-            )
+        options = transformer_options or {}
+        self.check_latent(x.shape)
         context = self.text_context(c_crossattn, given.pop("attention_mask"), x.device, options)
         arguments = {"keys_values": [part for pair in context.keys_values for part in pair], "text_bias": context.mask}
         if self.identity.config.guidance_embed:
             arguments["guidance_scale"] = float(options.get(GUIDANCE_EMBED, self.identity.guidance_scale))
         return super()._apply_model(x, t, control=control, transformer_options=options, **arguments)
+
+    def check_latent(self, shape: Sequence[int]) -> None:
+        """Raises ValueError for a latent of another model, or of a video."""
+        channels = self.identity.config.channels
+        for found, expected, what in ((len(shape), 4, "dimensions"), (shape[1], channels, "channels")):
+            if found != expected:
+                raise ValueError(
+                    f"this latent has {found} {what}, and SANA takes {expected}; use EmptySanaLatentImage, or encode the image "
+                    "with a DC-AE"
+                )
 
     def text_context(
         self,
@@ -250,7 +256,8 @@ class SanaModel(comfy.model_base.BaseModel):
         return super().process_latent_out(latent)
 
     def memory_required(self, input_shape: list[int], cond_shapes: Mapping[str, list[list[int]]] | None = None) -> int:
-        """Bytes of activations for a batch of latents of this shape."""
+        """Bytes of activations for a batch of latents of this shape. Raises ValueError as `check_latent`."""
+        self.check_latent(input_shape)
         return self.diffusion_model.activation_bytes(torch.Size(input_shape), self.get_dtype_inference().itemsize)
 
 

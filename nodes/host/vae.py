@@ -69,6 +69,7 @@ class SanaVAE(comfy.sd.VAE):
     ) -> Tensor:
         """max_bytes: bound on the working memory; None: what is free. Raises ValueError for latents of another model."""
         model = self.first_stage_model
+        model.check_latent(samples_in)
         images = self._run(model.decoder, model.decode, samples_in, max_bytes)
         return self.process_output(images).movedim(1, -1)
 
@@ -80,6 +81,7 @@ class SanaVAE(comfy.sd.VAE):
 
     def decode_tiled(self, samples: Tensor, *tiles: int | None, **named_tiles: int | None) -> Tensor:
         """`decode` in little memory. Tiles are not needed for that, and their sizes mean nothing here."""
+        self.first_stage_model.check_latent(samples)
         return self.decode(samples, max_bytes=self._small(self.first_stage_model.decoder, samples.shape))
 
     def encode_tiled(self, pixel_samples: Tensor, *tiles: int | None, **named_tiles: int | None) -> Tensor:

@@ -157,6 +157,17 @@ def test_latent_of_another_model(small: Small, channels: int) -> None:
         assert f"not (1, {channels}, 8, 8); it was made by another model" in one_sentence(caught.value)
 
 
+def test_latent_of_a_video(small: Small) -> None:
+    latent = {"samples": torch.randn(1, 32, 1, 8, 8)}
+    for run in (small.ksampler, lambda latent_image: small.sample(latent=latent_image)):
+        with pytest.raises(ValueError, match="^this latent has 5 dimensions, and SANA takes 4; use Empty"):
+            run(latent_image=latent)
+    tiles = {"tile_size": 512, "overlap": 64, "temporal_size": 64, "temporal_overlap": 8}
+    for node, more in (("VAEDecode", {}), ("DCAEDecode", {"max_memory": 0.0}), ("VAEDecodeTiled", tiles)):
+        with pytest.raises(ValueError, match=r"not \(1, 32, 1, 8, 8\); it was made by another model"):
+            small.host.call(node, samples=latent, vae=small.vae, **more)
+
+
 def test_sizes_that_are_no_multiple_of_32(small: Small) -> None:
     with pytest.raises(ValueError, match=r"^width 100 is not a multiple of 32 px from 32 to 16384; use 96$"):
         small.empty(width=100)
