@@ -9,12 +9,21 @@ from torch import Tensor, nn
 
 from .autoencoder_layers import Decoder, Encoder
 from .config import AutoencoderConfig
+from .devices import free_bytes
 from .layers import Build
 from .operations import Operations
-from .streaming import smaller_bound, stream
+from .streaming import smaller_bound, stream, suitable_bound
 
-# What PyTorch and cuDNN say for want of memory; cuDNN raises a plain RuntimeError.
-MEMORY_MESSAGES = ("out of memory", "unable to find an engine", "cudnn_status_alloc_failed")
+# What PyTorch, cuDNN, cuBLAS and Metal say for want of memory, some of them in a plain RuntimeError.
+MEMORY_MESSAGES = (
+    "out of memory",
+    "unable to find an engine",
+    "cudnn_status_alloc_failed",
+    "cublas_status_alloc_failed",
+    "cublas_status_not_initialized",
+    "invalid buffer size",
+)
+LARGE_PIXELS = 2**23  # pictures with fewer have no tensor of 2^31 numbers
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +85,9 @@ class DCAutoencoder(nn.Module):
             )
 
     def _run(self, network: Encoder | Decoder, x: Tensor, max_bytes: int | None) -> Tensor:
+        pixels = x.shape[-2] * x.shape[-1] * (self.config.downsample**2 if network is self.decoder else 1)
+        if max_bytes is None and pixels >= LARGE_PIXELS:
+            max_bytes = suitable_bound(network, x.shape, self.dtype)
         if max_bytes is not None:
             return stream(network, x, self.dtype, max_bytes)
         out = network(x.to(self.dtype, memory_format=torch.channels_last))
@@ -83,18 +95,20 @@ class DCAutoencoder(nn.Module):
 
 
 def encode_within_memory(autoencoder: DCAutoencoder, image: Tensor, max_bytes: int | None = None) -> Tensor:
-    """`autoencoder.encode`. After running out of memory, again within half as much."""
+    """`autoencoder.encode` within what is free. After running out of memory, again within half as much."""
     return _within_memory(autoencoder.encode, autoencoder.encoder, image, autoencoder.dtype, max_bytes)
 
 
 def decode_within_memory(autoencoder: DCAutoencoder, ae_latent: Tensor, max_bytes: int | None = None) -> Tensor:
-    """`autoencoder.decode`. After running out of memory, again within half as much."""
+    """`autoencoder.decode` within what is free. After running out of memory, again within half as much."""
     return _within_memory(autoencoder.decode, autoencoder.decoder, ae_latent, autoencoder.dtype, max_bytes)
 
 
 def _within_memory(
     run: Run, network: Encoder | Decoder, x: Tensor, dtype: torch.dtype, max_bytes: int | None
 ) -> Tensor:
+    if max_bytes is None:  # not left to an error: drivers may take memory of the CPU instead, which is far slower
+        max_bytes = suitable_bound(network, x.shape, dtype, free_bytes(next(network.parameters()).device))
     while True:
         try:
             return run(x, max_bytes)
@@ -107,5 +121,5 @@ def _within_memory(
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether PyTorch or cuDNN says that there is no memory left."""
+    """Whether PyTorch or a library below it says that there is no memory left."""
     return any(message in str(error).lower() for message in MEMORY_MESSAGES)

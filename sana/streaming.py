@@ -18,6 +18,8 @@ from . import autoencoder_layers as layers
 from .config import HEAD_WIDTH
 
 LIBRARY_BYTES = 2**21  # left for what libraries take inside an operation
+# Kernels of some libraries end at tensors of 2^31 numbers. Within this many in all, beside each there is another one.
+MOST_NUMBERS = 2**32
 WHOLE_MAPS_FROM = 3  # decoder stages from this index on are shallow enough in pixels to keep their map between sweeps
 
 
@@ -150,7 +152,8 @@ def stream(network: layers.Encoder | layers.Decoder, x: Tensor, dtype: torch.dty
     """
     check_bound(network, x.shape, dtype, max_bytes)
     route = stretches(network, x.shape, dtype)
-    bands = [fitting_band(stretch, dtype.itemsize, max_bytes) for stretch in route]
+    bound = min(max_bytes, dtype.itemsize * MOST_NUMBERS)
+    bands = [fitting_band(stretch, dtype.itemsize, bound) for stretch in route]
     last = route[-1]
     out = x.new_empty(len(x), last.sweep.ops[-1].outputs, *last.size.after(last.sweep.ops))
     for i in range(len(x)):
@@ -173,6 +176,20 @@ def check_bound(
     needed = least_bytes(network, shape, dtype)
     if needed > max_bytes:
         raise ValueError(f"max_bytes {max_bytes} is too little for this size; it takes at least {needed}")
+
+
+def suitable_bound(
+    network: layers.Encoder | layers.Decoder, shape: torch.Size, dtype: torch.dtype, free: int | None = None
+) -> int | None:
+    """max_bytes for an input of this shape (B, C, H, W); None: all at once.
+
+    free: bytes that may be taken; None: not known. An input with tensors of 2^31 numbers is never processed all at once.
+    """
+    most = dtype.itemsize * MOST_NUMBERS
+    bound = most if free is None else min(free, most)
+    if whole_bytes(network, shape, dtype) <= bound:
+        return None
+    return max(bound, least_bytes(network, shape, dtype))
 
 
 def smaller_bound(

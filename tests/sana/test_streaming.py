@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sana.autoencoder import DCAutoencoder
 from sana.config import AUTOENCODERS
@@ -58,6 +60,35 @@ def test_equals_the_whole_within_every_bound(network: DCAutoencoder, side: str, 
         assert peak - streamed.nbytes <= max_bytes, (max_bytes / smallest, (peak - streamed.nbytes) / max_bytes)
         assert streamed.shape == whole.shape and streamed.dtype == whole.dtype
     torch.testing.assert_close(x, kept, rtol=0, atol=0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Counts the numbers of the largest tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(
+        self, function: Callable[..., object], types: object, arguments: tuple, named: dict[str, object] | None = None
+    ) -> object:
+        result = function(*arguments, **(named or {}))
+        self.numbers = max([self.numbers, *(part.numel() for part in tree_leaves(result) if isinstance(part, Tensor))])
+        return result
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("max_bytes", [None, 2**40])
+def test_no_tensor_has_more_numbers_than_kernels_can_count(
+    side: str, dtype: torch.dtype, max_bytes: int | None
+) -> None:
+    """Of the released network at 8192 x 4096 px, without the numbers."""
+    network = DCAutoencoder(AUTOENCODERS["dc-ae-f32c32-sana-1.1"], dtype=dtype, device="meta")
+    call, x = call_and_input(network, side, 1, 256, 128)
+    with LargestTensor() as largest:
+        call(x.to("meta", dtype), max_bytes=max_bytes)
+    assert 2**29 < largest.numbers < 2**31
 
 
 @pytest.mark.parametrize("side", SIDES)

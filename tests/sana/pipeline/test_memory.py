@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from sana import autoencoder
+from sana.devices import free_bytes
 from sana.pipeline import SanaPipeline
+from sana.streaming import least_bytes
 from tests.sana.models import PROMPTS
 from tests.sana.pipeline.drawing import SIZE, STARTS, count_evaluations, drawn, picture, sample
 
@@ -24,6 +27,8 @@ SCARCE = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     RuntimeError("GET was unable to find an engine to execute this computation"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    RuntimeError("Invalid buffer size: 32.00 GiB"),
 ]
 
 
@@ -64,6 +69,28 @@ def test_encoding_goes_on_within_less_memory_after_running_out(
     monkeypatch.setattr(pipeline.autoencoder, "encode", SmallCard(pipeline.autoencoder.encode, error))
     torch.testing.assert_close(sample(pipeline, PROMPTS[0], **options), expected, rtol=0, atol=1e-4)
     assert len(caplog.messages) == 1 and "Out of memory in the autoencoder; going on" in caplog.messages[0]
+
+
+def test_decoding_keeps_to_what_is_free(
+    pipeline: SanaPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without an error that says so: drivers that take memory of the CPU instead raise none."""
+    latent = drawn(0)
+    expected = np.asarray(pipeline.pictures(latent)[0], np.int16)
+    card = SmallCard(pipeline.autoencoder.decode, SCARCE[0])
+    card.enough = least_bytes(pipeline.autoencoder.decoder, latent.shape, latent.dtype)
+    monkeypatch.setattr(pipeline.autoencoder, "decode", card)
+    monkeypatch.setattr(autoencoder, "free_bytes", lambda device: card.enough)
+    assert np.abs(np.asarray(pipeline.pictures(latent)[0], np.int16) - expected).max() <= 1
+    assert not caplog.messages
+
+
+def test_free_memory_of_a_gpu_is_what_is_free_or_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3000, 9000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2500)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 500)
+    assert free_bytes(torch.device("cuda")) == 4000
+    assert free_bytes(torch.device("cpu")) is None
 
 
 def test_another_error_of_the_autoencoder_is_not_tried_again(
