@@ -19,7 +19,7 @@ from ...sana.checkpoint import check_tensors
 from ...sana.config import LATENT_CHANNELS
 from ...sana.detection import autoencoder_tensors, detect_autoencoder
 from ...sana.files import CheckpointError, TensorFile, read_tensors
-from ...sana.streaming import least_bytes, smaller_bound, whole_bytes
+from ...sana.streaming import least_bytes, smaller_bound, suitable_bound, whole_bytes
 
 log = logging.getLogger(__name__)
 
@@ -123,26 +123,22 @@ class SanaVAE(comfy.sd.VAE):
             while len(parts) < len(x):
                 part = x[len(parts) : len(parts) + 1].to(self.device, self.vae_dtype)
                 try:
-                    out = run(part, bound).to(self.output_device, self.vae_output_dtype())
-                except Exception as error:
-                    if not is_out_of_memory(error):
-                        management.raise_non_oom(error)  # the host knows more errors of CUDA
-                    less = smaller_bound(network, x.shape, self.vae_dtype, bound)
-                    if management.is_device_cpu(self.device) or less is None:
-                        raise
-                    bound = less
-                    log.warning("Out of memory in the autoencoder; going on within %.1f GiB.", bound / GIB)
-                    management.soft_empty_cache()
+                    parts.append(run(part, bound).to(self.output_device, self.vae_output_dtype()))
                     continue
-                parts.append(out)
+                except Exception as error:  # of several kinds, some of which the host has to clear away
+                    less = smaller_bound(network, x.shape, self.vae_dtype, bound)
+                    scarce = management.is_oom(error) or is_out_of_memory(error)
+                    if not scarce or less is None or management.is_device_cpu(self.device):
+                        raise
+                bound = less
+                log.warning("Out of memory in the autoencoder; going on within %.1f GiB.", bound / GIB)
+                management.soft_empty_cache()  # here, where no error holds on to what was computed
         return torch.cat(parts)
 
     def _free_bound(self, network: Encoder | Decoder, shape: torch.Size) -> int | None:
-        """A bound that suits what is free now; None: there is enough for the whole."""
-        free = int(SHARE * management.get_free_memory(self.device))
-        if whole_bytes(network, shape, self.vae_dtype) <= free:
-            return None
-        return max(free, least_bytes(network, shape, self.vae_dtype))
+        """A bound that suits what is free now, or what the host would free of other models; None: all at once."""
+        free = int(SHARE * self.patcher.get_free_memory(self.device))
+        return suitable_bound(network, shape, self.vae_dtype, free)
 
 
 def load_vae(path: Path, dtype: torch.dtype | None = None, *, disable_dynamic: bool = False) -> SanaVAE:
