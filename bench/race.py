@@ -31,6 +31,9 @@ def race(candidates: dict[str, Call], repeats: int, tolerance: float) -> dict[st
 
     Raises ArithmeticError for a result further than `tolerance` from the first candidate's: a fast wrong answer is none.
     """
+    if torch.cuda.is_available():  # compiling takes memory of its own, and libraries keep some from their first call on
+        for call in candidates.values():
+            call()
     results = {name: peak_memory(call) for name, call in candidates.items()}
     expected = next(iter(results.values()))[0]
     errors = {name: relative_error(result, expected) for name, (result, _) in results.items()}

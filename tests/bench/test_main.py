@@ -1,6 +1,7 @@
 """The command: which cases it chooses, and what it writes when one fails."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,11 @@ from bench.race import Call, Floor
 
 
 def adding(error: float) -> Case:
+    """Of which one result is this far from the other; infinity: it cannot be computed."""
+
     def build(dtype: torch.dtype, device: str, compiled: bool) -> dict[str, Call]:
+        if error == math.inf:
+            raise torch.OutOfMemoryError("out of memory")
         return {"ours": lambda: torch.ones(8), "reference": lambda: torch.ones(8) + error}
 
     return Case(f"off by {error}", 0, 1.0, 1.0, build)
@@ -41,16 +46,27 @@ def test_every_case_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert told == (expected if compiled else expected[1::2])
 
 
-def test_unequal_case_is_named_and_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_case_is_named_and_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "results" / "speed.json"
     monkeypatch.setattr(sys, "argv", ["bench", "--repeats", "1", "--out", str(out)])
-    monkeypatch.setattr(command, "all_cases", lambda steps: [adding(0.0), adding(0.5), adding(1e-6)])
+    monkeypatch.setattr(command, "all_cases", lambda steps: [adding(error) for error in (0.0, 0.5, math.inf, 1e-6)])
     monkeypatch.setattr(command.Floor, "measure", lambda dtype, device: Floor(1e9, 1e9))
     assert command.main() == 1
     written = json.loads(out.read_text())
     assert {row["case"] for row in written["rows"]} == {"off by 0.0", "off by 1e-06"}
-    (unequal,) = written["unequal"]
-    assert unequal.startswith("off by 0.5: reference differs by")
+    unequal, uncomputed = written["failed"]
+    assert unequal.startswith("off by 0.5: reference differs by") and uncomputed == "off by inf: out of memory"
+
+
+def test_what_was_measured_is_written_before_the_next_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "speed.json"
+    monkeypatch.setattr(sys, "argv", ["bench", "--repeats", "1", "--out", str(out)])
+    last = replace(adding(0.0), name="last", build=lambda *options: sys.exit("killed"))
+    monkeypatch.setattr(command, "all_cases", lambda steps: [adding(0.0), last])
+    monkeypatch.setattr(command.Floor, "measure", lambda dtype, device: Floor(1e9, 1e9))
+    with pytest.raises(SystemExit):
+        command.main()
+    assert {row["case"] for row in json.loads(out.read_text())["rows"]} == {"off by 0.0"}
 
 
 @pytest.mark.parametrize(("slowness", "expected"), [(0.5, 6), (1.0, 5), (2.0, 3)])
