@@ -1,8 +1,13 @@
-"""What a device can do, where the answer is not the same for all: how much memory is free."""
+"""What a device can do, where the answer is not the same for all: arithmetic in bfloat16, and how much memory is free."""
 
 import torch
 
 FREE_SHARE = 0.8  # of the free memory of a GPU, to take at most
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether a device has arithmetic in bfloat16: GPUs before NVIDIA's Ampere emulate it, slowly and in more memory."""
+    return device.type != "cuda" or bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def free_bytes(device: torch.device) -> int | None:

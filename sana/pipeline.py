@@ -13,6 +13,7 @@ from torch import Tensor
 from .autoencoder import DCAutoencoder, decode_within_memory, encode_within_memory
 from .checkpoint import build_transformer, check_autoencoder, load_autoencoder
 from .detection import TransformerIdentity, identify_transformer
+from .devices import computes_bfloat16
 from .files import CheckpointError, TensorFile, read_tensors
 from .guidance import Condition, Guidance, Reference, guided_denoiser, inpainting_denoiser, scm_denoiser
 from .images import to_cells, to_picture, to_tensor
@@ -130,19 +131,17 @@ class SanaPipeline:
 
         variant: a name from VARIANTS, for files that cannot tell. dtype: of all parts, but float16, which overflows elsewhere,
         of the transformer only; None: float32 on a CPU, else that of the release for the transformer and bfloat16 for the
-        rest. compiled: run the transformer through torch.compile.
+        rest, with float32 in the place of bfloat16 on GPUs that only emulate it. compiled: run the transformer through torch.compile.
         Raises CheckpointError for files that are something else, and FileNotFoundError.
         """
         model = model_path(model)
         file = read_tensors(model, "transformer")
         identity = identify_transformer(file, variant)
         _check_parts(model, file, autoencoder, text_encoder)
-        on_cpu = torch.device(device).type == "cpu"
-        own = dtype or (torch.float32 if on_cpu else getattr(torch, identity.dtype))
-        safe = torch.float32 if on_cpu else torch.bfloat16
+        own, safe = default_dtypes(identity.dtype, torch.device(device))
         others = safe if dtype in (None, torch.float16) else dtype
         return cls(
-            build_transformer(file, identity.config, own, device),
+            build_transformer(file, identity.config, dtype or own, device),
             load_autoencoder(autoencoder or model, others, device),
             load_text_encoder(text_encoder or model, others, device),
             identity,
@@ -356,6 +355,16 @@ class SanaPipeline:
         pixels = np.asarray(ImageOps.fit(settings.mask.convert("L"), (width, height), Image.Resampling.NEAREST))
         mask = torch.from_numpy(pixels.copy())[None, None].float().div(255)
         return to_cells(mask, *like.shape[-2:]).to(like)
+
+
+def default_dtypes(released: str, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+    """Of a transformer released in such a dtype, and of the other parts, which float16 breaks; see `SanaPipeline.load`."""
+    if device.type == "cpu":
+        return torch.float32, torch.float32
+    own, others = getattr(torch, released), torch.bfloat16
+    if computes_bfloat16(device):
+        return own, others
+    return (torch.float32 if own == torch.bfloat16 else own), torch.float32
 
 
 def model_path(model: Path | str) -> Path:

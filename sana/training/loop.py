@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from ..devices import computes_bfloat16
 from ..files import replacing, write_json
 
 PATIENCE = timedelta(hours=2)  # for the process that saves or draws; NCCL alone gives up after 10 minutes
@@ -65,7 +66,8 @@ def train(
     A batch needs a length, the number of its images.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if computes_bfloat16(device) else "no")
     average = AveragedModel(objective, multi_avg_fn=partial(update_average, config.ema_decay), use_buffers=True)
     average.to(accelerator.device)
     wrapped, *updates = accelerator.prepare(objective, *optimizers(objective, config, matrices))

@@ -8,7 +8,7 @@ import torch
 
 from sana.autoencoder import DCAutoencoder
 from sana.files import CheckpointError
-from sana.pipeline import SanaPipeline
+from sana.pipeline import SanaPipeline, default_dtypes
 from sana.transformer import SanaTransformer
 from tests.sana.models import PROMPTS
 from tests.sana.networks import tiny_autoencoder_config, tiny_config
@@ -21,6 +21,23 @@ def test_the_text_encoder_and_the_autoencoder_never_compute_in_float16(folder: P
     assert pipeline.transformer.dtype == dtype
     assert pipeline.text_encoder.dtype != torch.float16
     assert pipeline.autoencoder.decoder.conv_in.weight.dtype != torch.float16
+
+
+@pytest.mark.parametrize(
+    ("released", "capability", "expected"),
+    [
+        ("bfloat16", (9, 0), ("bfloat16", "bfloat16")),
+        ("float16", (8, 0), ("float16", "bfloat16")),
+        ("bfloat16", (7, 5), ("float32", "float32")),
+        ("float16", (7, 5), ("float16", "float32")),
+    ],
+)
+def test_gpus_without_bfloat16_compute_in_float32_instead(
+    monkeypatch: pytest.MonkeyPatch, released: str, capability: tuple[int, int], expected: tuple[str, str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert default_dtypes(released, torch.device("cuda")) == tuple(getattr(torch, name) for name in expected)
+    assert default_dtypes(released, torch.device("cpu")) == (torch.float32, torch.float32)
 
 
 def test_bfloat16_draws_nearly_the_same_picture(folder: Path, pipeline: SanaPipeline) -> None:
