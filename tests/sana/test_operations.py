@@ -65,7 +65,19 @@ def test_weights_may_be_views(layer: Operations.Linear, weight: Tensor, bias: Te
     torch.testing.assert_close(layer(x), F.linear(x, weight, bias), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_linear_in_bfloat16_with_a_bias_is_that_of_pytorch(layer: Operations.Linear, taken: list[Tensor]) -> None:
+    layer.to(torch.bfloat16)
+    x = torch.randn(2, 70, INPUTS, dtype=torch.bfloat16)
+    expected = F.linear(x.float(), layer.weight.float(), layer.bias.float())
+    torch.testing.assert_close(layer(x).float(), expected, rtol=2**-8, atol=1e-3)
+    assert len(taken) == operations.ONEDNN_HAS_BFLOAT16
+    layer.bias = None
+    assert torch.equal(layer(x), F.linear(x, layer.weight))
+    assert len(taken) == operations.ONEDNN_HAS_BFLOAT16
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 @torch.no_grad()
 def test_other_types_are_left_to_pytorch(layer: Operations.Linear, taken: list[Tensor], dtype: torch.dtype) -> None:
     x = torch.randn(3, INPUTS, dtype=dtype)
