@@ -1,12 +1,13 @@
-"""What the accuracy of the demo model counts. The model itself is measured by `python -m bench.demo` alone."""
+"""What the accuracy of the demo model counts. How good it is, `python -m bench.demo` measures."""
 
 import re
 from dataclasses import replace
 
 import pytest
 
-from bench.demo import CHANGES, by_kind, changed, share_right
+from bench.demo import CHANGES, by_kind, changed, measure_briefly, share_right
 from bench.scene_reader import Judgement, judge
+from sana.pipeline import SanaPipeline
 from sana.training.scenes import draw, held_out_scenes
 
 RIGHT = Judgement(background=True, count=True, colour=True, shape=True, size=True, texture=True, relation=None)
@@ -45,3 +46,9 @@ def test_only_a_caption_with_such_a_word_is_changed() -> None:
     for item in held_out_scenes(100, seed=0):
         assert (changed(item, "relation") is None) == (item.scene.kind != "relation")
         assert (changed(item, "shape") is None) == (item.scene.kind not in ("single", "count"))
+
+
+def test_a_brief_measurement_is_of_the_autoencoder_and_of_pictures() -> None:
+    found = measure_briefly(SanaPipeline.load("demo"), 3)
+    assert found["captions"] == 3 and found["autoencoder_psnr_db"] > 30
+    assert set(found["accuracy"]) >= {"colour", "shape", "count", "everything"}
