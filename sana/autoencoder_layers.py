@@ -328,7 +328,8 @@ def nearest_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def phase_weights(weight: Tensor) -> Tensor:
     """Weights of a 3x3 convolution after doubling (C', C, 3, 3) to those of four 2x2 convolutions before it: (4C', C, 2, 2)."""
     # Which of three rows (columns) after doubling fall on which of two before it, for the first and the second phase.
-    shares = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
+    above, middle, below = torch.eye(3, dtype=weight.dtype, device=weight.device)
+    shares = torch.stack([above, middle + below, above + middle, below]).unflatten(0, (2, 2))
     table = torch.einsum("ypi,xqj->ijyxpq", shares, shares).reshape(9, 16)
     phases = rearrange(weight.flatten(2) @ table, "o i (yx p q) -> (yx o) p q i", yx=4, p=2, q=2)
     return phases.permute(0, 3, 1, 2)
