@@ -35,7 +35,8 @@ def main() -> int:
         f"{device_name()}, {dtype}: {floor.flops_per_second / 1e12:.2f} TFLOP/s, {floor.bytes_per_second / 1e9:.0f} GB/s"
     )
     compiled = device == "cuda" or options.compiled
-    cases = [c for c in all_cases(20 if device == "cuda" else 2) if re.search(options.only, c.title)]
+    steps = options.steps or (20 if device == "cuda" else 2)
+    cases = [case for case in all_cases(steps) if re.search(options.only, case.title)]
     result = {"dtype": str(dtype), "floor": asdict(floor), "repeats": options.repeats, "rows": []}
     result |= {"left_out": [case.title for case in cases], "failed": []}
     name = f"speed-{device}-{str(dtype).removeprefix('torch.')}"
@@ -59,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
     top.add_argument("--minutes", type=float, default=20, help="to spend at most, about (default: 20)")
     top.add_argument("--repeats", type=int, default=5, help="timed calls of each candidate (default: 5)")
+    top.add_argument("--steps", type=int, help="of whole pictures (default: 20 on a GPU, 2 on a CPU)")
     top.add_argument("--only", default="", help="cases whose title matches this regular expression")
     top.add_argument("--compiled", action="store_true", help="torch.compile on a CPU too; takes minutes for each case")
     top.add_argument("--out", type=Path, help="JSON file to write (default: the one in results/ that README shows)")
