@@ -19,7 +19,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
+SUFFIXES = (".safetensors", *PICKLES)
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80")  # of the zip files of today, and of the format before PyTorch 1.6
+HEADER_PLACE = 8  # bytes before the header of safetensors, which is a JSON object
+# What people have in the place of a checkpoint, by how it begins in small letters.
+STAND_INS = {
+    b"version https://git-lfs": "a Git LFS pointer; run git lfs pull, or download the file itself",
+    b"<": "a web page; download the file itself",
+    b"{": "JSON without tensors; give the file or folder that holds them",
+    b"gguf": "GGUF, which SANA is not read from; use safetensors",
+}
 # What PyTorch's unpickler raises where the bytes make no sense.
 DAMAGE = (
     RuntimeError,
@@ -32,13 +41,12 @@ DAMAGE = (
     AttributeError,
     struct.error,
 )
+# Keys under which training code files its tensors; the first one that has any counts.
 WRAPPERS = (
-    "state_dict",
-    "model",
-    "module",
-    "state_dict_ema",
-    "ema",
-)  # keys under which training code files its tensors
+    *("state_dict", "model", "module", "model_state_dict", "params", "net", "generator", "student", "weights"),
+    *("state_dict_ema", "ema", "model_ema", "ema_model", "params_ema"),
+)
+PLAIN_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")  # of a model, in a folder with other things
 DIFFUSERS_CLASSES = ("SanaTransformer2DModel", "SanaControlNetModel", "AutoencoderDC")  # in their config.json
 SHARD = re.compile(r"-\d{5}-of-(\d{5})(?=\.|$)")  # of a stem; older files name their format behind it
 
@@ -88,9 +96,7 @@ def read_tensors(path: Path | str, component: str | None = None) -> TensorFile:
     shard = SHARD.search(path.stem)
     if shard and int(shard[1]) > 1:
         raise CheckpointError(f"{path.name} is one of {int(shard[1])} shards; give the folder that holds all of them")
-    if path.suffix in PICKLES:
-        return TensorFile(path, _read_pickle(path), {}, _read_config(path.parent), _siblings(path))
-    tensors, metadata = _read_safetensors(path)
+    tensors, metadata = _read_file(path)
     return TensorFile(path, tensors, metadata, _read_config(path.parent), _siblings(path))
 
 
@@ -137,7 +143,7 @@ def _read_folder(folder: Path) -> TensorFile:
     metadata: dict[str, str] = {}
     paths = _model_files(folder)
     for path in paths:
-        found, header = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), {})
+        found, header = _read_file(path)
         tensors.update(found)
         metadata.update(header)
     return TensorFile(folder, tensors, metadata, _read_config(folder), _siblings(paths[0]))
@@ -146,7 +152,9 @@ def _read_folder(folder: Path) -> TensorFile:
 def _siblings(path: Path) -> frozenset[str]:
     """What stands behind the name of this file in those of others in its folder, before their suffix."""
     name = SHARD.sub("", path.stem) + "."
-    others = (other for other in path.parent.iterdir() if other.suffix in (".safetensors", *PICKLES))
+    if not os.access(path.parent, os.R_OK):
+        return frozenset()
+    others = (other for other in path.parent.iterdir() if other.suffix in SUFFIXES)
     stems = (SHARD.sub("", other.stem) for other in others)
     return frozenset(stem.removeprefix(name) for stem in stems if stem.startswith(name))
 
@@ -171,7 +179,9 @@ def _model_files(folder: Path) -> list[Path]:
 
 def _chosen(groups: dict[tuple[str, int], list[Path]], folder: Path) -> list[Path]:
     """Of the plainest name the whole file, or a complete set of shards. Raises CheckpointError if there is neither."""
-    plainest = min((name for name, _ in groups), key=lambda name: (name.count("."), name))
+    plainest = min(
+        (name for name, _ in groups), key=lambda name: (name.split(".")[0] not in PLAIN_NAMES, name.count("."), name)
+    )
     counts = sorted(count for name, count in groups if name == plainest)
     count = next((count for count in counts if count in (0, len(groups[plainest, count]))), counts[0])
     paths = groups[plainest, count]
@@ -180,20 +190,34 @@ def _chosen(groups: dict[tuple[str, int], list[Path]], folder: Path) -> list[Pat
     return paths
 
 
+def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, and what the header says. The content tells what kind of file it is, whatever its name."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be opened ({error.strerror}); check who may read it") from error
+    if start[HEADER_PLACE : HEADER_PLACE + 1] == b"{":
+        return _read_safetensors(path)
+    if start.startswith(PICKLE_STARTS):
+        if path.suffix == ".safetensors":  # by which PyTorch and the host choose how to read it
+            raise CheckpointError(f"{path.name} is a PyTorch file; rename it to {path.stem}.pth")
+        return _read_pickle(path), {}
+    for beginning, what in STAND_INS.items():
+        if start.lstrip().lower().startswith(beginning):
+            raise CheckpointError(f"{path.name} is {what}")
+    raise _unreadable(path)
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        hint = "the download may be incomplete" if path.suffix == ".safetensors" else "it is no checkpoint"
-        raise CheckpointError(f"{path.name} is not a readable safetensors file ({error}); {hint}") from error
+        raise _unreadable(path, f" ({error})") from error
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
-    unreadable = f"{path.name} is not a readable PyTorch file; the download may be incomplete"
-    with path.open("rb") as file:
-        if not file.read(4).startswith(PICKLE_STARTS):
-            raise CheckpointError(unreadable)
     try:
         found = _load_pickle(path)
     except pickle.UnpicklingError as error:
@@ -202,18 +226,31 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             "use a file that holds tensors only, such as .safetensors"
         ) from error
     except DAMAGE as error:
-        raise CheckpointError(unreadable) from error
-    for wrapper in WRAPPERS:
-        if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
-            found = found[wrapper]
-    tensors = (
-        {name: value for name, value in found.items() if isinstance(value, Tensor)}
-        if isinstance(found, Mapping)
-        else {}
-    )
+        raise _unreadable(path) from error
+    tensors = _tensors_in(found)
     if not tensors:
         raise CheckpointError(f"{path.name} holds no tensors; give a checkpoint of a SANA model")
     return tensors
+
+
+def _unreadable(path: Path, detail: str = "") -> CheckpointError:
+    kind = (
+        "safetensors"
+        if path.suffix == ".safetensors"
+        else "PyTorch"
+        if path.suffix in PICKLES
+        else "safetensors or PyTorch"
+    )
+    hint = "the download may be incomplete" if path.suffix in SUFFIXES else "it is no checkpoint"
+    return CheckpointError(f"{path.name} is not a readable {kind} file{detail}; {hint}")
+
+
+def _tensors_in(found: object) -> dict[str, Tensor]:
+    if not isinstance(found, Mapping):
+        return {}
+    wrapped = (_tensors_in(found.get(wrapper)) for wrapper in WRAPPERS)
+    own = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    return next(filter(None, wrapped), own)
 
 
 def _load_pickle(path: Path) -> object:

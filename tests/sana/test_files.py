@@ -88,7 +88,11 @@ def test_pytorch_files(tmp_path: Path, tensors: Tensors, suffix: str, zipped: bo
         lambda tensors: {"model": tensors},
         lambda tensors: {"module": tensors},
         lambda tensors: {"ema": tensors},
+        lambda tensors: {"model_state_dict": tensors},
+        lambda tensors: {"params_ema": tensors},
         lambda tensors: {"state_dict": {"model": tensors}},
+        lambda tensors: {"ema": {"state_dict": tensors}},
+        lambda tensors: {"model": {"depth": 20}, "net": tensors},
         lambda tensors: {"state_dict": tensors, "state_dict_ema": {"a.weight": torch.zeros(1)}},
         lambda tensors: {"optimizer": {"state": {0: torch.ones(2)}}, "model": OrderedDict(tensors), "steps": 5},
         lambda tensors: {**tensors, "epoch": 3, "note": "text", "shape": [1, 2]},
@@ -126,6 +130,14 @@ def test_a_folder_with_the_same_model_twice_gives_the_plainest(tmp_path: Path, t
     save_file(half, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
     torch.save(half, tmp_path / "diffusion_pytorch_model.bin")
     save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
+    assert_holds(read_tensors(tmp_path), tensors)
+
+
+@pytest.mark.parametrize("other", ["adapter_model.safetensors", "ema.fp16.safetensors", "a-00001-of-00001.safetensors"])
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model", "model.fp16", "pytorch_model-00001-of-00001"])
+def test_a_folder_with_something_else_gives_the_model(tmp_path: Path, tensors: Tensors, name: str, other: str) -> None:
+    save_file({"other": torch.ones(1)}, tmp_path / other)
+    save_file(tensors, tmp_path / f"{name}.safetensors")
     assert_holds(read_tensors(tmp_path), tensors)
 
 
@@ -231,17 +243,71 @@ def test_a_truncated_file_is_named(tmp_path: Path, tensors: Tensors, suffix: str
     assert not tensor_names(path)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"text", b"<!DOCTYPE html><html>not found</html>", b"version https://git-lfs.github.com/spec/v1\n", b"\x80\x04]"],
-    ids=["text", "web page", "pointer", "bytes"],
-)
-@pytest.mark.parametrize("name", ["a.safetensors", "a.pth", "a.ckpt", "a.txt", "a"])
+@pytest.mark.parametrize("content", [b"text", b"\x80\x02]", b"\0" * 100], ids=["text", "bytes", "zeros"])
+@pytest.mark.parametrize("name", ["a.pth", "a.ckpt", "a.txt", "a"])
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     message = refusal(tmp_path / name)
     assert message.startswith(f"{name} is not a readable ")
     assert message.endswith("it is no checkpoint" if "." not in name or "txt" in name else "may be incomplete")
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("\n<!DOCTYPE html><html>not found</html>", "a web page; download the file itself"),
+        (
+            "version https://git-lfs.github.com/spec/v1\n",
+            "a Git LFS pointer; run git lfs pull, or download the file itself",
+        ),
+        ('{"weight_map": {}}', "JSON without tensors; give the file or folder that holds them"),
+        ("GGUF\3\0\0\0", "GGUF, which SANA is not read from; use safetensors"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth", "a.gguf", "a"])
+def test_what_lies_in_the_place_of_a_checkpoint_is_named(tmp_path: Path, name: str, content: str, what: str) -> None:
+    (tmp_path / name).write_text(content)
+    assert refusal(tmp_path / name) == f"{name} is {what}"
+
+
+@pytest.mark.parametrize("save", [save_file, torch.save])
+@pytest.mark.parametrize("name", ["a.pth", "a.PTH", "a.pth.tar", "a.zip", "a"])
+def test_the_content_tells_what_a_file_is(
+    tmp_path: Path, tensors: Tensors, name: str, save: Callable[[Tensors, Path], None]
+) -> None:
+    save(tensors, path := tmp_path / name)
+    assert_holds(read_tensors(path), tensors)
+
+
+def test_a_pytorch_file_with_the_other_name_is_told_its_own(tmp_path: Path, tensors: Tensors) -> None:
+    torch.save(tensors, path := tmp_path / "a.safetensors")
+    assert refusal(path) == "a.safetensors is a PyTorch file; rename it to a.pth"
+
+
+@pytest.mark.parametrize("length", [0x80, 0x4B50])  # which begin as PyTorch's files do
+def test_a_header_of_any_length_is_one_of_safetensors(tmp_path: Path, length: int) -> None:
+    save_file({"x": torch.ones(2)}, path := tmp_path / "a.safetensors")
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    header, numbers = path.read_bytes()[8 : 8 + size], path.read_bytes()[8 + size :]
+    path.write_bytes(length.to_bytes(8, "little") + header.ljust(length) + numbers)
+    assert_holds(read_tensors(path), {"x": torch.ones(2)})
+
+
+def test_a_file_that_may_not_be_read_is_named(
+    tmp_path: Path, tensors: Tensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated: root may read everything."""
+    save_file(tensors, path := tmp_path / "a.safetensors")
+
+    def refuse(*arguments: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", refuse)
+        assert refusal(path) == "a.safetensors cannot be opened (Permission denied); check who may read it"
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "access", lambda path, mode: False)
+        assert_holds(read_tensors(path), tensors)  # from a folder that may not be listed
 
 
 def test_damage_anywhere_gives_a_sentence_or_tensors(tmp_path: Path, tensors: Tensors) -> None:

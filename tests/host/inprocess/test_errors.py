@@ -85,7 +85,7 @@ def test_broken_and_incomplete_files(small: Small) -> None:
     save_file(tensors, folder / "partial.safetensors")
     expected = {
         "cut.safetensors": "cut.safetensors is not a readable safetensors file",
-        "text.safetensors": "text.safetensors is not a readable safetensors file",
+        "text.safetensors": "text.safetensors is a web page; download the file itself",
         "broken.pth": "broken.pth is not a readable PyTorch file; the download may be incomplete",
         "partial.safetensors": "partial.safetensors lacks 1 of 73 tensors, first transformer_blocks.1.attn2.to_out.0.bias;",
     }

@@ -40,7 +40,7 @@ def test_info_on_a_text_encoder_says_where_it_belongs(shell: Shell, model: Path)
     [
         ("a.safetensors", b"text", "a.safetensors is not a readable safetensors file"),
         ("a.pth", b"text", "a.pth is not a readable PyTorch file; the download may be incomplete"),
-        ("a.txt", b"text", "a.txt is not a readable safetensors file"),
+        ("a.txt", b"text", "a.txt is not a readable safetensors or PyTorch file; it is no checkpoint"),
     ],
 )
 def test_info_on_anything_else_is_one_line(shell: Shell, name: str, content: bytes, message: str) -> None:
