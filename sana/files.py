@@ -46,9 +46,32 @@ WRAPPERS = (
     *("state_dict", "model", "module", "model_state_dict", "params", "net", "generator", "student", "weights"),
     *("state_dict_ema", "ema", "model_ema", "ema_model", "params_ema"),
 )
+# What numbers and arrays of NumPy are made of in a pickle. Training code keeps such beside tensors, as the state of its
+# random numbers.
+ARRAY_PARTS = (
+    *("numpy.ndarray", "numpy.dtype"),
+    *("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
+    *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
+)
 PLAIN_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")  # of a model, in a folder with other things
 DIFFUSERS_CLASSES = ("SanaTransformer2DModel", "SanaControlNetModel", "AutoencoderDC")  # in their config.json
 SHARD = re.compile(r"-\d{5}-of-(\d{5})(?=\.|$)")  # of a stem; older files name their format behind it
+
+
+class Unread:
+    """Stands where a pickle has something that nobody asks for, and does nothing."""
+
+    def __init__(self, *parts: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+    @classmethod
+    def named(cls, name: str) -> type:
+        """Under the name of something else, MODULE.NAME, by which PyTorch knows what it may take."""
+        module, _, short = name.rpartition(".")
+        return type(short, (cls,), {"__module__": module})
 
 
 class CheckpointError(ValueError):
@@ -254,9 +277,12 @@ def _tensors_in(found: object) -> dict[str, Tensor]:
 
 
 def _load_pickle(path: Path) -> object:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-        return torch.load(path, map_location="cpu", weights_only=True)  # the format before PyTorch 1.6 cannot be mapped
+    with torch.serialization.safe_globals([Unread.named(name) for name in ARRAY_PARTS]):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            return torch.load(
+                path, map_location="cpu", weights_only=True
+            )  # the format before PyTorch 1.6 cannot be mapped

@@ -3,11 +3,13 @@
 import json
 import os
 import pickle
+import random
 import re
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -105,6 +107,18 @@ def test_what_training_code_wraps_around_tensors_is_taken_off(
     tmp_path: Path, tensors: Tensors, wrap: Callable[[Tensors], object]
 ) -> None:
     torch.save(wrap(tensors), path := tmp_path / "model.pth")
+    assert_holds(read_tensors(path), tensors)
+
+
+@pytest.mark.parametrize("core", ["core", "_core"], ids=["NumPy 1", "NumPy 2"])
+def test_numbers_of_numpy_beside_tensors_are_passed_over(tmp_path: Path, tensors: Tensors, core: str) -> None:
+    """As NVlabs' training code writes them: diffusion/utils/checkpoint.py, save_checkpoint_ddp."""
+    state = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+    content = {"state_dict": tensors, "rng_state": state, "loss": np.float64(0.3), "step": np.int64(5)}
+    torch.save(content, path := tmp_path / "model.pth", _use_new_zipfile_serialization=False)
+    written = path.read_bytes()
+    assert b"numpy._core.multiarray" in written
+    path.write_bytes(written.replace(b"numpy._core.", f"numpy.{core}.".encode()))
     assert_holds(read_tensors(path), tensors)
 
 
