@@ -95,12 +95,18 @@ class DCAutoencoder(nn.Module):
 
 
 def encode_within_memory(autoencoder: DCAutoencoder, image: Tensor, max_bytes: int | None = None) -> Tensor:
-    """`autoencoder.encode` within what is free. After running out of memory, again within half as much."""
+    """`autoencoder.encode` within what is free. After running out of memory, again within half as much.
+
+    Raises ValueError as it does, and for numbers that are not finite.
+    """
     return _within_memory(autoencoder.encode, autoencoder.encoder, image, autoencoder.dtype, max_bytes)
 
 
 def decode_within_memory(autoencoder: DCAutoencoder, ae_latent: Tensor, max_bytes: int | None = None) -> Tensor:
-    """`autoencoder.decode` within what is free. After running out of memory, again within half as much."""
+    """`autoencoder.decode` within what is free. After running out of memory, again within half as much.
+
+    Raises ValueError as it does, and for numbers that are not finite.
+    """
     return _within_memory(autoencoder.decode, autoencoder.decoder, ae_latent, autoencoder.dtype, max_bytes)
 
 
@@ -111,13 +117,23 @@ def _within_memory(
         max_bytes = suitable_bound(network, x.shape, dtype, free_bytes(next(network.parameters()).device))
     while True:
         try:
-            return run(x, max_bytes)
+            return check_finite(run(x, max_bytes), dtype)
         except RuntimeError as error:
             less = smaller_bound(network, x.shape, dtype, max_bytes) if is_out_of_memory(error) else None
             if less is None:
                 raise
         max_bytes = less
         log.warning("Out of memory in the autoencoder; going on within %.1f GiB.", max_bytes / 2**30)
+
+
+def check_finite(result: Tensor, dtype: torch.dtype) -> Tensor:
+    """An image or a latent as it is. Raises ValueError if its numbers have broken down, which would be a black picture."""
+    if not bool(torch.isfinite(result).all()):
+        raise ValueError(
+            f"the autoencoder gave numbers that are not finite, computing in {dtype}; its file is damaged, or what it was "
+            "given: try another file or picture"
+        )
+    return result
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -13,7 +13,7 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from ...sana.autoencoder import DCAutoencoder, is_out_of_memory
+from ...sana.autoencoder import DCAutoencoder, check_finite, is_out_of_memory
 from ...sana.autoencoder_layers import Decoder, Encoder
 from ...sana.checkpoint import check_tensors
 from ...sana.config import LATENT_CHANNELS
@@ -123,7 +123,8 @@ class SanaVAE(comfy.sd.VAE):
             while len(parts) < len(x):
                 part = x[len(parts) : len(parts) + 1].to(self.device, self.vae_dtype)
                 try:
-                    parts.append(run(part, bound).to(self.output_device, self.vae_output_dtype()))
+                    out = check_finite(run(part, bound), self.vae_dtype)
+                    parts.append(out.to(self.output_device, self.vae_output_dtype()))
                     continue
                 except Exception as error:  # of several kinds, some of which the host has to clear away
                     less = smaller_bound(network, x.shape, self.vae_dtype, bound)

@@ -207,6 +207,16 @@ def test_sampling_that_breaks_down(small: Small) -> None:
     assert bool(small.ksampler().isfinite().all())
 
 
+def test_an_autoencoder_that_breaks_down(small: Small) -> None:
+    (vae,) = small.host.call("DCAELoader", vae=AUTOENCODER, dtype="auto")
+    for run in (vae.decode, vae.decode_tiled):
+        with pytest.raises(
+            ValueError, match="^the autoencoder gave numbers that are not finite, computing in"
+        ) as caught:
+            run(torch.full((1, 32, 2, 2), float("nan")))
+        one_sentence(caught.value)
+
+
 def test_nodes_refuse_parts_of_other_models(small: Small) -> None:
     scm = {
         "seed": 0,

@@ -143,6 +143,18 @@ def test_broken_numbers_stop_sampling_and_name_the_likely_cause(folder: Path, dt
     assert ("float32" in advice) == (dtype != torch.float32)  # in float32 it can only be the weights
 
 
+@pytest.mark.parametrize(("part", "options"), [("encoder", {"image": picture(), "strength": 0.5}), ("decoder", {})])
+def test_broken_numbers_of_the_autoencoder_are_no_black_picture(
+    folder: Path, part: str, options: dict[str, object]
+) -> None:
+    pipeline = SanaPipeline.load(folder)
+    getattr(pipeline.autoencoder, part).conv_out.bias[0] = float("nan")
+    with pytest.raises(
+        ValueError, match="^the autoencoder gave numbers that are not finite, computing in torch.float32;"
+    ):
+        pipeline(PROMPTS[0], steps=2, **SIZE, **options)
+
+
 def test_compiled_transformer_is_one_graph_for_all_prompts_seeds_and_steps(pipeline: SanaPipeline) -> None:
     graphs = CompileCounter()
     torch._dynamo.reset()
