@@ -4,7 +4,6 @@ The graph is NVlabs' (diffusion/model/nets/sana_multi_scale_controlnet.py). diff
 but branches off one block earlier and corrects one block later, which gives other pictures.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -15,13 +14,10 @@ from .checkpoint import fill
 from .config import TransformerConfig
 from .detection import describe, detect_transformer
 from .files import CheckpointError, read_tensors
-from .key_map import to_control_names
+from .key_map import is_controlnet, to_control_names
 from .layers import Build, TextProjection
 from .operations import Operations
 from .transformer import Block, Modulation, TextContext, TimeEmbedding, compact_text
-
-# Other models have ControlNets with tensors of the second name.
-MARKS = ("transformer_blocks.0.ff.conv_inverted.weight", "controlnet_blocks.0.weight")
 
 
 class SanaControlNet(nn.Module):
@@ -81,11 +77,8 @@ def load_controlnet(
     Raises CheckpointError if the file has none.
     """
     file = read_tensors(path, "controlnet")
+    if not is_controlnet(file.tensors):
+        raise CheckpointError(f"{file.path.name} is {describe(file.tensors)}; give a ControlNet for SANA")
     tensors = to_control_names(file.tensors)
-    if not all(mark in tensors for mark in MARKS):
-        found = describe(file.tensors).replace("a ControlNet", "a ControlNet for another model")
-        raise CheckpointError(f"{file.path.name} is {found}; give a ControlNet for SANA")
-    blocks = sum(name.startswith("controlnet_blocks.") and name.endswith(".weight") for name in tensors)
-    config = replace(detect_transformer(tensors, file), control_blocks=blocks)
-    network = SanaControlNet(config, operations=operations, dtype=dtype, device="meta")
+    network = SanaControlNet(detect_transformer(tensors, file), operations=operations, dtype=dtype, device="meta")
     return fill(network, tensors, file.path.name, dtype, device)

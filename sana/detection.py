@@ -21,7 +21,9 @@ from .key_map import (
     EARLY_DIFFUSERS_MARK,
     HEADER_TENSOR,
     OFFICIAL_MARK,
+    control_blocks,
     is_autoencoder,
+    is_controlnet,
     is_transformer,
     to_autoencoder_names,
     to_transformer_names,
@@ -181,7 +183,7 @@ def detect_transformer(
         continuous_time=guidance_embed or file.config.get("timestep_scale") == 0.001,
         position_base=base,
         position_interpolation=interpolation,
-        control_blocks=len({name.split(".")[1] for name in file.tensors if name.startswith("controlnet.")}),
+        control_blocks=control_blocks(file.tensors),
     )
 
 
@@ -312,7 +314,7 @@ KINDS = (
     (("double_blocks.0.", "single_transformer_blocks.0."), "a Flux model"),
     (("input_blocks.0.0.", "down_blocks.0.resnets.0.time_emb_proj."), "a Stable Diffusion model"),
     (("joint_blocks.0.",), "a Stable Diffusion 3 model"),
-    (("controlnet_blocks.0.",), "a ControlNet"),
+    (("controlnet_blocks.0.",), "a ControlNet for another model"),
     (("lyric_embs.", "vocoder.backbone."), "a part of ACE-Step, which makes music"),
     (("decoder.up_blocks.0.resnets.", "decoder.up.0.block.", "first_stage_model."), "the VAE of another model"),
     (("encoder.down_blocks.1.0.conv1.", "encoder.stages.1.op_list."), "a DC-AE, the autoencoder of SANA"),
@@ -328,6 +330,8 @@ KINDS = (
 
 def describe(names: Mapping[str, object]) -> str:
     """What a file with tensors of these names seems to be, for an error message."""
+    if is_controlnet(names) and not is_transformer(names):
+        return "a ControlNet for SANA"
     for marks, kind in KINDS:
         if any(mark in name for mark in marks for name in names):
             return kind

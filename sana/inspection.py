@@ -21,7 +21,7 @@ from .detection import (
     transformer_tensors,
 )
 from .files import CheckpointError, TensorFile, read_tensors, replacing
-from .key_map import is_autoencoder, is_transformer, with_convolutions
+from .key_map import control_blocks, is_autoencoder, is_transformer, with_convolutions
 from .transformer import SanaTransformer
 
 
@@ -53,7 +53,7 @@ def convert(
     file = read_tensors(source, "transformer")
     if is_transformer(file.tensors):
         identity = identify_transformer(file, variant)
-        if any(name.startswith("controlnet.") for name in file.tensors):
+        if control_blocks(file.tensors):
             raise CheckpointError(
                 f"{file.path.name} holds a ControlNet too, which would be lost; use the file as it is"
             )

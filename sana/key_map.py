@@ -5,7 +5,7 @@ scripts/convert_dcae_to_diffusers.py for the autoencoder. In the tables `*` stan
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
@@ -17,6 +17,8 @@ DIFFUSERS_MARK = "transformer_blocks.0.ff.conv_inverted.weight"
 EARLY_DIFFUSERS_MARK = "transformer_blocks.0.ff.inverted_conv.conv.weight"  # of late 2024, and of ACE-Step
 EARLY_DIFFUSERS_EMBEDDING = "pos_embed.proj.weight"  # which ACE-Step lacks
 CONTROL_MARK = "controlnet_blocks.0.weight"  # of diffusers' ControlNet, which has the marks of a transformer as well
+OFFICIAL_CONTROL_MARK = "controlnet.0.copied_block.mlp.inverted_conv.conv.weight"  # beside the transformer's own
+CONTROL_BLOCK = re.compile(r"(?:.+\.)?controlnet(?:_blocks)?\.(\d+)\.")  # what names in either dialect begin with
 MUSIC_MARK = "vocoder.backbone.channel_layers.0.0.bias"  # of ACE-Step's autoencoder, which has those of a DC-AE too
 AUTOENCODER_MARKS = ("encoder.down_blocks.1.0.conv1.weight", "encoder.stages.1.op_list.0.main.conv1.conv.weight")
 
@@ -101,16 +103,40 @@ AUTOENCODER_STEPS = (
 
 def dialect_prefix(names: Mapping[str, object], mark: str) -> str | None:
     """What stands before `mark` in a file that has it; None: the file does not have it."""
-    return next((name.removesuffix(mark) for name in names if name == mark or name.endswith("." + mark)), None)
+    return next(_prefixes(names, mark), None)
+
+
+def _prefixes(names: Mapping[str, object], mark: str) -> Iterator[str]:
+    return (name.removesuffix(mark) for name in names if name == mark or name.endswith("." + mark))
 
 
 def is_transformer(names: Mapping[str, object]) -> bool:
-    if CONTROL_MARK in names:
-        return False
     early = dialect_prefix(names, EARLY_DIFFUSERS_MARK)
     return (early is not None and early + EARLY_DIFFUSERS_EMBEDDING in names) or any(
-        dialect_prefix(names, mark) is not None for mark in (OFFICIAL_MARK, DIFFUSERS_MARK)
+        _transformer_prefix(names, mark) is not None for mark in (OFFICIAL_MARK, DIFFUSERS_MARK)
     )
+
+
+def _transformer_prefix(names: Mapping[str, object], mark: str) -> str | None:
+    """As `dialect_prefix`, but not that of diffusers' ControlNet."""
+    return next((prefix for prefix in _prefixes(names, mark) if prefix + CONTROL_MARK not in names), None)
+
+
+def is_controlnet(names: Mapping[str, object]) -> bool:
+    """Whether a file holds a ControlNet for SANA, alone or beside its transformer."""
+    return _control_prefix(names) is not None
+
+
+def _control_prefix(names: Mapping[str, object]) -> str | None:
+    official = dialect_prefix(names, OFFICIAL_CONTROL_MARK)
+    # Other models have ControlNets with the second name.
+    theirs = (prefix for prefix in _prefixes(names, CONTROL_MARK) if prefix + DIFFUSERS_MARK in names)
+    return next(theirs, None) if official is None else official
+
+
+def control_blocks(names: Mapping[str, object]) -> int:
+    """How many blocks the ControlNet in a file has; 0: there is none."""
+    return len({match[1] for name in names if (match := CONTROL_BLOCK.match(name))})
 
 
 def is_autoencoder(names: Mapping[str, object]) -> bool:
@@ -125,16 +151,17 @@ def to_transformer_names(tensors: Tensors) -> Tensors:
         (DIFFUSERS_MARK, dict),
         (EARLY_DIFFUSERS_MARK, _from_early_diffusers),
     ):
-        if dialect_prefix(tensors, mark) is not None:
-            found = rename(_without_prefix(tensors, mark))
+        prefix = _transformer_prefix(tensors, mark)
+        if prefix is not None:
+            found = rename(_below(tensors, prefix))
             return {name: _as_linear(name, tensor) for name, tensor in found.items() if name not in DROPPED}
     raise AssertionError("the caller has not asked is_transformer")
 
 
 def to_control_names(tensors: Tensors) -> Tensors:
-    """The ControlNet part of an official file, with its own copy of the embeddings, in our names."""
+    """The ControlNet of a file that `is_controlnet`, with its own copy of the embeddings, in our names."""
     found = {}
-    for name, tensor in tensors.items():
+    for name, tensor in _below(tensors, _control_prefix(tensors)).items():
         match = re.match(r"controlnet\.(\d+)\.(before_proj|after_proj|copied_block)\.(.+)", name)
         if match is None:
             if not name.startswith(("blocks.", "final_layer.")) and name not in DROPPED:
@@ -152,7 +179,7 @@ def to_control_names(tensors: Tensors) -> Tensors:
 def to_autoencoder_names(tensors: Tensors) -> Tensors:
     """The DC-AE of a file in original (mit-han-lab) or diffusers names, in our names."""
     mark = next(mark for mark in AUTOENCODER_MARKS if dialect_prefix(tensors, mark) is not None)
-    tensors = _without_prefix(tensors, mark)
+    tensors = _below(tensors, dialect_prefix(tensors, mark))
     if ".op_list." not in mark:
         return tensors
     empty = {side: not any(f"{side}.stages.0." in name for name in tensors) for side in ("encoder", "decoder")}
@@ -184,8 +211,7 @@ def with_convolutions(tensors: Tensors) -> Tensors:
     }
 
 
-def _without_prefix(tensors: Tensors, mark: str) -> Tensors:
-    prefix = dialect_prefix(tensors, mark)
+def _below(tensors: Tensors, prefix: str) -> Tensors:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 

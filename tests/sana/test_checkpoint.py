@@ -218,7 +218,11 @@ OTHERS = {
     "the text encoder of another model": ("text_model.encoder.layers.0.layer_norm1.weight",),
     "the text encoder of another model ": ("encoder.block.0.layer.0.SelfAttention.q.weight",),
     "a Gemma text encoder": ("model.layers.0.post_feedforward_layernorm.weight",),
-    "a ControlNet": ("controlnet_blocks.0.weight", "transformer_blocks.0.ff.conv_inverted.weight"),
+    "a ControlNet for another model": (
+        "controlnet_blocks.0.weight",
+        "transformer_blocks.0.ff.net.0.proj.weight",
+    ),
+    "a ControlNet for SANA": ("controlnet_blocks.0.weight", "transformer_blocks.0.ff.conv_inverted.weight"),
     "a file of unknown kind (its first tensor is mystery)": ("mystery",),
 }
 

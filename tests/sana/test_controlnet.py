@@ -173,6 +173,30 @@ def test_diffusers_folder_holds_the_same(
             torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.diffusion_model.", "controlnet."])
+def test_names_may_have_a_prefix(
+    networks: tuple[dict[str, Tensor], dict[str, Tensor]], official_file: Path, tmp_path: Path, prefix: str
+) -> None:
+    """In either dialect, and beside a transformer with another one."""
+    trunk, control = networks
+    beside = {"transformer." + name: tensor for name, tensor in trunk.items()}
+    expected = load_controlnet(official_file)
+    for i, (tensors, others) in enumerate(
+        [(official_controlnet(trunk, control), {}), (control, {}), (control, beside)]
+    ):
+        prefixed = {prefix + name: tensor.clone() for name, tensor in tensors.items()}
+        save_file({**prefixed, **others}, path := tmp_path / f"{i}.safetensors")
+        found = load_controlnet(path)
+        assert found.config == expected.config
+        for name, tensor in found.state_dict().items():
+            torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=0, atol=0)
+        if tensors is not control or others:
+            assert load_transformer(path).config == CONFIG
+        else:
+            with pytest.raises(CheckpointError, match="is a ControlNet for SANA; give a SANA transformer"):
+                load_transformer(path)
+
+
 def test_a_transformer_is_no_controlnet(networks: tuple[dict[str, Tensor], dict[str, Tensor]], tmp_path: Path) -> None:
     save_file(networks[0], path := tmp_path / "transformer.safetensors")
     with pytest.raises(
@@ -197,7 +221,7 @@ def test_a_controlnet_for_another_model_is_named(tmp_path: Path, other: str) -> 
 def test_a_controlnet_is_no_transformer(networks: tuple[dict[str, Tensor], dict[str, Tensor]], tmp_path: Path) -> None:
     save_file(networks[1], path := tmp_path / "control.safetensors")
     (tmp_path / "config.json").write_text(HEADS)
-    with pytest.raises(CheckpointError, match="control.safetensors is a ControlNet; give a SANA transformer"):
+    with pytest.raises(CheckpointError, match="control.safetensors is a ControlNet for SANA; give a SANA transformer"):
         load_transformer(path)
 
 

@@ -225,11 +225,13 @@ def test_a_folder_in_shards_becomes_one_file(tmp_path: Path) -> None:
     assert_same_bits(read_tensors(target).tensors, network.state_dict())
 
 
-def test_a_controlnet_is_not_lost_in_conversion(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", ["", "module.", "model.diffusion_model."])
+def test_a_controlnet_is_not_lost_in_conversion(tmp_path: Path, prefix: str) -> None:
     tensors = official_transformer(dict(diffusers_transformer(tiny_config("sana-0.6b-1024px")).state_dict()))
     tensors["controlnet.0.after_proj.weight"] = torch.ones(96, 96)
-    save_file(tensors, source := tmp_path / "control.safetensors")
+    save_file({prefix + name: tensor for name, tensor in tensors.items()}, source := tmp_path / "control.safetensors")
     (tmp_path / "config.json").write_text(HEADS)
+    assert describe_file(source).splitlines()[2] == "custom: 3 blocks of width 96, a ControlNet of 1 blocks"
     message = "^control.safetensors holds a ControlNet too, which would be lost; use the file as it is$"
     with pytest.raises(CheckpointError, match=message):
         convert(source, tmp_path / "out.safetensors")
