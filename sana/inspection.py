@@ -24,6 +24,12 @@ from .files import CheckpointError, TensorFile, read_tensors, replacing
 from .key_map import control_blocks, is_autoencoder, is_transformer, with_convolutions
 from .transformer import SanaTransformer
 
+# What else of ours `detection.describe` knows is for.
+USES = {
+    "a Gemma text encoder": "give its path as the text encoder",
+    "a ControlNet for SANA": "load it with the node Load SANA ControlNet, beside a SANA transformer",
+}
+
 
 def describe_file(path: Path | str) -> str:
     """Five lines on a checkpoint file or folder. Raises CheckpointError if it cannot be read."""
@@ -35,8 +41,7 @@ def describe_file(path: Path | str) -> str:
         config = detect_autoencoder(autoencoder_tensors(file), file)
         return "\n".join([f"{name}: a DC-AE, the autoencoder of SANA", content, *_autoencoder_lines(config)])
     kind = describe(file.tensors)
-    use = "give its path as the text encoder" if "Gemma" in kind else "it is of no use to SANA by itself"
-    return "\n".join([f"{name}: {kind}", content, use])
+    return "\n".join([f"{name}: {kind}", content, USES.get(kind, "it is of no use to SANA by itself")])
 
 
 def convert(

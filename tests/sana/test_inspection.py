@@ -113,6 +113,14 @@ def test_lines_on_other_files_say_what_they_are(tmp_path: Path) -> None:
     ]
     save_file({"layers.0.post_feedforward_layernorm.weight": torch.ones(2)}, path)
     assert describe_file(path).splitlines()[2] == "give its path as the text encoder"
+    save_file(
+        {"controlnet_blocks.0.weight": torch.ones(2), "transformer_blocks.0.ff.conv_inverted.weight": torch.ones(2)},
+        path,
+    )
+    assert describe_file(path).splitlines()[0] == "style.safetensors: a ControlNet for SANA"
+    assert (
+        describe_file(path).splitlines()[2] == "load it with the node Load SANA ControlNet, beside a SANA transformer"
+    )
 
 
 # Conversion
