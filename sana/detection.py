@@ -22,6 +22,7 @@ from .key_map import (
     HEADER_TENSOR,
     OFFICIAL_MARK,
     control_blocks,
+    dialect_prefix,
     is_autoencoder,
     is_controlnet,
     is_transformer,
@@ -355,9 +356,27 @@ def header_tensor(identity: TransformerIdentity) -> Tensor:
 
 def read_header(file: TensorFile) -> dict[str, object]:
     """What `transformer_header`, `autoencoder_header` or `header_tensor` wrote; {} if none did."""
-    stored = next((tensor for name, tensor in file.tensors.items() if name.endswith(HEADER_TENSOR)), None)
+    stored = file.metadata.get(HEADER) or stored_bytes(file, HEADER_TENSOR) or b"{}"
     try:
-        found = json.loads(file.metadata.get(HEADER) or (b"{}" if stored is None else stored.numpy().tobytes()))
+        found = json.loads(stored)
     except ValueError:  # an entry of somebody else
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def stored_bytes(file: TensorFile, name: str) -> bytes | None:
+    """What a tensor of bytes holds, under whatever prefix; None: there is none.
+
+    Scripts that cast a whole checkpoint cast it too, which 16 bits bear. Raises CheckpointError for less.
+    """
+    prefix = dialect_prefix(file.tensors, name)
+    if prefix is None:
+        return None
+    tensor = file.tensors[prefix + name]
+    if tensor.dtype != torch.uint8 and tensor.dtype.itemsize == 1:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{file.path.name} holds {prefix}{name}, a tensor of bytes, in {dtype}, which rounds them; cast only the weights "
+            "of the original file"
+        )
+    return tensor.to("cpu", torch.uint8).contiguous().numpy().tobytes()

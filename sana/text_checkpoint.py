@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checkpoint import fill
 from .config import GemmaConfig, TransformerConfig
-from .detection import describe
+from .detection import describe, stored_bytes
 from .files import CheckpointError, TensorFile, read_tensors
 from .gemma import Gemma2
 from .key_map import dialect_prefix
@@ -73,7 +73,7 @@ def gemma_tensors(file: TensorFile) -> dict[str, Tensor]:
 
 def gemma_config(tensors: dict[str, Tensor], file: TensorFile) -> GemmaConfig:
     """The configuration beside or in the file, or that of Gemma-2-2b. Raises CheckpointError for other sizes."""
-    stored = _stored_bytes(file, CONFIG)
+    stored = stored_bytes(file, CONFIG)
     if stored is not None:
         return _from_json(json.loads(stored))
     if file.config.get("model_type") == MODEL_TYPE:
@@ -99,7 +99,7 @@ def _from_json(stored: dict[str, object]) -> GemmaConfig:
 def find_tokenizer(file: TensorFile) -> Tokenizer:
     """The tokenizer in or beside an encoder file. Raises CheckpointError if there is none."""
     for name, kind in TOKENIZERS.items():
-        stored = _stored_bytes(file, name)
+        stored = stored_bytes(file, name)
         if stored is not None:
             return _tokenizer(kind, stored, f"{name} of {file.path.name}")
     folder = file.path if file.path.is_dir() else file.path.parent
@@ -124,9 +124,3 @@ def stored_companions(tokenizer: Tokenizer, config: GemmaConfig) -> dict[str, Te
     name = next(name for name, kind in TOKENIZERS.items() if isinstance(tokenizer, kind))
     parts = {name: tokenizer.source, CONFIG: json.dumps(gemma_json(config)).encode()}
     return {name: torch.frombuffer(bytearray(part), dtype=torch.uint8) for name, part in parts.items()}
-
-
-def _stored_bytes(file: TensorFile, name: str) -> bytes | None:
-    """What a tensor of bytes holds, under whatever prefix."""
-    tensor = next((tensor for key, tensor in file.tensors.items() if key == name or key.endswith("." + name)), None)
-    return None if tensor is None else tensor.contiguous().cpu().numpy().tobytes()

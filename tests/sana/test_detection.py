@@ -199,6 +199,23 @@ def test_a_header_tells_everything(diffusers: Tensors, where: str, variant: str)
     assert identify_transformer(TensorFile(FILE, tensors, metadata)) == identity
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_header_survives_what_casts_every_tensor(diffusers: Tensors, dtype: torch.dtype) -> None:
+    identity = TransformerIdentity(tiny_config("sana-0.6b-1024px"), "custom", 2048, 2.5, "float16", "its header")
+    tensors = {**diffusers, HEADER_TENSOR: header_tensor(identity)}
+    cast = {f"model.diffusion_model.{name}": tensor.to(dtype) for name, tensor in tensors.items()}
+    assert identify_transformer(TensorFile(FILE, cast)) == identity
+
+
+def test_a_header_in_8_bits_is_refused(diffusers: Tensors) -> None:
+    tensors = {**diffusers, HEADER_TENSOR: torch.ones(3).to(torch.float8_e4m3fn)}
+    with pytest.raises(
+        CheckpointError,
+        match="^model.safetensors holds sana_header, a tensor of bytes, in float8_e4m3fn, which rounds them; cast only the",
+    ):
+        identify_transformer(TensorFile(FILE, tensors))
+
+
 def test_a_header_of_another_version_is_read_as_far_as_it_is_known(diffusers: Tensors) -> None:
     identity = TransformerIdentity(tiny_config("sana-0.6b-1024px"), "custom", 2048, 3.0, "float16", "its header")
     told = json.loads(transformer_header(identity)["sana"])

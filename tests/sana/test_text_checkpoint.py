@@ -95,6 +95,17 @@ def test_single_file_with_embedded_tokenizer(
     torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", TOKENIZERS.values(), ids=TOKENIZERS)
+def test_an_embedded_tokenizer_survives_what_casts_every_tensor(
+    tmp_path: Path, tensors: Tensors, kind: type[Tokenizer], dtype: torch.dtype
+) -> None:
+    stored = {**tensors, **stored_companions(kind(tokenizer_source(kind)), GEMMA)}
+    save_file({name: tensor.to(dtype) for name, tensor in stored.items()}, path := tmp_path / "gemma.safetensors")
+    encoder = load_text_encoder(path)
+    assert encoder.tokenizer.source == tokenizer_source(kind) and encoder.model.config == GEMMA
+
+
 @torch.no_grad()
 def test_the_file_of_a_host_with_a_sentencepiece_tensor_and_a_configuration_beside_it(
     tmp_path: Path, tensors: Tensors, expected: Tensor
