@@ -9,7 +9,8 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from typing import TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -39,6 +40,8 @@ SIBLING_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}  # by the suffix that d
 # Sides in pixels that the position buffer of an official file was made for, by its length, with the position settings.
 POSITIONS_2K_4K = {64**2: (64, 1.0), 128**2: (128, 2.0)}
 
+Filled = TypeVar("Filled")
+
 
 @dataclass(frozen=True)
 class TransformerIdentity:
@@ -58,8 +61,9 @@ def identify_transformer(file: TensorFile, variant: str | None = None) -> Transf
     if variant is not None and variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is unknown; use one of {', '.join(VARIANTS)}")
     tensors, header = transformer_tensors(file), read_header(file)
-    if variant is None and "base_size" in header:
-        return _told_identity(header)
+    told = None if variant else _told_identity(header)
+    if told is not None:
+        return told
     if variant is None:
         found = _complete_identity(detect_transformer(tensors, file), _stored_dtype(tensors, file), file)
     else:
@@ -67,11 +71,11 @@ def identify_transformer(file: TensorFile, variant: str | None = None) -> Transf
     return replace(found, guidance_scale=_guidance_scale(header, file))
 
 
-def _told_identity(header: Mapping[str, object]) -> TransformerIdentity:
-    """What a header tells, but for a dtype that no model was released in."""
-    config = TransformerConfig(**_known(TransformerConfig, header["config"]))
-    told = TransformerIdentity(**{**_known(TransformerIdentity, header), "config": config, "origin": "its header"})
-    return replace(told, dtype=_release_dtype(told.dtype, told.variant))
+def _told_identity(header: Mapping[str, object]) -> TransformerIdentity | None:
+    """What a header tells, but for a dtype that no model was released in; None: it is none of ours."""
+    config = _filled(TransformerConfig, header.get("config"))
+    told = _filled(TransformerIdentity, {**header, "config": config, "origin": "its header"})
+    return told and replace(told, dtype=_release_dtype(told.dtype, told.variant))
 
 
 def _release_dtype(stored: str, variant: str) -> str:
@@ -81,9 +85,23 @@ def _release_dtype(stored: str, variant: str) -> str:
     return VARIANTS[variant].dtype if variant in VARIANTS else "bfloat16"
 
 
-def _known(kind: type, values: Mapping[str, object]) -> dict[str, object]:
-    """The values that are fields of a dataclass; a later version may have written more."""
-    return {field.name: values[field.name] for field in fields(kind) if field.name in values}
+def _filled(kind: type[Filled], values: object) -> Filled | None:
+    """A dataclass of the values that are its fields, since a later version may have written more.
+
+    None: a value is of another type than its field, or one is missing that has no default.
+    """
+    if not isinstance(values, Mapping):
+        return None
+    types = get_type_hints(kind)
+    known = {name: values[name] for name in types if name in values}
+    needed = {field.name for field in fields(kind) if field.default is MISSING}
+    fit = all(_is_a(value, types[name]) for name, value in known.items())
+    return kind(**known) if fit and needed <= known.keys() else None
+
+
+def _is_a(value: object, kind: type) -> bool:
+    """Whether a value has a type; JSON writes numbers without a fraction as integers."""
+    return isinstance(value, kind) or (isinstance(value, int) and isinstance(0.0, kind))
 
 
 def _given_identity(variant: str, tensors: Mapping[str, Tensor], file: TensorFile) -> TransformerIdentity:
@@ -236,7 +254,7 @@ def detect_autoencoder(tensors: Mapping[str, Tensor], file: TensorFile) -> Autoe
         out_activation="relu" if any(stage.attention for stage in decoder) else "silu",
     )
     scale = file.config.get("scaling_factor", read_header(file).get("latent_scale"))
-    if scale is None:
+    if type(scale) not in (int, float):
         rows = [row for row in AUTOENCODERS.values() if replace(row, latent_scale=config.latent_scale) == config]
         scale = rows[0].latent_scale if rows else config.latent_scale
     return replace(config, latent_scale=float(scale))

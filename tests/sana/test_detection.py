@@ -225,7 +225,21 @@ def test_a_header_of_another_version_is_read_as_far_as_it_is_known(diffusers: Te
     assert identify_transformer(TensorFile(FILE, diffusers, header)) == identity
 
 
-@pytest.mark.parametrize("content", ["", "0.1", "made with SANA"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "0.1",
+        "made with SANA",
+        '{"base_size": 1024}',
+        '{"base_size": 1024, "config": [1]}',
+        '{"base_size": 1024, "config": {}}',
+        '{"base_size": 1024, "config": "x", "variant": "x", "flow_shift": 3, "dtype": "bfloat16"}',
+        '{"base_size": "x", "config": {"depth": 3}, "variant": "x", "flow_shift": 3, "dtype": "bfloat16"}',
+        '{"base_size": 1024, "config": {"depth": "3"}, "variant": "x", "flow_shift": 3, "dtype": "bfloat16"}',
+        '{"base_size": 1024, "config": {"depth": 3}, "variant": "x", "flow_shift": 3, "dtype": null}',
+    ],
+)
 def test_a_header_of_somebody_else_tells_nothing(diffusers: Tensors, content: str) -> None:
     found = identify_transformer(TensorFile(FILE, diffusers, {"sana": content}, HEADS))
     assert found == identify_transformer(TensorFile(FILE, diffusers, config=HEADS))
@@ -243,6 +257,12 @@ def test_an_unknown_variant_is_refused_with_the_known_ones(diffusers: Tensors) -
         ValueError, match="^variant 'sana-9b' is unknown; use one of sana-0.6b-1024px, sana-0.6b-512px, "
     ):
         identify_transformer(TensorFile(FILE, diffusers, config=HEADS), "sana-9b")
+
+
+@pytest.mark.parametrize("content", ['{"latent_scale": "x"}', '{"latent_scale": [1]}'])
+def test_a_latent_scale_that_is_no_number_is_not_read(content: str) -> None:
+    tensors = released("autoencoders", "diffusers", "dc-ae-f32c32-sana-1.1").tensors
+    assert detect_autoencoder(tensors, TensorFile(FILE, tensors, {"sana": content})).latent_scale == 0.41407
 
 
 @pytest.mark.parametrize(
