@@ -22,6 +22,7 @@ from .key_map import (
     EARLY_DIFFUSERS_MARK,
     HEADER_TENSOR,
     OFFICIAL_MARK,
+    VIDEO_MARKS,
     control_blocks,
     dialect_prefix,
     is_autoencoder,
@@ -329,6 +330,7 @@ def autoencoder_tensors(file: TensorFile) -> dict[str, Tensor]:
 
 # What other files users hand us by mistake, by a part of a tensor name.
 KINDS = (
+    (VIDEO_MARKS, "SANA-Video, which makes videos and runs in diffusers"),
     (("lora_A.", "lora_B.", "lora_down.", "lora_up.", "hada_w1", "lokr_w1"), "a LoRA"),
     (("double_blocks.0.", "single_transformer_blocks.0."), "a Flux model"),
     (("input_blocks.0.0.", "down_blocks.0.resnets.0.time_emb_proj."), "a Stable Diffusion model"),

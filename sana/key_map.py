@@ -19,6 +19,8 @@ EARLY_DIFFUSERS_EMBEDDING = "pos_embed.proj.weight"  # which ACE-Step lacks
 CONTROL_MARK = "controlnet_blocks.0.weight"  # of diffusers' ControlNet, which has the marks of a transformer as well
 OFFICIAL_CONTROL_MARK = "controlnet.0.copied_block.mlp.inverted_conv.conv.weight"  # beside the transformer's own
 CONTROL_BLOCK = re.compile(r"(?:.+\.)?controlnet(?:_blocks)?\.(\d+)\.")  # what names in either dialect begin with
+# Of SANA-Video, which has the marks of a transformer too.
+VIDEO_MARKS = ("transformer_blocks.0.ff.conv_temp.weight", "blocks.0.mlp.t_conv.weight")
 MUSIC_MARK = "vocoder.backbone.channel_layers.0.0.bias"  # of ACE-Step's autoencoder, which has those of a DC-AE too
 AUTOENCODER_MARKS = ("encoder.down_blocks.1.0.conv1.weight", "encoder.stages.1.op_list.0.main.conv1.conv.weight")
 
@@ -111,6 +113,8 @@ def _prefixes(names: Mapping[str, object], mark: str) -> Iterator[str]:
 
 
 def is_transformer(names: Mapping[str, object]) -> bool:
+    if any(dialect_prefix(names, mark) is not None for mark in VIDEO_MARKS):
+        return False
     early = dialect_prefix(names, EARLY_DIFFUSERS_MARK)
     return (early is not None and early + EARLY_DIFFUSERS_EMBEDDING in names) or any(
         _transformer_prefix(names, mark) is not None for mark in (OFFICIAL_MARK, DIFFUSERS_MARK)

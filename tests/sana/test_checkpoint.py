@@ -209,6 +209,15 @@ OTHERS = {
         "dcae.encoder.down_blocks.1.0.conv1.weight",
         "vocoder.backbone.channel_layers.0.0.bias",
     ),
+    "SANA-Video, which makes videos and runs in diffusers": (
+        "patch_embedding.weight",
+        "transformer_blocks.0.ff.conv_inverted.weight",
+        "transformer_blocks.0.ff.conv_temp.weight",
+    ),
+    "SANA-Video, which makes videos and runs in diffusers ": (
+        "module.blocks.0.mlp.inverted_conv.conv.weight",
+        "module.blocks.0.mlp.t_conv.weight",
+    ),
     "the VAE of another model": ("decoder.up.0.block.0.conv1.weight", "encoder.conv_in.weight"),
     "the VAE of another model ": ("decoder.up_blocks.0.resnets.0.conv1.weight",),
     "a diffusion transformer of another family, such as PixArt": (
