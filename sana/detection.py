@@ -32,7 +32,8 @@ from .key_map import (
     to_transformer_names,
 )
 
-AUTOENCODER_SOURCE = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"  # for who has none
+TRANSFORMER_SOURCE = VARIANTS["sana-1.6b-1024px"].source  # for who has none
+AUTOENCODER_SOURCE = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
 HEADER = "sana"  # key of our entry in a safetensors header: JSON of what the tensors cannot tell
 DEFAULT_FLOW_SHIFT = 3.0
 DEFAULT_GUIDANCE_SCALE = 4.5  # of the official demo, for every release
@@ -314,7 +315,9 @@ def _kernel(tensors: Mapping[str, Tensor], pattern: str, file: TensorFile) -> Te
 def transformer_tensors(file: TensorFile) -> dict[str, Tensor]:
     """The transformer of a file in our names. Raises CheckpointError if there is none."""
     if not is_transformer(file.tensors):
-        raise CheckpointError(f"{file.path.name} is {describe(file.tensors)}; give a SANA transformer")
+        raise CheckpointError(
+            f"{file.path.name} is {describe(file.tensors)}; give a SANA transformer, such as {TRANSFORMER_SOURCE}"
+        )
     return to_transformer_names(file.tensors)
 
 
@@ -328,10 +331,12 @@ def autoencoder_tensors(file: TensorFile) -> dict[str, Tensor]:
     return to_autoencoder_names(file.tensors)
 
 
+SVDQUANT = "a SANA transformer quantised by SVDQuant, which only nunchaku reads"
 # What other files users hand us by mistake, by a part of a tensor name.
 KINDS = (
     (VIDEO_MARKS, "SANA-Video, which makes videos and runs in diffusers"),
     (("lora_A.", "lora_B.", "lora_down.", "lora_up.", "hada_w1", "lokr_w1"), "a LoRA"),
+    (("ff.inverted_conv.qweight",), SVDQUANT),
     (("double_blocks.0.", "single_transformer_blocks.0."), "a Flux model"),
     (("input_blocks.0.0.", "down_blocks.0.resnets.0.time_emb_proj."), "a Stable Diffusion model"),
     (("joint_blocks.0.",), "a Stable Diffusion 3 model"),

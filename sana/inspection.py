@@ -11,6 +11,8 @@ from .autoencoder import DCAutoencoder
 from .checkpoint import check_tensors
 from .config import AUTOENCODERS, VARIANTS, AutoencoderConfig
 from .detection import (
+    SVDQUANT,
+    TRANSFORMER_SOURCE,
     TransformerIdentity,
     autoencoder_header,
     autoencoder_tensors,
@@ -24,9 +26,10 @@ from .files import CheckpointError, TensorFile, read_tensors, replacing
 from .key_map import control_blocks, is_autoencoder, is_transformer, with_convolutions
 from .transformer import SanaTransformer
 
-# What else of ours `detection.describe` knows is for.
+# What to do with some of what `detection.describe` knows.
 USES = {
     "a Gemma text encoder": "give its path as the text encoder",
+    SVDQUANT: f"use {TRANSFORMER_SOURCE} instead",
     "a ControlNet for SANA": "load it with the node Load SANA ControlNet, beside a SANA transformer",
 }
 

@@ -36,6 +36,7 @@ from tests.sana.networks import (
 Tensors = dict[str, Tensor]
 HEADS = {"num_cross_attention_heads": 2}  # what a config.json beside so small a network has to say
 FILE = Path("model.safetensors")
+ADVICE = "give a SANA transformer, such as Efficient-Large-Model/Sana_1600M_1024px_BF16"
 VAE_ADVICE = "give a DC-AE, such as dc-ae-f32c32-sana-1.1 from mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
 
 
@@ -209,6 +210,13 @@ OTHERS = {
         "dcae.encoder.down_blocks.1.0.conv1.weight",
         "vocoder.backbone.channel_layers.0.0.bias",
     ),
+    "a SANA transformer quantised by SVDQuant, which only nunchaku reads": (
+        "patch_embed.proj.weight",
+        "transformer_blocks.0.attn.qkv_proj.lora_down",
+        "transformer_blocks.0.attn.qkv_proj.qweight",
+        "transformer_blocks.0.ff.inverted_conv.qweight",
+        "transformer_blocks.0.ff.inverted_conv.wscales",
+    ),
     "SANA-Video, which makes videos and runs in diffusers": (
         "patch_embedding.weight",
         "transformer_blocks.0.ff.conv_inverted.weight",
@@ -239,22 +247,21 @@ OTHERS = {
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_models_are_named(tmp_path: Path, kind: str) -> None:
     path, kind = write(tmp_path, names(*OTHERS[kind])), kind.strip()
-    assert refusal(lambda: load_transformer(path)) == f"{path.name} is {kind}; give a SANA transformer"
+    assert refusal(lambda: load_transformer(path)) == f"{path.name} is {kind}; {ADVICE}"
     assert refusal(lambda: load_autoencoder(path)) == f"{path.name} is {kind}; {VAE_ADVICE}"
 
 
 def test_parts_of_sana_in_the_place_of_each_other_are_named(tmp_path: Path, diffusers: Tensors) -> None:
     autoencoder = diffusers_autoencoder(tiny_autoencoder_config("dc-ae-f32c32-sana-1.1", depth=1)).state_dict()
     path = write(tmp_path, autoencoder, "ae.safetensors")
-    message = "ae.safetensors is a DC-AE, the autoencoder of SANA; give a SANA transformer"
-    assert refusal(lambda: load_transformer(path)) == message
+    assert refusal(lambda: load_transformer(path)) == f"{path.name} is a DC-AE, the autoencoder of SANA; {ADVICE}"
     path = write(tmp_path, diffusers, "sana.safetensors")
     assert refusal(lambda: load_autoencoder(path)) == f"sana.safetensors is a SANA transformer; {VAE_ADVICE}"
 
 
 def test_an_empty_file_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, {})
-    assert refusal(lambda: load_transformer(path)) == "model.safetensors is empty; give a SANA transformer"
+    assert refusal(lambda: load_transformer(path)) == f"model.safetensors is empty; {ADVICE}"
     assert describe({}) == "empty"
 
 
