@@ -21,6 +21,10 @@ from .operations import Operations
 from .transformer import SanaTransformer
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+CONVERTIBLE = (SanaTransformer, DCAutoencoder)  # what `inspection.convert` writes
+HOST_QUANTISED = ("comfy_quant", "scaled_fp8")  # how names end by which ComfyUI knows quantised weights
+QUANTISED = (*HOST_QUANTISED, "scale_weight", "weight_scale")
 
 
 def load_transformer(
@@ -91,21 +95,35 @@ def fill(
 ) -> nn.Module:
     """Give a network on meta its tensors, one at a time in dtype and on device. name: of the file, for errors.
 
-    Raises CheckpointError as `check_tensors` does.
+    Raises CheckpointError as `check_numbers` and `check_tensors` do.
     """
-    expected = network.state_dict()
-    for key, tensor in tensors.items():
-        if key in expected and expected[key].is_floating_point() and tensor.dtype not in FLOAT_DTYPES:
-            stored = str(tensor.dtype).removeprefix("torch.")
-            raise CheckpointError(
-                f"{name} holds {stored} tensors, first {key}, which this package cannot compute with; use a float32, float16 or "
-                "bfloat16 file"
-            )
-    check_tensors(expected, tensors, name)
+    check_numbers(network, tensors, name)
+    check_tensors(network.state_dict(), tensors, name)
     network.load_state_dict(
         {key: _placed(tensor, dtype, device) for key, tensor in tensors.items()}, strict=True, assign=True
     )
     return network.eval().requires_grad_(False)
+
+
+def check_numbers(
+    network: nn.Module, tensors: Mapping[str, Tensor], name: str, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
+) -> None:
+    """Raises CheckpointError if the weights of a network are quantised or in another dtype. name: of the file."""
+    scales = sorted(key for key in tensors if key.endswith(QUANTISED))
+    if scales:
+        hosted = isinstance(network, SanaTransformer) and any(key.endswith(HOST_QUANTISED) for key in scales)
+        advice = "load it in ComfyUI, or take" if hosted else "take"
+        raise CheckpointError(f"{name} is quantised, with {scales[0]} beside its weights; {advice} a file that is not")
+    expected = network.state_dict()
+    for key, tensor in tensors.items():
+        if key in expected and expected[key].is_floating_point() and tensor.dtype not in dtypes:
+            stored = str(tensor.dtype).removeprefix("torch.")
+            convertible = isinstance(network, CONVERTIBLE) and tensor.dtype in FP8_DTYPES
+            advice = ", which `python -m sana convert --dtype bfloat16` makes of it" if convertible else ""
+            raise CheckpointError(
+                f"{name} holds {stored} tensors, first {key}, which this package cannot compute with; use a float32, float16 or "
+                f"bfloat16 file{advice}"
+            )
 
 
 def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], name: str) -> None:

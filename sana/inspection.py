@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .autoencoder import DCAutoencoder
-from .checkpoint import check_tensors
+from .checkpoint import FLOAT_DTYPES, FP8_DTYPES, check_numbers, check_tensors
 from .config import AUTOENCODERS, VARIANTS, AutoencoderConfig
 from .detection import (
     SVDQUANT,
@@ -52,7 +52,7 @@ def convert(
 ) -> str:
     """Write the transformer or autoencoder of source as target, a safetensors file, and say what was written.
 
-    dtype: of the numbers; None: as they are. Raises CheckpointError if source is neither, is incomplete or holds a ControlNet, ValueError for a
+    dtype: of the numbers; None: as they are. Raises CheckpointError if source is neither, is incomplete, is quantised or holds a ControlNet, ValueError for a
     target that is no `.safetensors` file, and OSError for one that cannot be written. The target appears when it is complete, or not at all.
     """
     target = Path(target)
@@ -74,6 +74,7 @@ def convert(
         header, what = autoencoder_header(config), _autoencoder_name(config)
     else:
         raise CheckpointError(f"{file.path.name} is {describe(file.tensors)}; give a SANA transformer or a DC-AE")
+    check_numbers(network, tensors, file.path.name, (*FLOAT_DTYPES, *FP8_DTYPES))
     check_tensors(network.state_dict(), tensors, file.path.name)
     tensors = with_convolutions(tensors)
     stored = {name: _stored(tensor, dtype) for name, tensor in tensors.items()}

@@ -280,7 +280,8 @@ def in_dtype(dtype: torch.dtype, fragment: str) -> Callable[[Tensors], Tensors]:
 def scaled_fp8(tensors: Tensors) -> Tensors:
     """As hosts store it: a scale beside every matrix."""
     scales = {n.removesuffix("weight") + "scale_weight": torch.ones(()) for n in tensors if n.endswith("to_q.weight")}
-    return in_dtype(torch.float8_e4m3fn, ".to_q.weight")(tensors) | scales
+    mark = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    return in_dtype(torch.float8_e4m3fn, ".to_q.weight")(tensors) | scales | mark
 
 
 def packed(tensors: Tensors) -> Tensors:
@@ -290,6 +291,7 @@ def packed(tensors: Tensors) -> Tensors:
 
 
 UNUSABLE = "which this package cannot compute with; use a float32, float16 or bfloat16 file"
+CONVERTED = ", which `python -m sana convert --dtype bfloat16` makes of it"
 BROKEN = {
     "one missing": (
         without("caption_norm.weight"),
@@ -315,15 +317,24 @@ BROKEN = {
     ),
     "fp8": (
         in_dtype(torch.float8_e4m3fn, ".to_q.weight"),
-        f" holds float8_e4m3fn tensors, first transformer_blocks.0.attn1.to_q.weight, {UNUSABLE}",
+        f" holds float8_e4m3fn tensors, first transformer_blocks.0.attn1.to_q.weight, {UNUSABLE}{CONVERTED}",
     ),
     "fp8 with range": (
         in_dtype(torch.float8_e5m2, "transformer_blocks.1.ff.conv_point.weight"),
-        f" holds float8_e5m2 tensors, first transformer_blocks.1.ff.conv_point.weight, {UNUSABLE}",
+        f" holds float8_e5m2 tensors, first transformer_blocks.1.ff.conv_point.weight, {UNUSABLE}{CONVERTED}",
     ),
     "scaled fp8": (
         scaled_fp8,
-        f" holds float8_e4m3fn tensors, first transformer_blocks.0.attn1.to_q.weight, {UNUSABLE}",
+        " is quantised, with scaled_fp8 beside its weights; load it in ComfyUI, or take a file that is not",
+    ),
+    "marked by the host": (
+        with_tensor("transformer_blocks.0.attn1.to_q.comfy_quant", 27, dtype=torch.uint8),
+        " is quantised, with transformer_blocks.0.attn1.to_q.comfy_quant beside its weights; load it in ComfyUI, or take a "
+        "file that is not",
+    ),
+    "scales alone": (
+        with_tensor("transformer_blocks.0.attn1.to_q.weight_scale"),
+        " is quantised, with transformer_blocks.0.attn1.to_q.weight_scale beside its weights; take a file that is not",
     ),
     "int8": (
         in_dtype(torch.int8, "transformer_blocks.0.attn2.to_q.weight"),

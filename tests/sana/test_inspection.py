@@ -228,6 +228,35 @@ def test_a_dtype_is_that_of_the_numbers(tmp_path: Path) -> None:
     assert identify_transformer(read_tensors(target)).config == tiny_config("sana-0.6b-1024px")
 
 
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_converted_fp8_file_loads(tmp_path: Path, stored: torch.dtype) -> None:
+    tensors = randomise(diffusers_transformer(tiny_config("sana-0.6b-1024px"))).state_dict()
+    save_file({name: tensor.to(stored) for name, tensor in tensors.items()}, source := tmp_path / "a.safetensors")
+    (tmp_path / "config.json").write_text(HEADS)
+    convert(source, target := tmp_path / "b.safetensors", dtype=torch.bfloat16)
+    for name, tensor in load_transformer(target, None).state_dict().items():
+        assert torch.equal(tensor.flatten(), tensors[name].to(stored).bfloat16().flatten())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("proj_out.weight", torch.ones(32, 96, dtype=torch.int8), "holds int8 tensors, first proj_out.weight, which"),
+        ("scaled_fp8", torch.ones(2), "is quantised, with scaled_fp8 beside its weights; load it in ComfyUI, or take"),
+    ],
+)
+def test_what_is_quantised_is_not_converted(
+    tmp_path: Path, name: str, tensor: Tensor, message: str, dtype: torch.dtype | None
+) -> None:
+    tensors = diffusers_transformer(tiny_config("sana-0.6b-1024px")).state_dict()
+    save_file({**tensors, name: tensor}, source := tmp_path / "sana.safetensors")
+    (tmp_path / "config.json").write_text(HEADS)
+    with pytest.raises(CheckpointError, match=f"^sana.safetensors {message}"):
+        convert(source, tmp_path / "out.safetensors", dtype=dtype)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_a_folder_in_shards_becomes_one_file(tmp_path: Path) -> None:
     network = randomise(diffusers_transformer(tiny_config("sana-0.6b-1024px")))
     network.save_pretrained(tmp_path / "model" / "transformer", max_shard_size="500KB")
