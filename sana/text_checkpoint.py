@@ -50,8 +50,9 @@ def load_text_encoder(
     """
     file = read_tensors(path, "text_encoder")
     tensors = gemma_tensors(file)
-    tokenizer = find_tokenizer(file)
-    model = Gemma2(gemma_config(tensors, file), operations=operations, device="meta")
+    config = gemma_config(tensors, file)
+    tokenizer = find_tokenizer(file, config)
+    model = Gemma2(config, operations=operations, device="meta")
     return GemmaTextEncoder(fill(model, tensors, file.path.name, dtype, device), tokenizer)
 
 
@@ -96,27 +97,34 @@ def _from_json(stored: dict[str, object]) -> GemmaConfig:
     return GemmaConfig(**{field.name: stored[field.name] for field in fields(GemmaConfig) if field.name in stored})
 
 
-def find_tokenizer(file: TensorFile) -> Tokenizer:
-    """The tokenizer in or beside an encoder file. Raises CheckpointError if there is none."""
+def find_tokenizer(file: TensorFile, config: GemmaConfig) -> Tokenizer:
+    """The tokenizer in or beside an encoder file. Raises CheckpointError if there is none, or that of a larger vocabulary."""
     for name, kind in TOKENIZERS.items():
         stored = stored_bytes(file, name)
         if stored is not None:
-            return _tokenizer(kind, stored, f"{name} of {file.path.name}")
+            return _tokenizer(kind, stored, f"{name} of {file.path.name}", config)
     folder = file.path if file.path.is_dir() else file.path.parent
     for place in (folder, folder.parent / "tokenizer"):
         for name, kind in (("tokenizer.json", JsonTokenizer), ("tokenizer.model", SentencePieceTokenizer)):
             if (place / name).is_file():
-                return _tokenizer(kind, (place / name).read_bytes(), str(place / name))
+                return _tokenizer(kind, (place / name).read_bytes(), str(place / name), config)
     raise CheckpointError(
         f"{file.path.name} has no tokenizer; put tokenizer.json or tokenizer.model of {SOURCE} beside it"
     )
 
 
-def _tokenizer(kind: type[JsonTokenizer | SentencePieceTokenizer], source: bytes, name: str) -> Tokenizer:
+def _tokenizer(
+    kind: type[JsonTokenizer | SentencePieceTokenizer], source: bytes, name: str, config: GemmaConfig
+) -> Tokenizer:
     try:
-        return kind(source)
+        found = kind(source)
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{name} is not a readable tokenizer ({error}); download it again") from error
+    if found.size > config.vocab_size:
+        raise CheckpointError(
+            f"{name} has {found.size} tokens and the text encoder only {config.vocab_size}; use the tokenizer of {SOURCE}"
+        )
+    return found
 
 
 def stored_companions(tokenizer: Tokenizer, config: GemmaConfig) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ PAD, EOS, BOS = 0, 1, 2  # token ids of every Gemma-2 vocabulary
 
 class Tokenizer(Protocol):
     source: bytes  # of the file it was made from
+    size: int  # of its vocabulary, without tokens that a fine-tune added for other uses
 
     def encode(self, text: str) -> list[int]:
         """Token ids, the beginning-of-sequence token first."""
@@ -39,6 +40,7 @@ class JsonTokenizer:
         # transformers stores the settings of its last call in the file
         self.backend.no_truncation()
         self.backend.no_padding()
+        self.size = self.backend.get_vocab_size(with_added_tokens=False)
 
     def encode(self, text: str) -> list[int]:
         return [BOS, *self.backend.encode(text, add_special_tokens=False).ids]
@@ -53,6 +55,7 @@ class SentencePieceTokenizer:
         self.source = source
         self.backend = SentencePieceProcessor()
         self.backend.LoadFromSerializedProto(source)
+        self.size = self.backend.GetPieceSize()
 
     def encode(self, text: str) -> list[int]:
         return [BOS, *self.backend.encode(text)]

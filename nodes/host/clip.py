@@ -114,7 +114,8 @@ def load_clip(path: Path, dtype: torch.dtype | None = None) -> comfy.sd.CLIP:
 def make_clip(file: TensorFile, dtype: torch.dtype | None = None) -> comfy.sd.CLIP:
     """`load_clip` of an opened file."""
     tensors = gemma_tensors(file)
-    config, tokenizer = gemma_config(tensors, file), find_tokenizer(file)
+    config = gemma_config(tensors, file)
+    tokenizer = find_tokenizer(file, config)
     name = file.path.name
     quantised = {key.removesuffix(".comfy_quant") for key in tensors if key.endswith(".comfy_quant")}
     if not quantised:

@@ -238,3 +238,28 @@ def test_a_broken_tokenizer_is_named(tmp_path: Path, tensors: Tensors, name: str
     (folder / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=name):
         load_text_encoder(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer_json"])
+def test_a_tokenizer_of_a_larger_vocabulary_is_refused(tmp_path: Path, tensors: Tensors, name: str) -> None:
+    fewer = {**tensors, "embed_tokens.weight": tensors["embed_tokens.weight"][:300].clone()}
+    if name == "tokenizer_json":
+        fewer |= stored_companions(JsonTokenizer(tokenizer_json()), GEMMA)
+        del fewer["gemma_config"]
+    folder = write_folder(tmp_path, fewer, tokenizer=False)
+    (folder / "config.json").write_text(json.dumps({**gemma_json(GEMMA), "vocab_size": 300}))
+    if name != "tokenizer_json":
+        (folder / name).write_bytes(tokenizer_json() if name == "tokenizer.json" else tokenizer_model())
+    message = (
+        rf"{name}.* has \d+ tokens and the text encoder only 300; use the tokenizer of Efficient-Large-Model/gemma"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        load_text_encoder(folder)
+
+
+def test_tokens_that_no_prompt_uses_may_exceed_the_vocabulary(tmp_path: Path, tensors: Tensors) -> None:
+    folder = write_folder(tmp_path, tensors)
+    tokenizer = Backend.from_str(tokenizer_json().decode())
+    tokenizer.add_special_tokens([f"<tool {i}>" for i in range(GEMMA.vocab_size)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert load_text_encoder(folder).count([PROMPTS[0]])[0].used > 5
