@@ -22,6 +22,7 @@ MARK = "layers.0.post_feedforward_layernorm.weight"
 # Tensors of bytes in single-file encoders: the tokenizer (the first is the host's convention) and the configuration.
 TOKENIZERS = {"spiece_model": SentencePieceTokenizer, "tokenizer_json": JsonTokenizer}
 CONFIG = "gemma_config"
+BUFFER = ".rotary_emb.inv_freq"  # which older files hold for every layer; it is computed
 MODEL_TYPE = "gemma2"  # in a Hugging Face config.json
 SOURCE = "Efficient-Large-Model/gemma-2-2b-it"
 
@@ -69,7 +70,8 @@ def gemma_tensors(file: TensorFile) -> dict[str, Tensor]:
         kind = describe(file.tensors) if prefix is None else "a Gemma of another generation"
         raise CheckpointError(f"{file.path.name} is {kind}; give a Gemma-2-2b-it, such as {SOURCE}")
     found = {name.removeprefix(prefix): tensor for name, tensor in file.tensors.items() if name.startswith(prefix)}
-    return {name: tensor for name, tensor in found.items() if name.startswith(("layers.", "embed_tokens.", "norm."))}
+    used = {name: tensor for name, tensor in found.items() if name.startswith(("layers.", "embed_tokens.", "norm."))}
+    return {name: tensor for name, tensor in used.items() if not name.endswith(BUFFER)}
 
 
 def gemma_config(tensors: dict[str, Tensor], file: TensorFile) -> GemmaConfig:
