@@ -121,12 +121,15 @@ def make_clip(file: TensorFile, dtype: torch.dtype | None = None) -> comfy.sd.CL
     if not quantised:
         check_tensors(Gemma2(config, device="meta").state_dict(), tensors, name)
         tensors = {key: tensor.to(dtype) if dtype else tensor for key, tensor in tensors.items()}
-    stored = tensors["layers.0.mlp.up_proj.weight"].dtype
+    stored = tensors["norm.weight" if quantised else "layers.0.mlp.up_proj.weight"].dtype
     compute = compute_dtype(tensors["norm.weight"].dtype)
-    operations = comfy.ops.mixed_precision_ops({"mixed_ops": True}, compute) if quantised else comfy.ops.manual_cast
+    operations, place = comfy.ops.manual_cast, "meta"
+    if quantised:
+        operations = comfy.ops.mixed_precision_ops({"mixed_ops": True}, compute, full_precision_mm=True)
+        place = "cpu"  # such layers load to where they were built, and meta would keep nothing
 
     def build(dtype: torch.dtype, device: torch.device, model_options: Mapping[str, object]) -> SanaTextModel:
-        model = Gemma2(config, operations=operations, dtype=stored, compute_dtype=compute, device="meta")
+        model = Gemma2(config, operations=operations, dtype=stored, compute_dtype=compute, device=place)
         return SanaTextModel(HostGemma(model.eval().requires_grad_(False), tokenizer), stored)
 
     def wrap(embedding_directory: str | None, tokenizer_data: Mapping[str, object]) -> SanaTokenizer:
