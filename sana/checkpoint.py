@@ -17,6 +17,7 @@ from .detection import (
     transformer_tensors,
 )
 from .files import CheckpointError, TensorFile, read_tensors
+from .gemma import Gemma2
 from .operations import Operations
 from .transformer import SanaTransformer
 
@@ -24,7 +25,9 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 CONVERTIBLE = (SanaTransformer, DCAutoencoder)  # what `inspection.convert` writes
 HOST_QUANTISED = ("comfy_quant", "scaled_fp8")  # how names end by which ComfyUI knows quantised weights
-QUANTISED = (*HOST_QUANTISED, "scale_weight", "weight_scale")
+HOST_READS = (SanaTransformer, Gemma2)  # with such weights
+BITSANDBYTES = (".absmax", ".quant_map", ".SCB")  # what it keeps beside packed matrices
+QUANTISED = (*HOST_QUANTISED, "scale_weight", "weight_scale", *BITSANDBYTES)
 
 
 def load_transformer(
@@ -111,7 +114,7 @@ def check_numbers(
     """Raises CheckpointError if the weights of a network are quantised or in another dtype. name: of the file."""
     scales = sorted(key for key in tensors if key.endswith(QUANTISED))
     if scales:
-        hosted = isinstance(network, SanaTransformer) and any(key.endswith(HOST_QUANTISED) for key in scales)
+        hosted = isinstance(network, HOST_READS) and any(key.endswith(HOST_QUANTISED) for key in scales)
         advice = "load it in ComfyUI, or take" if hosted else "take"
         raise CheckpointError(f"{name} is quantised, with {scales[0]} beside its weights; {advice} a file that is not")
     expected = network.state_dict()

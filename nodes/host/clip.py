@@ -15,12 +15,12 @@ import comfy.sd
 import torch
 from torch import Tensor, nn
 
-from ...sana.checkpoint import check_tensors
 from ...sana.config import GemmaConfig
 from ...sana.files import TensorFile, read_tensors
 from ...sana.gemma import Gemma2
 from ...sana.text_checkpoint import find_tokenizer, gemma_config, gemma_tensors, stored_companions
 from ...sana.text_encoder import GemmaTextEncoder, Tokenizer
+from .quantised import FORMAT, check_quantised, with_formats
 
 NAME = "gemma2_2b"  # of the token list, and of the encoder in LoRA and checkpoint files, as in the host
 INSTRUCTION = "instruction"  # entry of the tokens
@@ -113,13 +113,13 @@ def load_clip(path: Path, dtype: torch.dtype | None = None) -> comfy.sd.CLIP:
 
 def make_clip(file: TensorFile, dtype: torch.dtype | None = None) -> comfy.sd.CLIP:
     """`load_clip` of an opened file."""
+    file = with_formats(file)
     tensors = gemma_tensors(file)
     config = gemma_config(tensors, file)
     tokenizer = find_tokenizer(file, config)
-    name = file.path.name
-    quantised = {key.removesuffix(".comfy_quant") for key in tensors if key.endswith(".comfy_quant")}
+    check_quantised(Gemma2(config, device="meta").state_dict(), tensors, file.path.name)
+    quantised = any(key.endswith(FORMAT) for key in tensors)
     if not quantised:
-        check_tensors(Gemma2(config, device="meta").state_dict(), tensors, name)
         tensors = {key: tensor.to(dtype) if dtype else tensor for key, tensor in tensors.items()}
     stored = tensors["norm.weight" if quantised else "layers.0.mlp.up_proj.weight"].dtype
     compute = compute_dtype(tensors["norm.weight"].dtype)

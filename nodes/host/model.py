@@ -13,7 +13,6 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
-from ...sana.checkpoint import check_tensors
 from ...sana.config import DOWNSAMPLE, LATENT_CHANNELS, LATENT_SCALE
 from ...sana.controlnet import SanaControlNet
 from ...sana.detection import TransformerIdentity, header_tensor, identify_transformer
@@ -22,11 +21,11 @@ from ...sana.guidance import GUIDANCE_EMBED_SCALE
 from ...sana.key_map import HEADER_TENSOR, to_transformer_names, with_convolutions
 from ...sana.layers import Attention, LinearAttention
 from ...sana.transformer import WORKING_BYTES, SanaTransformer, SelfAttention, TextContext, open_length
+from .quantised import check_quantised
 from .run import GUIDANCE_EMBED, IDENTITY_BLOCKS, REFERENCE, RUN, SamplingRun
 
 UNNAMED = "the checkpoint"  # a file whose name the host does not tell
 IMAGE_MODEL = "sana"  # value of `image_model` in the host's model configurations
-QUANTISED = (".comfy_quant", ".weight_scale", ".weight_scale_2", ".input_scale")  # what accompanies a quantised matrix
 
 Options = Mapping[str, object]
 
@@ -287,14 +286,10 @@ class SanaConfig(comfy.supported_models_base.BASE):
         """None: the text encoder of a checkpoint file is loaded by our own loader, which knows its tokenizer."""
 
     def process_unet_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Any dialect to our names. Raises CheckpointError for tensors that are missing, left over or of another shape."""
+        """Any dialect to our names. Raises CheckpointError as `check_quantised` does."""
         tensors = to_transformer_names(state_dict)
-        quantised = {name.removesuffix(suffix) for name in tensors for suffix in QUANTISED if name.endswith(suffix)}
-        plain = {name: tensor for name, tensor in tensors.items() if not name.endswith(QUANTISED)}
         expected = SanaTransformer(self.unet_config["identity"].config, device="meta").state_dict()
-        for name in quantised:  # packed matrices have other shapes; the host knows them
-            expected[f"{name}.weight"] = plain.get(f"{name}.weight")
-        check_tensors(expected, plain, UNNAMED)
+        check_quantised(expected, tensors, UNNAMED)
         return tensors
 
     def process_vae_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

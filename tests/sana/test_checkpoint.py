@@ -340,7 +340,10 @@ BROKEN = {
         in_dtype(torch.int8, "transformer_blocks.0.attn2.to_q.weight"),
         f" holds int8 tensors, first transformer_blocks.0.attn2.to_q.weight, {UNUSABLE}",
     ),
-    "four bits": (packed, f" holds uint8 tensors, first transformer_blocks.0.attn1.to_q.weight, {UNUSABLE}"),
+    "four bits": (
+        packed,
+        " is quantised, with transformer_blocks.0.attn1.to_q.weight.absmax beside its weights; take a file that is not",
+    ),
 }
 
 

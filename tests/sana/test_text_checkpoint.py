@@ -181,6 +181,12 @@ def narrower(tensors: Tensors) -> Tensors:
     return {**tensors, "layers.1.mlp.up_proj.weight": torch.ones(64, 64)}
 
 
+def in_four_bits(tensors: Tensors) -> Tensors:
+    """One matrix as bitsandbytes stores it."""
+    name = "layers.0.mlp.up_proj.weight"
+    return {**tensors, name: torch.zeros(64 * 64, 1, dtype=torch.uint8), f"{name}.absmax": torch.ones(128)}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -197,6 +203,10 @@ def narrower(tensors: Tensors) -> Tensors:
             narrower,
             ": tensor layers.1.mlp.up_proj.weight has shape (64, 64) instead of (128, 64); "
             "it is another model or was made for another size",
+        ),
+        (
+            in_four_bits,
+            "is quantised, with layers.0.mlp.up_proj.weight.absmax beside its weights; take a file that is not",
         ),
     ],
 )

@@ -1,19 +1,22 @@
-"""Text encoders with quantised matrices: they encode as the numbers do that the host unpacks."""
+"""Quantised text encoders: what they give is what the numbers give that the host unpacks. And files that it cannot unpack."""
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.host.inprocess.small import DEMO, EQUAL, PROMPT, Small, difference
+from tests.host.inprocess.small import DEMO, EQUAL, PROMPT, Small, difference, load
 
 FP8 = "float8_e4m3fn"
 FORMATS = (FP8, "nvfp4", "mxfp8")  # of the host, in every version
+LAYER = "transformer_blocks.0.attn1.to_q"
 CHANGED = 1e-2
 
 Tensors = dict[str, Tensor]
@@ -43,33 +46,115 @@ def pack(original: Tensors, matrices: dict[str, QuantizedTensor]) -> Tensors:
     return {**original, **packed}
 
 
-def told(form: str) -> Tensor:
-    """Bytes that say a format."""
-    return torch.frombuffer(bytearray(json.dumps({"format": form}).encode()), dtype=torch.uint8)
+def in_host_format(original: Tensors, form: str) -> Tensors:
+    """As the host stores it: with bytes beside each matrix that say its format."""
+    matrices = quantise(original, form)
+    told = torch.frombuffer(bytearray(json.dumps({"format": form}).encode()), dtype=torch.uint8)
+    return {**pack(original, matrices), **{f"{path}.comfy_quant": told.clone() for path in matrices}}
 
 
-def write_encoder(small: Small, name: str, tensors: Tensors, metadata: dict[str, str] | None = None) -> str:
-    """A folder among the text encoders."""
+def encode(small: Small, name: str, tensors: Tensors, metadata: dict[str, str] | None = None) -> Tensor:
+    """The text of an encoder, from a folder that is gone afterwards, so that `auto` finds it in no other test."""
     folder = small.host.base / "models" / "text_encoders" / name
     folder.mkdir()
-    for source in (DEMO / "text_encoder" / "config.json", DEMO / "tokenizer" / "tokenizer.json"):
-        shutil.copy(source, folder)
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "model.safetensors", metadata)
-    return name
+    try:
+        for source in (DEMO / "text_encoder" / "config.json", DEMO / "tokenizer" / "tokenizer.json"):
+            shutil.copy(source, folder)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "model.safetensors", metadata)
+        (clip,) = small.host.call("SanaTextEncoderLoader", text_encoder=name, dtype="auto")
+        return replace(small, clip=clip).encode(PROMPT)[0][0]
+    finally:
+        shutil.rmtree(folder)
 
 
-def encode(small: Small, name: str) -> Tensor:
-    """The text of an encoder."""
-    (clip,) = small.host.call("SanaTextEncoderLoader", text_encoder=name, dtype="auto")
-    return replace(small, clip=clip).encode(PROMPT)[0][0]
+@pytest.fixture(scope="module")
+def expected(small: Small, original: Tensors) -> Callable[[str], Tensor]:
+    """The text of the unpacked numbers, by format."""
+    known: dict[str, Tensor] = {}
+
+    def text(form: str) -> Tensor:
+        if form not in known:
+            unpacked = {f"{path}.weight": matrix.dequantize() for path, matrix in quantise(original, form).items()}
+            known[form] = encode(small, f"{form}-unpacked", {**original, **unpacked})
+        return known[form]
+
+    return text
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_quantised_text_encoder_is_that_of_the_unpacked_numbers(small: Small, original: Tensors, form: str) -> None:
-    matrices = quantise(original, form)
-    unpacked = {f"{path}.weight": matrix.dequantize() for path, matrix in matrices.items()}
-    expected = encode(small, write_encoder(small, f"{form}-unpacked", {**original, **unpacked}))
-    formats = {f"{path}.comfy_quant": told(form) for path in matrices}
-    text = encode(small, write_encoder(small, form, {**pack(original, matrices), **formats}))
-    assert difference(text, expected) <= EQUAL
+def test_quantised_text_encoder_is_that_of_the_unpacked_numbers(
+    small: Small, original: Tensors, expected: Callable[[str], Tensor], form: str
+) -> None:
+    text = encode(small, form, in_host_format(original, form))
+    assert difference(text, expected(form)) <= EQUAL
     assert difference(text, small.positive[0][0]) > CHANGED
+
+
+def test_formats_of_a_text_encoder_in_the_header(
+    small: Small, original: Tensors, expected: Callable[[str], Tensor]
+) -> None:
+    matrices = quantise(original, FP8)
+    layers = json.dumps({"format_version": "1.0", "layers": {path: {"format": FP8} for path in matrices}})
+    text = encode(small, "header", pack(original, matrices), {"_quantization_metadata": layers})
+    assert difference(text, expected(FP8)) <= EQUAL
+
+
+@pytest.mark.parametrize(
+    ("mark", "prefix"),
+    [("", "model."), ("text_encoders.gemma2_2b.transformer.", "text_encoders.gemma2_2b.transformer.model.")],
+    ids=["file", "checkpoint"],
+)
+def test_scaled_text_encoder_for_older_hosts(
+    small: Small, original: Tensors, expected: Callable[[str], Tensor], mark: str, prefix: str
+) -> None:
+    packed = pack(original, quantise(original, FP8))
+    tensors = {prefix + key.replace(".weight_scale", ".scale_weight"): tensor for key, tensor in packed.items()}
+    tensors[f"{mark}scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    assert difference(encode(small, f"older-{mark}", tensors), expected(FP8)) <= EQUAL
+
+
+def test_quantised_text_encoder_is_checked(small: Small, original: Tensors) -> None:
+    tensors = in_host_format(original, FP8)
+    del tensors["layers.1.self_attn.o_proj.weight"]
+    message = rf"^incomplete lacks 1 of {len(original)} tensors, first layers.1.self_attn.o_proj.weight; "
+    with pytest.raises(ValueError, match=message):
+        encode(small, "incomplete", tensors)
+
+
+def test_scales_of_an_unknown_format(small: Small, original: Tensors) -> None:
+    """The host would compute with the packed numbers as they are."""
+    message = r"^scales has the scale layers.0.mlp.down_proj.weight_scale, and nothing in it says in which format; "
+    with pytest.raises(ValueError, match=message):
+        encode(small, "scales", pack(original, quantise(original, FP8)))
+    path = small.path.with_name("scales.safetensors")
+    with safe_open(small.path, framework="pt") as file:
+        save_file({**load_file(small.path), f"{LAYER}.weight_scale": torch.ones(())}, path, file.metadata())
+    with pytest.raises(ValueError, match=rf"^{path.name} has the scale {LAYER}.weight_scale, and nothing in it says "):
+        load(small.host, path.name)
+
+
+def test_matrices_of_bitsandbytes(small: Small, original: Tensors) -> None:
+    """Two numbers in a byte, with statistics beside them."""
+    beside = "layers.0.mlp.up_proj.weight"
+    message = (
+        "^{} has the scale {}.absmax, and nothing in it says in which format; use a file with the formats of ComfyUI, "
+    )
+    with pytest.raises(ValueError, match=message.format("nf4", beside)):
+        encode(small, "nf4", in_four_bits(original, beside))
+    path = small.path.with_name("nf4.safetensors")
+    with safe_open(small.path, framework="pt") as file:
+        save_file(in_four_bits(load_file(small.path), f"{LAYER}.weight"), path, file.metadata())
+    with pytest.raises(ValueError, match=message.format(path.name, f"{LAYER}.weight")):
+        load(small.host, path.name)
+
+
+def in_four_bits(tensors: Tensors, name: str) -> Tensors:
+    """As bitsandbytes stores one of these matrices."""
+    numbers = tensors[name].numel()
+    beside = {"absmax": torch.ones(numbers // 64), "quant_map": torch.ones(16)}
+    state = {"quant_state.bitsandbytes__nf4": torch.zeros(64, dtype=torch.uint8)}
+    return {
+        **tensors,
+        name: torch.zeros(numbers // 2, 1, dtype=torch.uint8),
+        **{f"{name}.{kind}": tensor for kind, tensor in (beside | state).items()},
+    }
