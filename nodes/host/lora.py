@@ -1,18 +1,26 @@
-"""LoRA names: what trainers call the layers of SANA, for the host's own LoRA loaders."""
+"""LoRA files of SANA for the host's own loaders: what trainers call its layers, and the shapes they give its convolutions."""
 
 import functools
 from collections.abc import Callable
 
 import comfy.lora
 import comfy.model_base
+from torch import Tensor
 
+from ...sana.key_map import POINTWISE
 from .model import SanaModel
 
 # What stands before a module path: PEFT in diffusers, PEFT alone, and (with _ for .) LyCORIS, OneTrainer and kohya.
 DOTTED = ("transformer.", "base_model.model.", "")
 UNDERSCORED = ("lycoris_", "lora_transformer_", "lora_unet_")
+# Ends of the names of what stands between two factors in a Tucker decomposition: the host wants all of its axes.
+CORES = (".lora_mid.weight", ".hada_t1", ".hada_t2", ".lokr_t2")
 
 KeyMap = dict[str, object]
+
+
+class SanaKeyMap(KeyMap):
+    """The names of a SANA model, by whose class `load_lora` knows what the file is for."""
 
 
 def sana_lora_keys(model: comfy.model_base.BaseModel) -> KeyMap:
@@ -26,8 +34,25 @@ def sana_lora_keys(model: comfy.model_base.BaseModel) -> KeyMap:
     return keys
 
 
-def extend_lora_keys() -> None:
-    """Teach `comfy.lora.model_lora_keys_unet` the names, for SANA models only."""
+def with_matrices(lora: dict[str, Tensor], keys: KeyMap) -> dict[str, Tensor]:
+    """A LoRA file in which what changes a 1x1 convolution has two axes, as our weight has."""
+    weights = ((name, weight) for name, weight in keys.items() if isinstance(weight, str))
+    layers = tuple(name for name, weight in weights if weight.endswith(POINTWISE))
+    matrices = {
+        name: tensor.flatten(1)
+        for name, tensor in lora.items()
+        if name.startswith(layers) and not name.endswith(CORES) and tensor.ndim == 4 and tensor.shape[2:] == (1, 1)
+    }
+    return {**lora, **matrices}
+
+
+def extend_loras() -> None:
+    """Teach the functions that every LoRA loader of the host calls the names and the shapes, for SANA models only."""
+    _extend_names()
+    _extend_shapes()
+
+
+def _extend_names() -> None:
     original: Callable[..., KeyMap] = comfy.lora.model_lora_keys_unet
     if getattr(original, "knows_sana", False):
         return
@@ -35,9 +60,25 @@ def extend_lora_keys() -> None:
     @functools.wraps(original)
     def model_lora_keys_unet(model: comfy.model_base.BaseModel, key_map: KeyMap | None = None) -> KeyMap:
         keys = original(model, {} if key_map is None else key_map)
-        if isinstance(model, SanaModel):
-            keys.update(sana_lora_keys(model))
-        return keys
+        if not isinstance(model, SanaModel):
+            return keys
+        keys.update(sana_lora_keys(model))
+        return SanaKeyMap(keys)
 
     model_lora_keys_unet.knows_sana = True
     comfy.lora.model_lora_keys_unet = model_lora_keys_unet
+
+
+def _extend_shapes() -> None:
+    original: Callable[..., dict[str, object]] = comfy.lora.load_lora
+    if getattr(original, "knows_sana", False):
+        return
+
+    @functools.wraps(original)
+    def load_lora(lora: dict[str, Tensor], to_load: KeyMap, *more: object, **named: object) -> dict[str, object]:
+        if isinstance(to_load, SanaKeyMap):
+            lora = with_matrices(lora, to_load)
+        return original(lora, to_load, *more, **named)
+
+    load_lora.knows_sana = True
+    comfy.lora.load_lora = load_lora

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from ...sana.key_map import is_transformer
 from .checkpoint import extend_loading
-from .lora import extend_lora_keys
+from .lora import extend_loras
 from .model import SanaConfig, detect
 from .sampler import FLOW_DPM, sample_flow_dpm
 
 
 def register() -> None:
-    """Detection and loading of SANA transformers, LoRA names, and flow_dpm in the list of KSampler."""
+    """Detection and loading of SANA transformers, LoRA files, and flow_dpm in the list of KSampler."""
     _extend_detection()
     extend_loading()
-    extend_lora_keys()
+    extend_loras()
     if FLOW_DPM not in comfy.samplers.SAMPLER_NAMES:
         setattr(comfy.k_diffusion.sampling, f"sample_{FLOW_DPM}", sample_flow_dpm)
         comfy.samplers.SAMPLER_NAMES.append(FLOW_DPM)

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 
+import comfy.lora
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -15,11 +16,16 @@ import sana
 from tests.host.inprocess.small import DEMO, EQUAL, Small, difference, load, picture
 
 RANK, ALPHA, STRENGTH = 2, 4.0, 0.5
+CONVOLUTIONS = (  # 1x1, in files
+    "patch_embed.proj",
+    "transformer_blocks.1.ff.conv_inverted",
+    "transformer_blocks.2.ff.conv_point",
+)
 LAYERS = (
     "transformer_blocks.0.attn1.to_q",
     "transformer_blocks.0.attn2.to_k",
     "transformer_blocks.1.attn1.to_out.0",
-    "transformer_blocks.2.ff.conv_point",  # a 1x1 convolution in files
+    *CONVOLUTIONS,
 )
 CHANGED = 1e-2
 PART = "gemma2_2b.transformer.model.layers.0.self_attn.v_proj"
@@ -47,6 +53,47 @@ TRAINERS = {
     "LyCORIS": underscored("lycoris_"),
     "the host": dotted("diffusion_model.", "lora_down.weight", "lora_up.weight"),
 }
+
+
+def factors(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A small and a large matrix, shaped as those of a 1x1 convolution."""
+    down, up = torch.randn(RANK, weight.shape[1], 1, 1), torch.randn(weight.shape[0], RANK, 1, 1)
+    return down / weight.shape[1] ** 0.5, up / RANK**0.5
+
+
+def dora(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Magnitudes of the rows, by which the host multiplies what it has divided by those of the weight."""
+    down, up = factors(weight)
+    scale = weight.norm(dim=1, keepdim=True) * torch.linspace(0.5, 1.5, len(weight))[:, None]
+    changed = (weight + up.flatten(1) @ down.flatten(1)) * scale / weight.norm(dim=1, keepdim=True)
+    return {"lora_down.weight": down, "lora_up.weight": up, "dora_scale": scale[..., None, None]}, changed
+
+
+def difference_of(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    change = torch.randn_like(weight) / 10
+    return {"diff": change[..., None, None]}, weight + change
+
+
+def replacement(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    changed = torch.randn_like(weight) / 10
+    return {"set_weight": changed[..., None, None]}, changed
+
+
+def lokr(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    left, right = torch.randn(2, 2) / 4, torch.randn(weight.shape[0] // 2, weight.shape[1] // 2, 1, 1) / 8
+    return {"lokr_w1": left, "lokr_w2": right}, weight + torch.kron(left, right.flatten(1))
+
+
+def tucker(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """A LoCon with a third factor between the two, which stays a convolution."""
+    down, up = factors(weight)
+    core = torch.randn(RANK, RANK, 1, 1)
+    changed = weight + up.flatten(1) @ core.flatten(1) @ down.flatten(1)
+    return {"lora_down.weight": down, "lora_up.weight": up, "lora_mid.weight": core}, changed
+
+
+# What files hold for one convolution, and what becomes of its weight.
+CHANGES = {"DoRA": dora, "difference": difference_of, "replacement": replacement, "LoKr": lokr, "Tucker": tucker}
 
 
 @pytest.fixture(scope="module")
@@ -137,11 +184,48 @@ def test_lora_without_changing_weights(
     tensors = {}
     for path, (down, up) in matrices.items():
         down_name, up_name, _ = TRAINERS["diffusers"](path)
-        # It takes the matrices as they are, and our 1x1 convolutions are linear layers.
-        tensors |= {down_name: down.flatten(1), up_name: up.flatten(1)}
+        tensors |= {down_name: down, up_name: up}
     name = write_lora(small, "bypass", tensors)
     (model,) = small.host.call("LoraLoaderBypassModelOnly", model=small.model, lora_name=name, strength_model=STRENGTH)
     assert difference(small.sample(model=model), expected(STRENGTH)) <= EQUAL
+
+
+def test_lora_as_a_hook(small: Small, weights: dict[str, Tensor]) -> None:
+    """A hook belongs to a condition, and the host patches the weights for it while it samples."""
+    tensors, changes = {}, {}
+    torch.manual_seed(3)
+    for path in CONVOLUTIONS:
+        weight = weights[f"{path}.weight"]
+        found, expected = CHANGES["DoRA"](weight.flatten(1))
+        tensors |= {f"lora_unet_{path.replace('.', '_')}.{part}": tensor for part, tensor in found.items()}
+        changes[path] = expected.view(weight.shape) - weight
+    name = write_lora(small, "hook", tensors)
+    (hooks,) = small.host.call("CreateHookLoraModelOnly", lora_name=name, strength_model=1.0)
+    conditions = {"positive_NEW": small.positive, "negative_NEW": small.negative}
+    positive, negative = small.host.call(
+        "PairConditioningSetProperties", **conditions, strength=1.0, set_cond_area="default", hooks=hooks
+    )
+    latent = small.ksampler(positive=positive, negative=negative)
+    assert difference(latent, small.ksampler(model=merged(small, weights, changes, "merged-hook"))) <= EQUAL
+    assert difference(latent, small.ksampler()) > CHANGED
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize("path", CONVOLUTIONS)
+def test_every_change_of_a_convolution(
+    small: Small, weights: dict[str, Tensor], path: str, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    weight = weights[f"{path}.weight"].flatten(1)
+    torch.manual_seed(2)
+    tensors, expected = CHANGES[kind](weight)
+    flat = "lora_unet_" + path.replace(".", "_")
+    name = write_lora(small, "change", {f"{flat}.{part}": tensor for part, tensor in tensors.items()})
+    (model,) = small.host.call("LoraLoaderModelOnly", model=small.model, lora_name=name, strength_model=1.0)
+    key = f"diffusion_model.{path}.weight"
+    with caplog.at_level(logging.WARNING):
+        found = comfy.lora.calculate_weight(model.patches[key], weight.clone(), key)
+    assert difference(found, expected) <= 1e-5 and difference(found, weight) > CHANGED
+    assert not caplog.messages
 
 
 def test_lokr_of_lycoris(small: Small, weights: dict[str, Tensor]) -> None:

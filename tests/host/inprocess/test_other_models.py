@@ -21,6 +21,7 @@ from tests.host.inprocess.small import EQUAL, Small, difference, randomise
 # What the pack puts into the modules of the host, and nothing else.
 ADDED = {
     "comfy.model_detection.detect_unet_config",
+    "comfy.lora.load_lora",
     "comfy.lora.model_lora_keys_unet",
     "comfy.k_diffusion.sampling.sample_flow_dpm",
     "comfy.sd.load_diffusion_model_state_dict",
@@ -103,12 +104,14 @@ def test_pack_replaces_nothing_else_in_the_host(host: Host, small: Small) -> Non
 def test_registering_twice_changes_nothing(host: Host) -> None:
     before = (
         comfy.model_detection.detect_unet_config,
+        comfy.lora.load_lora,
         comfy.lora.model_lora_keys_unet,
         len(comfy.supported_models.models),
     )
     host.pack("nodes.host.register").register()
     after = (
         comfy.model_detection.detect_unet_config,
+        comfy.lora.load_lora,
         comfy.lora.model_lora_keys_unet,
         len(comfy.supported_models.models),
     )
@@ -182,12 +185,27 @@ def test_lora_keys_are_the_hosts(model: comfy.model_base.BaseModel, without_pack
     assert comfy.lora.model_lora_keys_unet(model, {}) == ours
 
 
+def test_lora_files_are_the_hosts(model: comfy.model_base.BaseModel, without_pack: Callable[[], None]) -> None:
+    """Also what is for 1x1 convolutions, which are matrices in SANA alone."""
+    keys = comfy.lora.model_lora_keys_unet(model, {})
+    lora = {f"{name}.diff": torch.ones(2, 2, 1, 1) for name in keys}
+    ours = comfy.lora.load_lora(lora, keys)
+    without_pack()
+    theirs = comfy.lora.load_lora(lora, keys)
+    assert ours.keys() == theirs.keys() and len(ours) > 50
+    assert all(ours[name][1][0] is theirs[name][1][0] for name in theirs)
+
+
 @pytest.fixture
 def without_pack(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Takes what the pack has added out of the host, until the test ends."""
 
     def remove() -> None:
-        for module, name in ((comfy.model_detection, "detect_unet_config"), (comfy.lora, "model_lora_keys_unet")):
+        for module, name in (
+            (comfy.model_detection, "detect_unet_config"),
+            (comfy.lora, "load_lora"),
+            (comfy.lora, "model_lora_keys_unet"),
+        ):
             monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
         host_models = [row for row in comfy.supported_models.models if row.__module__.startswith("comfy.")]
         monkeypatch.setattr(comfy.supported_models, "models", host_models)
