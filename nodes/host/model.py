@@ -70,6 +70,8 @@ class HostTransformer(SanaTransformer):
         options = transformer_options or {}
         wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
+        # Core's EasyCache writes into the x that it is given, which in float32 is the sampler's own.
+        x = x.clone() if wrappers else x
         return executor.execute(x, timestep, keys_values, text_bias, guidance_scale, control, options)
 
     def _forward(

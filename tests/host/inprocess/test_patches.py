@@ -95,14 +95,17 @@ def test_core_easy_cache(small: Small) -> None:
     common = {"start_percent": 0.0, "end_percent": 1.0, "verbose": False}
     (never,) = small.host.call("EasyCache", model=small.model, reuse_threshold=0.0, **common)
     assert torch.equal(small.ksampler(model=never, steps=8), small.ksampler(steps=8))
-    (often,) = small.host.call("EasyCache", model=small.model, reuse_threshold=3.0, **common)
+    usual = {"start_percent": 0.15, "end_percent": 0.95, "verbose": False}
+    (often,) = small.host.call("EasyCache", model=small.model, reuse_threshold=1.0, **usual)
     embedded: list[int] = []
     handle = often.model.diffusion_model.patch_embed.proj.register_forward_pre_hook(
         lambda module, arguments: embedded.append(len(arguments[0]))
     )
-    latent = small.ksampler(model=often, steps=8, latent_image=small.empty(2))
+    latent = small.ksampler(model=often, steps=12, latent_image=small.empty(2))
     handle.remove()
-    assert 1 <= len(embedded) < 8 and bool(latent.isfinite().all())
+    assert 1 <= len(embedded) < 12
+    whole = small.ksampler(steps=12, latent_image=small.empty(2))
+    assert (latent - whole).abs().mean() < 0.25 * whole.std()  # measured: 0.11, and 1.4 where the cache wrote into x
 
 
 def test_core_lazy_cache_and_guidance_nodes(small: Small) -> None:
