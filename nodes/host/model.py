@@ -22,7 +22,7 @@ from ...sana.key_map import HEADER_TENSOR, to_transformer_names, with_convolutio
 from ...sana.layers import Attention, LinearAttention
 from ...sana.transformer import WORKING_BYTES, SanaTransformer, SelfAttention, TextContext, open_length
 from .quantised import check_quantised
-from .run import GUIDANCE_EMBED, IDENTITY_BLOCKS, REFERENCE, RUN, SamplingRun
+from .run import GUIDANCE_EMBED, IDENTITY_BLOCKS, REFERENCE, RUN, SamplingRun, complete_mask
 
 UNNAMED = "the checkpoint"  # a file whose name the host does not tell
 IMAGE_MODEL = "sana"  # value of `image_model` in the host's model configurations
@@ -334,13 +334,3 @@ def detect(state_dict: Mapping[str, Tensor], prefix: str, metadata: Mapping[str,
     tensors = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
     identity = identify_transformer(TensorFile(Path(UNNAMED), tensors, dict(metadata or {})))
     return {"image_model": IMAGE_MODEL, "identity": identity}
-
-
-def complete_mask(text: Tensor, mask: Tensor | None) -> Tensor:
-    """A mask (B, L) for text (B, L, C): rows beyond the mask at hand count unless they are zero.
-
-    Core's ConditioningConcat joins texts but not masks, and a scheduled CLIP gives none.
-    """
-    known = torch.zeros(len(text), 0) if mask is None else mask.reshape(-1, mask.shape[-1]).float()
-    found = (text[:, known.shape[-1] :] != 0).any(dim=-1).to(known)
-    return torch.cat([known, found], dim=1)

@@ -24,12 +24,12 @@ class SamplingRun:
     """Text contexts of one run and the mask of its prompt. Nothing of it outlives the run."""
 
     def __init__(self, conds: Conds) -> None:
-        masks = [cond["attention_mask"] for cond in conds.get("positive", []) if cond.get("attention_mask") is not None]
-        lengths = {mask.shape[-1] for mask in masks}
-        rows = [mask.reshape(-1, mask.shape[-1]) > 0 for mask in masks]
+        prompts = [cond for cond in conds.get("positive", []) if "cross_attn" in cond]
+        masks = [complete_mask(cond["cross_attn"], cond.get("attention_mask")) > 0 for cond in prompts]
+        length = min((mask.shape[1] for mask in masks), default=0)
         two_prompts = "middle" in conds  # of core's Dual CFG Guider, for which number 1 is the second prompt
         # (L,) of all prompts together
-        self.prompt_mask = torch.cat(rows).any(dim=0) if len(lengths) == 1 and not two_prompts else None
+        self.prompt_mask = torch.cat([mask[:, :length] for mask in masks]).any(0) if masks and not two_prompts else None
         # With hooks, the weights behind keys and values may change from step to step.
         self.keeps = not any("hooks" in cond for group in conds.values() for cond in group)
         self.contexts: dict[object, TextContext] = {}
@@ -44,13 +44,23 @@ class SamplingRun:
 
     def with_prompt_mask(self, mask: Tensor, cond_or_uncond: list[int]) -> Tensor:
         """The mask (B, L) of a batch of conditions, with that of the prompt for the negative ones, which have number 1."""
-        if self.prompt_mask is None or self.prompt_mask.shape[0] != mask.shape[1]:
+        if self.prompt_mask is None or self.prompt_mask.shape[0] < mask.shape[1]:
             return mask
         parts = mask.chunk(len(cond_or_uncond))
-        prompt = self.prompt_mask.to(mask.device)
+        prompt = self.prompt_mask[: mask.shape[1]].to(mask.device)
         return torch.cat(
             [prompt.expand_as(part) if kind == 1 else part for kind, part in zip(cond_or_uncond, parts, strict=True)]
         )
+
+
+def complete_mask(text: Tensor, mask: Tensor | None) -> Tensor:
+    """A mask (B, L) for text (B, L, C): rows beyond the mask at hand count unless they are zero.
+
+    Core's ConditioningConcat joins texts but not masks, and a scheduled CLIP gives none.
+    """
+    known = torch.zeros(len(text), 0) if mask is None else mask.reshape(-1, mask.shape[-1]).float()
+    found = (text[:, known.shape[-1] :] != 0).any(dim=-1).to(known)
+    return torch.cat([known, found], dim=1)
 
 
 def follow_runs(patcher: ModelPatcher, reference: Literal["nvlabs", "diffusers"] = "nvlabs") -> None:

@@ -50,10 +50,11 @@ def test_core_text_encode_gives_the_plain_text(small: Small) -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_text_without_its_mask_does_not_count_padding(small: Small) -> None:
-    """A CLIP with schedules gives none."""
+@pytest.mark.parametrize("cfg", [1.0, 4.5])
+def test_text_without_its_mask_does_not_count_padding(small: Small, cfg: float) -> None:
+    """A CLIP with schedules gives none. The negative prompt has the mask of the prompt all the same."""
     text, _ = parts(small.positive)
-    assert difference(small.sample(positive=[[text, {}]], cfg=1.0), small.sample(cfg=1.0)) <= EQUAL
+    assert difference(small.sample(positive=[[text, {}]], cfg=cfg), small.sample(cfg=cfg)) <= EQUAL
 
 
 def test_tokens_are_reported_and_the_prompt_is_not(
