@@ -22,7 +22,7 @@ from ...sana.key_map import HEADER_TENSOR, to_transformer_names, with_convolutio
 from ...sana.layers import Attention, LinearAttention
 from ...sana.transformer import WORKING_BYTES, SanaTransformer, SelfAttention, TextContext, open_length
 from .quantised import check_quantised
-from .run import GUIDANCE_EMBED, IDENTITY_BLOCKS, REFERENCE, RUN, SamplingRun, complete_mask
+from .run import GUIDANCE_EMBED, IDENTITY_BLOCKS, RUN, SamplingRun, complete_mask
 
 UNNAMED = "the checkpoint"  # a file whose name the host does not tell
 IMAGE_MODEL = "sana"  # value of `image_model` in the host's model configurations
@@ -226,10 +226,7 @@ class SanaModel(comfy.model_base.BaseModel):
 
         def make() -> TextContext:
             dtype = self.get_dtype_inference()
-            seen = mask.to(device) > 0
-            if run is not None and options.get(REFERENCE) == "nvlabs":
-                seen = run.with_prompt_mask(seen, options["cond_or_uncond"])
-            context = (network or self.diffusion_model).text_context(text.to(device, dtype), seen)
+            context = (network or self.diffusion_model).text_context(text.to(device, dtype), mask.to(device) > 0)
             if context.mask is None:
                 return context
             bias = torch.zeros(context.mask.shape, dtype=dtype, device=device)

@@ -17,19 +17,18 @@ IDENTITY_BLOCKS = "sana_identity_blocks"  # numbers of blocks whose self-attenti
 GUIDANCE_EMBED = "sana_guidance_embed"  # the guidance scale that a Sprint model is told
 WRAPPER = "sana"
 
-Conds = Mapping[str, list[dict[str, object]]]
+# Groups of conditions of the host's guiders
+PROMPTS = ("positive", "middle")  # the latter of Dual CFG Guider
+UNCONDITIONAL = ("empty_negative_prompt", "negative")  # the first that there is: Perp-Neg Guider has both
+
+Cond = Mapping[str, object]
+Conds = Mapping[str, list[Cond]]
 
 
 class SamplingRun:
-    """Text contexts of one run and the mask of its prompt. Nothing of it outlives the run."""
+    """Text contexts of one run. Nothing of it outlives the run."""
 
     def __init__(self, conds: Conds) -> None:
-        prompts = [cond for cond in conds.get("positive", []) if "cross_attn" in cond]
-        masks = [complete_mask(cond["cross_attn"], cond.get("attention_mask")) > 0 for cond in prompts]
-        length = min((mask.shape[1] for mask in masks), default=0)
-        two_prompts = "middle" in conds  # of core's Dual CFG Guider, for which number 1 is the second prompt
-        # (L,) of all prompts together
-        self.prompt_mask = torch.cat([mask[:, :length] for mask in masks]).any(0) if masks and not two_prompts else None
         # With hooks, the weights behind keys and values may change from step to step.
         self.keeps = not any("hooks" in cond for group in conds.values() for cond in group)
         self.contexts: dict[object, TextContext] = {}
@@ -42,15 +41,26 @@ class SamplingRun:
             self.contexts[key] = make()
         return self.contexts[key]
 
-    def with_prompt_mask(self, mask: Tensor, cond_or_uncond: list[int]) -> Tensor:
-        """The mask (B, L) of a batch of conditions, with that of the prompt for the negative ones, which have number 1."""
-        if self.prompt_mask is None or self.prompt_mask.shape[0] < mask.shape[1]:
-            return mask
-        parts = mask.chunk(len(cond_or_uncond))
-        prompt = self.prompt_mask[: mask.shape[1]].to(mask.device)
-        return torch.cat(
-            [prompt.expand_as(part) if kind == 1 else part for kind, part in zip(cond_or_uncond, parts, strict=True)]
-        )
+
+def with_prompt_mask(conds: Conds) -> Conds:
+    """The conditions of a run, with the mask of all prompts together for the unconditional ones.
+
+    In its conditions, because guiders differ in the order in which they evaluate them, and the host makes more of them for
+    parts of the picture. Texts longer than a prompt keep their own mask.
+    """
+    prompts = [cond for name in PROMPTS for cond in conds.get(name, []) if "cross_attn" in cond]
+    masks = [complete_mask(cond["cross_attn"], cond.get("attention_mask")) for cond in prompts]
+    length = min((mask.shape[1] for mask in masks), default=0)
+    unconditional = next((name for name in UNCONDITIONAL if name in conds), None)
+
+    def masked(cond: Cond) -> Cond:
+        if "cross_attn" not in cond or cond["cross_attn"].shape[1] > length:
+            return cond
+        batch, rows = cond["cross_attn"].shape[:2]
+        shared = torch.cat([mask[:, :rows] for mask in masks]).amax(dim=0)
+        return {**cond, "attention_mask": shared.expand(batch, -1)}
+
+    return {name: [masked(c) for c in group] if name == unconditional else group for name, group in conds.items()}
 
 
 def complete_mask(text: Tensor, mask: Tensor | None) -> Tensor:
@@ -58,7 +68,7 @@ def complete_mask(text: Tensor, mask: Tensor | None) -> Tensor:
 
     Core's ConditioningConcat joins texts but not masks, and a scheduled CLIP gives none.
     """
-    known = torch.zeros(len(text), 0) if mask is None else mask.reshape(-1, mask.shape[-1]).float()
+    known = torch.zeros(len(text), 0, device=text.device) if mask is None else mask.reshape(-1, mask.shape[-1]).float()
     found = (text[:, known.shape[-1] :] != 0).any(dim=-1).to(known)
     return torch.cat([known, found], dim=1)
 
@@ -79,6 +89,8 @@ def _outer_sample(executor: comfy.patcher_extension.WrapperExecutor, *arguments:
             "SANA Sprint sampler"
         )
     options = guider.model_options["transformer_options"]  # a copy that the host made for this run
+    if options.get(REFERENCE) == "nvlabs":
+        guider.conds = with_prompt_mask(guider.conds)
     options[RUN] = SamplingRun(guider.conds)
     try:
         return executor(*arguments, **named)

@@ -176,23 +176,37 @@ def test_encoder_computes_where_the_host_says(small: Small) -> None:
     assert difference(small.encode("a red circle")[0][0], small.encode("a red circle")[0][0]) == 0
 
 
-def test_second_prompt_of_the_dual_guider_keeps_its_own_mask(small: Small) -> None:
-    """It has the number that a negative prompt has elsewhere. Without guidance between the two, it is the first alone."""
-    other = small.encode("a large green triangle and a small yellow star on a light blue background")
-    given = {"model": small.model, "cond1": small.encode("a ring"), "negative": small.negative}
+def sample_guided(small: Small, node: str, **inputs: object) -> Tensor:
+    """The latents (B, 32, H, W) of SamplerCustomAdvanced with a guider."""
+    (guider,) = small.host.call(node, model=small.model, **inputs)
     noise = small.host.call("RandomNoise", noise_seed=SEED)[0]
     sampler = small.host.call("KSamplerSelect", sampler_name="euler")[0]
     (sigmas,) = small.host.call("FlowDPMScheduler", model=small.model, steps=2, denoise=1.0, flow_shift=0.0)
-
-    def sample(**scales: object) -> Tensor:
-        (guider,) = small.host.call("DualCFGGuider", **given, cond2=other, style="regular", **scales)
-        parts = {"noise": noise, "guider": guider, "sampler": sampler, "sigmas": sigmas, "latent_image": small.empty()}
-        return small.host.call("SamplerCustomAdvanced", **parts)[0]["samples"]
-
-    (guider,) = small.host.call("BasicGuider", model=small.model, conditioning=other)
     parts = {"noise": noise, "guider": guider, "sampler": sampler, "sigmas": sigmas, "latent_image": small.empty()}
-    alone = small.host.call("SamplerCustomAdvanced", **parts)[0]["samples"]
-    assert difference(sample(cfg_conds=0.0, cfg_cond2_negative=1.0), alone) <= EQUAL
+    return small.host.call("SamplerCustomAdvanced", **parts)[0]["samples"]
+
+
+def test_second_prompt_of_the_dual_guider_keeps_its_own_mask(small: Small) -> None:
+    """It has the number that a negative prompt has elsewhere. Without guidance between the two, it is the first alone."""
+    other = small.encode("a large green triangle and a small yellow star on a light blue background")
+    prompts = {"cond1": small.encode("a ring"), "cond2": other, "negative": small.negative}
+    scales = {"cfg_conds": 0.0, "cfg_cond2_negative": 1.0, "style": "regular"}
+    alone = sample_guided(small, "BasicGuider", conditioning=other)
+    assert difference(sample_guided(small, "DualCFGGuider", **prompts, **scales), alone) <= EQUAL
+
+
+def test_every_guider_gives_the_negative_prompt_the_mask_of_the_prompt(small: Small) -> None:
+    """They evaluate it by itself, last or first. Where two prompts are one, or there is nothing to avoid, they are CFGGuider."""
+    both = {"positive": small.positive, "negative": small.negative}
+    usual = sample_guided(small, "CFGGuider", **both, cfg=4.5)
+    two_models = {"model_negative": small.model, "cfg": 4.5}
+    assert difference(sample_guided(small, "DualModelGuider", **both, **two_models), usual) <= EQUAL
+    avoided = {"positive": small.positive, "negative": small.positive, "empty_conditioning": small.negative}
+    scales = {"cfg": 4.5, "neg_scale": 0.0}
+    assert difference(sample_guided(small, "PerpNegGuider", **avoided, **scales), usual) <= EQUAL
+    one_prompt = {"cond1": small.positive, "cond2": small.positive, "negative": small.negative, "style": "nested"}
+    scales = {"cfg_conds": 1.0, "cfg_cond2_negative": 4.5}
+    assert difference(sample_guided(small, "DualCFGGuider", **one_prompt, **scales), usual) <= EQUAL
 
 
 def test_prompts_for_parts_of_the_schedule(small: Small) -> None:
