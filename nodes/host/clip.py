@@ -20,6 +20,7 @@ from ...sana.files import TensorFile, read_tensors
 from ...sana.gemma import Gemma2
 from ...sana.text_checkpoint import find_tokenizer, gemma_config, gemma_tensors, stored_companions
 from ...sana.text_encoder import GemmaTextEncoder, Tokenizer
+from .padding import mark_padding
 from .quantised import FORMAT, check_quantised, with_formats
 
 NAME = "gemma2_2b"  # of the token list, and of the encoder in LoRA and checkpoint files, as in the host
@@ -95,7 +96,7 @@ class SanaTextModel(nn.Module):
         ids = [[token for token, _ in row] for row in tokens[NAME]]
         text, text_mask = self.encoder.encode(ids, tokens[INSTRUCTION])
         place = management.intermediate_device()
-        return text.float().to(place), None, {"attention_mask": text_mask.to(place)}
+        return mark_padding(text.float(), text_mask).to(place), None, {"attention_mask": text_mask.to(place)}
 
     def load_sd(self, tensors: dict[str, Tensor]) -> tuple[list[str], list[str]]:
         """Load tensors that `load_clip` has checked. Called by the host."""

@@ -21,8 +21,9 @@ from ...sana.guidance import GUIDANCE_EMBED_SCALE
 from ...sana.key_map import HEADER_TENSOR, to_transformer_names, with_convolutions
 from ...sana.layers import Attention, LinearAttention
 from ...sana.transformer import WORKING_BYTES, SanaTransformer, SelfAttention, TextContext, open_length
+from .padding import complete_mask
 from .quantised import check_quantised
-from .run import GUIDANCE_EMBED, IDENTITY_BLOCKS, RUN, SamplingRun, complete_mask
+from .run import GUIDANCE_EMBED, IDENTITY_BLOCKS, RUN, SamplingRun
 
 UNNAMED = "the checkpoint"  # a file whose name the host does not tell
 IMAGE_MODEL = "sana"  # value of `image_model` in the host's model configurations

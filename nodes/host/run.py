@@ -9,6 +9,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...sana.transformer import TextContext
+from .padding import complete_mask
 
 # Entries in transformer_options
 RUN = "sana_run"  # the SamplingRun
@@ -61,16 +62,6 @@ def with_prompt_mask(conds: Conds) -> Conds:
         return {**cond, "attention_mask": shared.expand(batch, -1)}
 
     return {name: [masked(c) for c in group] if name == unconditional else group for name, group in conds.items()}
-
-
-def complete_mask(text: Tensor, mask: Tensor | None) -> Tensor:
-    """A mask (B, L) for text (B, L, C): rows beyond the mask at hand count unless they are zero.
-
-    Core's ConditioningConcat joins texts but not masks, and a scheduled CLIP gives none.
-    """
-    known = torch.zeros(len(text), 0, device=text.device) if mask is None else mask.reshape(-1, mask.shape[-1]).float()
-    found = (text[:, known.shape[-1] :] != 0).any(dim=-1).to(known)
-    return torch.cat([known, found], dim=1)
 
 
 def follow_runs(patcher: ModelPatcher, reference: Literal["nvlabs", "diffusers"] = "nvlabs") -> None:

@@ -50,11 +50,13 @@ def test_core_text_encode_gives_the_plain_text(small: Small) -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("instruction", ["official", "none"])
 @pytest.mark.parametrize("cfg", [1.0, 4.5])
-def test_text_without_its_mask_does_not_count_padding(small: Small, cfg: float) -> None:
+def test_text_without_its_mask_does_not_count_padding(small: Small, cfg: float, instruction: str) -> None:
     """A CLIP with schedules gives none. The negative prompt has the mask of the prompt all the same."""
-    text, _ = parts(small.positive)
-    assert difference(small.sample(positive=[[text, {}]], cfg=cfg), small.sample(cfg=cfg)) <= EQUAL
+    whole = small.encode(PROMPT, instruction)
+    ((text, _),) = whole
+    assert difference(small.sample(positive=[[text, {}]], cfg=cfg), small.sample(positive=whole, cfg=cfg)) <= EQUAL
 
 
 def test_tokens_are_reported_and_the_prompt_is_not(
@@ -107,9 +109,10 @@ def test_averaged_prompts(small: Small) -> None:
     assert difference(small.sample(positive=half), small.sample()) > CHANGED
 
 
-def test_joined_prompts(small: Small) -> None:
-    """ConditioningConcat joins texts but no masks; the second half counts where it is not empty."""
-    other = small.encode(OTHER_PROMPT)
+@pytest.mark.parametrize("instruction", ["official", "none"])
+def test_joined_prompts(small: Small, instruction: str) -> None:
+    """ConditioningConcat joins texts but no masks; the second half counts where it is no padding."""
+    other = small.encode(OTHER_PROMPT, instruction)
     (both,) = small.host.call("ConditioningConcat", conditioning_to=small.positive, conditioning_from=other)
     (first, first_mask), (second, second_mask) = parts(small.positive), parts(other)
     ours = small.ksampler(positive=both, cfg=1.0)
