@@ -1,6 +1,6 @@
 """What one sampling run of the host knows of its texts, so that keys and values are computed once a run and not once a step."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import comfy.patcher_extension
@@ -8,6 +8,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ...sana.config import DOWNSAMPLE
 from ...sana.transformer import TextContext
 from .padding import complete_mask
 
@@ -17,6 +18,8 @@ REFERENCE = "sana_reference"  # whose mask the negative prompt gets, see `sana.g
 IDENTITY_BLOCKS = "sana_identity_blocks"  # numbers of blocks whose self-attention is the identity
 GUIDANCE_EMBED = "sana_guidance_embed"  # the guidance scale that a Sprint model is told
 WRAPPER = "sana"
+
+AREA_UNIT = 8  # pixels, of the host's areas
 
 # Groups of conditions of the host's guiders
 PROMPTS = ("positive", "middle")  # the latter of Dual CFG Guider
@@ -64,6 +67,26 @@ def with_prompt_mask(conds: Conds) -> Conds:
     return {name: [masked(c) for c in group] if name == unconditional else group for name, group in conds.items()}
 
 
+def with_areas_in_cells(conds: Conds, sides: Sequence[int]) -> Conds:
+    """The conditions of a run, with areas within the latent, whose sides are (H, W).
+
+    The host has areas as (height, width, y, x) in units of 8 px, or after a word in shares of the picture.
+    """
+
+    def in_cells(cond: Cond) -> Cond:
+        if "area" not in cond:
+            return cond
+        shares = cond["area"][0] == "percentage"
+        numbers = cond["area"][1:] if shares else cond["area"]
+        middle = len(numbers) // 2  # areas of videos have more before height and y
+        units = sides if shares else [AREA_UNIT / DOWNSAMPLE] * 2
+        sizes = [max(1, round(size * unit)) for size, unit in zip(numbers[middle - 2 : middle], units, strict=True)]
+        starts = [min(side - 1, round(at * unit)) for at, unit, side in zip(numbers[-2:], units, sides, strict=True)]
+        return {**cond, "area": (*sizes, *starts)}
+
+    return {name: [in_cells(cond) for cond in group] for name, group in conds.items()}
+
+
 def follow_runs(patcher: ModelPatcher, reference: Literal["nvlabs", "diffusers"] = "nvlabs") -> None:
     """Let a model know its runs, and the mask convention to follow in them."""
     patcher.model_options["transformer_options"][REFERENCE] = reference
@@ -79,6 +102,7 @@ def _outer_sample(executor: comfy.patcher_extension.WrapperExecutor, *arguments:
             f"SANA-Sprint takes its guidance as an input, and no negative prompt: set cfg to 1, not {guider.cfg:g}, or use "
             "SANA Sprint sampler"
         )
+    guider.conds = with_areas_in_cells(guider.conds, arguments[0].shape[-2:])  # of the noise
     options = guider.model_options["transformer_options"]  # a copy that the host made for this run
     if options.get(REFERENCE) == "nvlabs":
         guider.conds = with_prompt_mask(guider.conds)

@@ -15,11 +15,13 @@ from tests.host.inprocess.small import (
     PROMPT,
     SEED,
     TEXT_ENCODER,
+    VARIANT,
     WIDTH,
     Conditioning,
     Small,
     difference,
     load,
+    write_variant,
 )
 
 CHANGED = 1e-2
@@ -134,6 +136,29 @@ def test_prompts_for_parts_of_the_picture(small: Small) -> None:
     ours = small.ksampler(positive=both, **one_step)
     assert difference(ours[..., :2], small.ksampler(**one_step)[..., :2]) <= EQUAL
     assert difference(ours[..., 2:], small.ksampler(positive=other, **one_step)[..., 2:]) <= EQUAL
+
+
+@pytest.mark.parametrize("variant", [VARIANT, "sana-sprint-0.6b-1024px"])
+def test_prompts_for_areas(small: Small, variant: str) -> None:
+    """ConditioningSetArea counts pixels, the other shares. One step of the left half is that of the common prompt alone."""
+    model = load(small.host, write_variant(small.host, variant).name)[0]
+    one_step = {"model": model, "steps": 1, "cfg": 1.0}
+
+    def sample(node: str, width: float, x: float, height: float) -> Tensor:
+        place = {"width": width, "height": height, "x": x, "y": 0, "strength": 1.0}
+        (part,) = small.host.call(node, conditioning=small.encode(OTHER_PROMPT), **place)
+        (both,) = small.host.call("ConditioningCombine", conditioning_1=small.positive, conditioning_2=part)
+        return small.ksampler(positive=both, **one_step)
+
+    ours = sample("ConditioningSetArea", WIDTH // 2, WIDTH // 2, HEIGHT)
+    assert difference(ours, sample("ConditioningSetAreaPercentage", 0.5, 0.5, 1.0)) == 0
+    alone = small.ksampler(**one_step)
+    assert difference(ours[..., :2], alone[..., :2]) <= EQUAL
+    assert difference(ours[..., 2:], alone[..., 2:]) > CHANGED
+    edge = sample("ConditioningSetAreaPercentage", 0.01, 0.99, 1.0)
+    for latent in (edge, sample("ConditioningSetArea", 64, WIDTH, HEIGHT)):  # the last cells
+        assert difference(latent[..., :3], alone[..., :3]) <= EQUAL
+        assert difference(latent[..., 3:], alone[..., 3:]) > CHANGED
 
 
 def test_prompts_for_areas_on_a_device_with_little_memory(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
