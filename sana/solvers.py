@@ -32,16 +32,13 @@ class Step(NamedTuple):
 
 def flow_dpm_steps(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """`flow_dpm_solver`, step by step."""
-    previous = None
+    previous, lengths = None, half_log_snr(sigmas).diff()
     for i in range(len(sigmas) - 1):
-        sigma, sigma_next = sigmas[i], sigmas[i + 1]
-        denoised = denoise(x, sigma)
-        estimate = denoised
-        if previous is not None and sigma_next > 0:
-            last_h = half_log_snr(sigma) - half_log_snr(sigmas[i - 1])
-            h = half_log_snr(sigma_next) - half_log_snr(sigma)
-            estimate = denoised + (denoised - previous) * float(h / (2 * last_h))
-        next_x = torch.lerp(estimate, x, float(sigma_next / sigma))
+        denoised = estimate = denoise(x, sigmas[i])
+        share = math.inf if previous is None else float(lengths[i] / (2 * lengths[i - 1]))
+        if math.isfinite(share):
+            estimate = denoised + (denoised - previous) * share
+        next_x = torch.lerp(estimate, x, float(sigmas[i + 1] / sigmas[i]))
         yield Step(i, x, denoised, next_x)
         x, previous = next_x, denoised
 
@@ -69,8 +66,8 @@ def flow_dpm_solver(denoise: Denoiser, x: Tensor, sigmas: Tensor, on_step: OnSte
     """Flow-DPM-Solver: DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2) with alpha = 1 - sigma.
 
     x: (B, C, H, W) at sigmas[0]; sigmas: (steps + 1,), falling. on_step sees each step as it ends. Returns x at sigmas[-1].
-    The first step is of first order, and so is one that ends at 0. A schedule may start at sigma 1, where the second step
-    becomes first order as well, because half_log_snr is infinite there.
+    The first step is of first order, and so is one that ends at 0 or follows one from 1, where half_log_snr is infinite, or
+    one between equal levels, which leaves x as it is.
     """
     return _last(flow_dpm_steps(denoise, x, sigmas), x, on_step)
 

@@ -145,6 +145,20 @@ def test_a_schedule_from_pure_noise_stays_finite(
     assert found.abs().max() < 3
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [([1.0], [1.0, 0.5, 0.0]), ([1.0, 1.0], [1.0, 0.7, 0.4, 0.0]), ([0.9, 0.7, 0.5], [0.5, 0.4, 0.3, 0.2, 0.0])],
+)
+def test_flow_dpm_begins_anew_after_a_level_that_repeats(before: list[float], after: list[float]) -> None:
+    """There it leaves x as it is. KSampler repeats levels where it is asked for more steps than there are levels."""
+    x = flow_dpm_solver(toy_denoise, noise(), torch.tensor(before))
+    expected = flow_dpm_solver(toy_denoise, x, torch.tensor(after))
+    found = flow_dpm_solver(toy_denoise, noise(), torch.tensor(before + after))
+    torch.testing.assert_close(
+        found, expected, rtol=0, atol=1e-6
+    )  # the same numbers, but for how a machine takes logarithms
+
+
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 def test_steps_connect_and_end_at_what_was_denoised_last(solver: Callable[..., Iterator]) -> None:
     steps = list(solver(toy_denoise, noise(), flow_sigmas(5, 3.0)))
