@@ -327,7 +327,8 @@ class SCMScheduler(io.ComfyNode):
     @classmethod
     def execute(cls, steps: int, max_angle: float, intermediate_angle: float, paper_angles: bool) -> io.NodeOutput:
         angles = scm_angles(steps, max_angle=max_angle, intermediate_angle=intermediate_angle, paper=paper_angles)
-        return io.NodeOutput(angles.sin() / (angles.sin() + angles.cos()))
+        sigmas = angles.sin() / (angles.sin() + angles.cos())
+        return io.NodeOutput(sigmas.clamp(max=1))  # 1.5708 is a little above pi / 2
 
 
 class SCMSampler(io.ComfyNode):

@@ -276,6 +276,17 @@ def test_model_is_not_copied_for_the_convention_it_has(small: Small) -> None:
     assert other is not small.model and with_reference(other, "diffusers") is other
 
 
+def test_sprint_schedule_suits_other_samplers(small: Small, sprint: object) -> None:
+    """Noise levels are at most 1, and the angle that the node begins with is above pi / 2, by 4e-6."""
+    angles = {"steps": 2, "max_angle": 1.5708, "intermediate_angle": 1.3, "paper_angles": False}
+    (sigmas,) = small.host.call("SCMScheduler", **angles)
+    assert float(sigmas.max()) == 1
+    (sampler,) = small.host.call("KSamplerSelect", sampler_name="flow_dpm")
+    inputs = {"positive": small.positive, "negative": small.negative, "latent_image": small.empty(), "cfg": 1.0}
+    more = {"sampler": sampler, "sigmas": sigmas, "add_noise": True, "noise_seed": SEED}
+    assert bool(small.host.call("SamplerCustom", model=sprint, **inputs, **more)[0]["samples"].isfinite().all())
+
+
 def test_no_steps_leave_a_latent_as_it_is(small: Small, sprint: object) -> None:
     (sigmas,) = small.host.call("BasicScheduler", model=sprint, scheduler="simple", steps=2, denoise=0.0)
     latent = small.empty()
