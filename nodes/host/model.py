@@ -54,6 +54,7 @@ class HostTransformer(SanaTransformer):
     ) -> None:
         super().__init__(identity.config, operations=operations, dtype=dtype, device=device)
         self.dtype = dtype
+        self.in_channels = identity.config.channels  # which core's RenormCFG reads
         self.identity = identity
 
     def forward(

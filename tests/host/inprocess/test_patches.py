@@ -116,6 +116,14 @@ def test_core_lazy_cache_and_guidance_nodes(small: Small) -> None:
         assert bool(small.ksampler(model=model, steps=5).isfinite().all())
 
 
+def test_core_renorm_cfg(small: Small) -> None:
+    """Without a limit of the norm it is the usual guidance; with one of half the prompt's, another."""
+    (usual,) = small.host.call("RenormCFG", model=small.model, cfg_trunc=100.0, renorm_cfg=0.0)
+    (limited,) = small.host.call("RenormCFG", model=small.model, cfg_trunc=100.0, renorm_cfg=0.5)
+    assert difference(small.ksampler(model=usual), small.ksampler()) <= EQUAL
+    assert difference(small.ksampler(model=limited), small.ksampler()) > CHANGED
+
+
 def test_core_model_sampling_sets_the_flow_shift(small: Small) -> None:
     (model,) = small.host.call("ModelSamplingSD3", model=small.model, shift=1.5)
     inputs = {"steps": 4, "denoise": 1.0, "flow_shift": 0.0}
