@@ -252,7 +252,10 @@ class SanaModel(comfy.model_base.BaseModel):
             advice = f"this model was released in {self.identity.dtype}: load it with that dtype, or with fp32"
             if computing == torch.float32:
                 advice = "a LoRA, a ControlNet or the checkpoint is damaged: try without the first two"
-            raise ValueError(f"sampling gave numbers that are not finite, computing in {computing}; {advice}")
+            raise ValueError(
+                f"sampling gave numbers that are not finite, computing in {computing}; {advice}; or the noise levels repeat "
+                "or end at 1: choose another schedule"
+            )
         return super().process_latent_out(latent)
 
     def memory_required(self, input_shape: list[int], cond_shapes: Mapping[str, list[list[int]]] | None = None) -> int:

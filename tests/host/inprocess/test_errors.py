@@ -194,14 +194,14 @@ def test_sampling_that_breaks_down(small: Small) -> None:
     model.model.diffusion_model.proj_out.weight.data[0] = float("nan")
     expected = (
         "sampling gave numbers that are not finite, computing in torch.float32; a LoRA, a ControlNet or the checkpoint is "
-        "damaged: try without the first two"
+        "damaged: try without the first two; or the noise levels repeat or end at 1: choose another schedule"
     )
     for run in (small.ksampler, small.sample):
         with pytest.raises(ValueError) as caught:
             run(model=model)
         assert one_sentence(caught.value) == expected
     model.model.manual_cast_dtype = torch.float16
-    advice = "computing in torch.float16; this model was released in bfloat16: load it with that dtype, or with fp32$"
+    advice = "this model was released in bfloat16: load it with that dtype, or with fp32; or the noise levels"
     with pytest.raises(ValueError, match=advice):
         model.model.process_latent_out(torch.full((1, 32, 1, 1), float("nan")))
     assert bool(small.ksampler().isfinite().all())
