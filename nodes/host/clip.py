@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import comfy.model_management as management
 import comfy.ops
@@ -97,6 +98,13 @@ class SanaTextModel(nn.Module):
         text, text_mask = self.encoder.encode(ids, tokens[INSTRUCTION])
         place = management.intermediate_device()
         return mark_padding(text.float(), text_mask).to(place), None, {"attention_mask": text_mask.to(place)}
+
+    def generate(self, tokens: Tokens, **unused: object) -> NoReturn:
+        """Called by the host's Generate Text, whose list of encoders takes every CLIP."""
+        raise ValueError(
+            "this CLIP is SANA's text encoder, which reads prompts and writes no text; connect a language model that "
+            "CLIPLoader has loaded"
+        )
 
     def load_sd(self, tensors: dict[str, Tensor]) -> tuple[list[str], list[str]]:
         """Load tensors that `load_clip` has checked. Called by the host."""
