@@ -313,7 +313,7 @@ class SCMScheduler(io.ComfyNode):
                     min=0.01,
                     max=1.57,
                     step=0.01,
-                    tooltip="Radians; the second angle of a two-step schedule.",
+                    tooltip="Radians; the second angle of a two-step schedule, below max_angle.",
                 ),
                 io.Boolean.Input(
                     "paper_angles",
@@ -371,7 +371,7 @@ class SCMSampler(io.ComfyNode):
             raise ValueError("this MODEL is not SANA-Sprint; use SANA sampler (Flow-DPM) for it")
         kept = latent["samples"].any() and "noise_mask" not in latent
         if kept and len(sigmas) and float(sigmas[0]) > 0.99:
-            report(cls, "Nothing of the picture is kept: take less max_angle in SANA Sprint schedule, such as 1.3.")
+            report(cls, "Nothing of the picture is kept: take less max_angle in SANA Sprint schedule, such as 1.4.")
         guider = SanaGuidance(with_guidance_embed(model, guidance))
         guider.set_conds(positive, positive)
         return io.NodeOutput(sample_seeded(guider, None, sigmas, latent, seed))

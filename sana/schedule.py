@@ -51,7 +51,7 @@ def scm_angles(
 
     intermediate_angle: the middle of a two-step schedule; None, or any other number of steps: evenly spaced.
     paper: the angles of the paper's table 7 instead, for 1, 2 or 4 steps. Raises ValueError for other steps with `paper`,
-    for steps < 1, and for an angle outside (0, pi / 2].
+    for steps < 1, for an angle outside (0, pi / 2], and for an intermediate_angle that is not below max_angle.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; at least 1 is needed")
@@ -60,6 +60,10 @@ def scm_angles(
             raise ValueError(f"the paper gives angles for {', '.join(map(str, PAPER_ANGLES))} steps, not {steps}")
         return torch.tensor(PAPER_ANGLES[steps])
     if steps == 2 and intermediate_angle is not None:
+        if not 0 < intermediate_angle < max_angle:
+            raise ValueError(
+                f"intermediate_angle is {intermediate_angle}; it must be above 0 and below max_angle, which is {max_angle}"
+            )
         return check_angles([max_angle, intermediate_angle, 0.0])
     return check_angles(torch.linspace(max_angle, 0.0, steps + 1, dtype=torch.float64).tolist())
 

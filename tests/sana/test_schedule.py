@@ -139,6 +139,10 @@ def test_scm_angles_that_cannot_be_are_refused() -> None:
         scm_angles(0)
     with pytest.raises(ValueError, match="^the paper gives angles for 1, 2, 4 steps, not 3$"):
         scm_angles(3, paper=True)
+    message = "^intermediate_angle is 1.3; it must be above 0 and below max_angle, which is 1.2$"
+    with pytest.raises(ValueError, match=message):
+        scm_angles(2, max_angle=1.2)
+    assert scm_angles(3, max_angle=1.2)[0] == pytest.approx(1.2)
 
 
 @pytest.mark.parametrize(
