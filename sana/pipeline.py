@@ -127,7 +127,8 @@ class SanaPipeline:
         device: torch.device | str = "cpu",
         compiled: bool = False,
     ) -> "SanaPipeline":
-        """model: "demo", a diffusers folder, or a transformer file, which needs autoencoder and text_encoder as well.
+        """model: "demo", a diffusers folder, or a transformer file, which needs autoencoder and text_encoder as well, each
+        a file or folder, or "demo".
 
         variant: a name from VARIANTS, for files that cannot tell. dtype: of all parts, but float16, which overflows elsewhere,
         of the transformer only; None: float32 on a CPU, else that of the release for the transformer and bfloat16 for the
@@ -135,9 +136,10 @@ class SanaPipeline:
         Raises CheckpointError for files that are something else, and FileNotFoundError.
         """
         model = model_path(model)
+        autoencoder, text_encoder = (part and model_path(part) for part in (autoencoder, text_encoder))
         file = read_tensors(model, "transformer")
         identity = identify_transformer(file, variant)
-        _check_parts(model, file, autoencoder, text_encoder)
+        check_parts(model, file, autoencoder, text_encoder)
         own, safe = default_dtypes(identity.dtype, torch.device(device))
         others = safe if dtype in (None, torch.float16) else dtype
         return cls(
@@ -372,14 +374,12 @@ def model_path(model: Path | str) -> Path:
     return MODELS.get(str(model), Path(model))
 
 
-def _check_parts(
-    model: Path, file: TensorFile, autoencoder: Path | str | None, text_encoder: Path | str | None
-) -> None:
-    """Raises CheckpointError if a part is neither given nor comes with the transformer."""
+def check_parts(model: Path, file: TensorFile, autoencoder: Path | str | None, text_encoder: Path | str | None) -> None:
+    """Raises CheckpointError if a part is neither given nor comes with the transformer, at `model`."""
     parts = {
-        "autoencoder": autoencoder or (model / "vae").is_dir() or is_autoencoder(file.tensors),
-        "text_encoder": text_encoder or (model / "text_encoder").is_dir() or is_gemma(file.tensors),
+        "an autoencoder": autoencoder or (model / "vae").is_dir() or is_autoencoder(file.tensors),
+        "a text encoder": text_encoder or (model / "text_encoder").is_dir() or is_gemma(file.tensors),
     }
     missing = " and ".join(name for name, there in parts.items() if not there)
     if missing:
-        raise CheckpointError(f"{file.path.name} is the transformer alone; give {missing} as well")
+        raise CheckpointError(f"{model} is the transformer alone; give {missing} as well")

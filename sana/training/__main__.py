@@ -12,6 +12,14 @@ from ..pipeline import model_path
 from .demo import DemoConfig, train_demo
 from .finetune import FinetuneConfig, finetune
 
+DEMO_NUMBERS = {
+    "autoencoder_steps": "of the autoencoder, first",
+    "decoder_steps": "of its decoder alone, next",
+    "transformer_steps": "of transformer and text encoder, last",
+    "scenes": "pictures to train the transformer on, of each of three sizes",
+    "batch_size": "latents a step and process, of the transformer",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code."""
@@ -19,9 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except KeyboardInterrupt:
-        print("\nStopped; the same command goes on from the last saved step.", file=sys.stderr)
+        print("\nStopped; the same command goes on from the last saved step, if one was saved.", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -39,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
         help='"demo", or the folder of a demo checkpoint, to train further (default: from nothing)',
     )
     for name, value in vars(DemoConfig()).items():
-        demo.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"default: {value}")
+        option = f"--{name.replace('_', '-')}"
+        demo.add_argument(option, type=int, default=value, help=f"{DEMO_NUMBERS[name]} (default: {value})")
     demo.set_defaults(run=run_demo)
     tune = commands.add_parser("finetune", help="train a SANA transformer on a folder of pictures with captions")
     tune.add_argument("--data", type=Path, required=True, help="pictures, each with a .txt file of its name")
@@ -49,8 +58,8 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--model", default="demo", help='"demo", a diffusers folder, or a transformer file (default: demo)'
     )
-    tune.add_argument("--autoencoder", help="for a transformer file: file or folder of its DC-AE")
-    tune.add_argument("--text-encoder", help="for a transformer file: file or folder of Gemma-2-2b-it")
+    tune.add_argument("--autoencoder", help='for a transformer alone: file or folder of its DC-AE, or "demo"')
+    tune.add_argument("--text-encoder", help='for a transformer alone: file or folder of Gemma-2-2b-it, or "demo"')
     tune.add_argument("--variant", choices=tuple(VARIANTS), help="for a file that cannot tell 1K from 2K or 4K")
     tune.add_argument("--steps", type=int, default=1000, help="default: 1000")
     tune.add_argument("--batch-size", type=int, default=4, help="pictures a step and process (default: 4)")

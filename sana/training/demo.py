@@ -25,7 +25,7 @@ from .autoencoder import ReconstructionObjective, initialise, reconstruction_she
 from .export import write_pipeline
 from .flow import FlowBatch, FlowObjective, initialise_transformer
 from .latents import SceneLatents
-from .loop import TrainingConfig, claim, process_state, train
+from .loop import TrainingConfig, check_counts, claim, process_state, train
 from .scenes import KIND_SHARE, Kind, caption, held_out_scenes, sample_scene
 from .tokenizer import train_tokenizer
 
@@ -88,6 +88,10 @@ class DemoConfig:
     transformer_steps: int = 10000
     scenes: int = 8000  # of each resolution
     batch_size: int = 48
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that no training can have."""
+        check_counts(vars(self))
 
 
 def train_demo(folder: Path, config: DemoConfig, start: Path | None = None) -> Path:

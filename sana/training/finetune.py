@@ -14,14 +14,14 @@ from ..detection import TransformerIdentity, identify_transformer
 from ..files import TensorFile, read_tensors
 from ..guidance import Condition, Guidance, guided_denoiser
 from ..images import read_picture, to_picture
-from ..pipeline import model_path
+from ..pipeline import check_parts, model_path
 from ..schedule import flow_sigmas
 from ..solvers import flow_dpm_solver
 from ..text_checkpoint import check_text_encoder, load_text_encoder
 from ..text_encoder import GemmaTextEncoder
 from .export import write_transformer
 from .flow import FlowObjective
-from .loop import TrainingConfig, claim, process_state, train
+from .loop import TrainingConfig, check_counts, claim, process_state, train
 from .pictures import Picture, PictureStates, pad_texts, read_pictures, write_states
 
 SHEET_COLUMNS, SHEET_SIDE, SHEET_STEPS = 6, 256, 14
@@ -36,6 +36,14 @@ class FinetuneConfig:
     learning_rate: float = 1e-5
     recompute: bool = False  # activations of blocks in the backward pass: less memory, a third more work
     sheet_every: int = 500  # steps from one sheet to the next, see `caption_sheet`; 0: none
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that no training can have."""
+        check_counts({"steps": self.steps, "batch_size": self.batch_size})
+        if not 0 < self.learning_rate < 1:
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0 and below 1, such as 1e-5")
+        if self.sheet_every < 0:
+            raise ValueError(f"sheet_every is {self.sheet_every}; it must be 0, for no sheets, or more")
 
 
 def finetune(
@@ -56,9 +64,11 @@ def finetune(
     for parts that cannot be trained with, before any picture is encoded.
     """
     model = model_path(model)
+    autoencoder, text_encoder = (part and model_path(part) for part in (autoencoder, text_encoder))
     file = read_tensors(model, "transformer")
     identity = _trainable(file, variant)
-    pictures = read_pictures(data, identity.base_size)
+    check_parts(model, file, autoencoder, text_encoder)
+    pictures = read_pictures(data, identity.base_size, besides=folder)
     machine = process_state()
     frozen = load_autoencoder(autoencoder or model, device=machine.device)
     gemma = load_text_encoder(text_encoder or model, device=machine.device)

@@ -7,7 +7,7 @@ run that was killed and resumed ends with the same weights as one that was not.
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -104,8 +104,17 @@ def process_state() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
 
 
+def check_counts(numbers: Mapping[str, int]) -> None:
+    """Raises ValueError for a number, by its name, that is below 1."""
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{name} is {number}; it must be at least 1")
+
+
 def claim(folder: Path, run: dict[str, str]) -> None:
-    """Make a work folder and note what it is for. Raises ValueError if it is for something else."""
+    """Make a work folder and note what it is for. Raises ValueError if it is for something else, or no folder."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give another --out, a folder")
     note = folder / "run.json"
     with process_state().main_process_first():
         if not note.exists():

@@ -38,12 +38,16 @@ class Picture:
         return sha256(repr(parts).encode()).hexdigest()[:24]
 
 
-def read_pictures(folder: Path, base_size: int) -> list[Picture]:
+def read_pictures(folder: Path, base_size: int, besides: Path | None = None) -> list[Picture]:
     """The pictures in a folder, each with the text file of its name, and the bucket of base_size nearest to its shape.
 
+    besides: a folder whose pictures do not count, wherever it is.
     Raises ValueError if there are none, if one has no caption, and for a file that is no picture or no text in UTF-8.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; give one with pictures, each with a .txt file of its name")
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in found if besides is None or besides.resolve() not in path.resolve().parents)
     if not paths:
         raise ValueError(
             f"{folder} holds no pictures; put {', '.join(SUFFIXES)} files there, each with a .txt file of its name"

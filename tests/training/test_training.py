@@ -181,6 +181,49 @@ def finetune(pictures: Path, folder: Path, *more: str) -> int:
     return main([*command, "--sheet-every", "0", *more])
 
 
+def test_finetuning_asks_for_the_parts_of_a_transformer(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = MODELS["demo"] / "transformer"
+    arguments = ["finetune", "--data", str(pictures), "--out", str(tmp_path / "out"), "--model", str(alone)]
+    assert main(arguments) == 1
+    expected = f"error: {alone} is the transformer alone; give an autoencoder and a text encoder as well\n"
+    assert capsys.readouterr().err == expected
+    assert main([*arguments, "--steps=1", "--batch-size=1", "--autoencoder=demo", "--text-encoder=demo"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--steps=0", "steps is 0; it must be at least 1"),
+        ("--batch-size=-1", "batch_size is -1; it must be at least 1"),
+        ("--learning-rate=-1", "learning_rate is -1.0; it must be above 0 and below 1, such as 1e-5"),
+        ("--sheet-every=-1", "sheet_every is -1; it must be 0, for no sheets, or more"),
+        ("--data=nowhere", "nowhere is no folder; give one with pictures, each with a .txt file of its name"),
+        (f"--out={__file__}", f"{__file__} is a file; give another --out, a folder"),
+    ],
+)
+def test_finetuning_refuses_what_cannot_be(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, message: str
+) -> None:
+    assert main(["finetune", "--data", str(pictures), "--out", str(tmp_path / "out"), option]) == 1
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_demo_without_steps_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--out", str(tmp_path / "out"), "--transformer-steps=0"]) == 1
+    assert capsys.readouterr().err == "error: transformer_steps is 0; it must be at least 1\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_sheets_are_no_pictures_to_train_on(pictures: Path) -> None:
+    arguments = ["finetune", "--data", str(pictures), "--out", str(pictures / "out"), "--batch-size=1"]
+    for steps in (1, 2):
+        assert main([*arguments, f"--steps={steps}"]) == 0
+    assert list((pictures / "out").rglob("*.png"))
+
+
 def test_finetuning_draws_captions_below_their_pictures(pictures: Path, tmp_path: Path) -> None:
     """The demo model knows these scenes, so after a step at a small rate a drawing has the colours of its picture."""
     assert finetune(pictures, tmp_path / "out", "--sheet-every", "1") == 0

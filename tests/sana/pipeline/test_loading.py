@@ -8,7 +8,7 @@ import torch
 
 from sana.autoencoder import DCAutoencoder
 from sana.files import CheckpointError
-from sana.pipeline import SanaPipeline, default_dtypes
+from sana.pipeline import MODELS, SanaPipeline, default_dtypes
 from sana.transformer import SanaTransformer
 from tests.sana.models import PROMPTS
 from tests.sana.networks import tiny_autoencoder_config, tiny_config
@@ -63,11 +63,18 @@ def test_a_transformer_file_alone_asks_for_the_rest(folder: Path) -> None:
     path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     for place in (path, path.parent):
         with pytest.raises(
-            CheckpointError, match=" is the transformer alone; give autoencoder and text_encoder as well$"
+            CheckpointError, match=" is the transformer alone; give an autoencoder and a text encoder as well$"
         ):
             SanaPipeline.load(place)
-    with pytest.raises(CheckpointError, match=f"^{path.name} is the transformer alone; give text_encoder as well$"):
+    with pytest.raises(CheckpointError, match=f"^{path} is the transformer alone; give a text encoder as well$"):
         SanaPipeline.load(path, autoencoder=folder)
+
+
+def test_parts_of_the_demo_are_given_by_its_name() -> None:
+    whole = SanaPipeline.load("demo")
+    parts = SanaPipeline.load(MODELS["demo"] / "transformer", autoencoder="demo", text_encoder="demo")
+    drawn, expected = (sample(each, PROMPTS[0], steps=1) for each in (parts, whole))
+    assert torch.equal(drawn, expected)
 
 
 @pytest.mark.parametrize(
