@@ -26,7 +26,7 @@ BUILD_RATE = 1e8  # random weights a second on one core
 
 
 def main() -> int:
-    options = parser().parse_args()
+    options = parse()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[options.dtype or ("bfloat16" if device == "cuda" else "float32")]
     torch.backends.cudnn.allow_tf32 = False  # convolutions in float32 are compared in float32
@@ -35,8 +35,11 @@ def main() -> int:
         f"{device_name()}, {dtype}: {floor.flops_per_second / 1e12:.2f} TFLOP/s, {floor.bytes_per_second / 1e9:.0f} GB/s"
     )
     compiled = device == "cuda" or options.compiled
-    steps = options.steps or (20 if device == "cuda" else 2)
-    cases = [case for case in all_cases(steps) if re.search(options.only, case.title)]
+    cases = all_cases(options.steps or (20 if device == "cuda" else 2))
+    cases = [case for case in cases if options.only is None or options.only.search(case.title)]
+    if not cases:
+        print("No case has such a title.")
+        return 2
     result = {"dtype": str(dtype), "floor": asdict(floor), "repeats": options.repeats, "rows": []}
     result |= {"left_out": [case.title for case in cases], "failed": []}
     name = f"speed-{device}-{str(dtype).removeprefix('torch.')}"
@@ -55,16 +58,33 @@ def main() -> int:
     return 1 if result["failed"] else 0
 
 
-def parser() -> argparse.ArgumentParser:
+def parse() -> argparse.Namespace:
     top = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     top.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
     top.add_argument("--minutes", type=float, default=20, help="to spend at most, about (default: 20)")
-    top.add_argument("--repeats", type=int, default=5, help="timed calls of each candidate (default: 5)")
-    top.add_argument("--steps", type=int, help="of whole pictures (default: 20 on a GPU, 2 on a CPU)")
-    top.add_argument("--only", default="", help="cases whose title matches this regular expression")
+    top.add_argument("--repeats", type=count, default=5, help="timed calls of each candidate (default: 5)")
+    top.add_argument("--steps", type=count, help="of whole pictures (default: 20 on a GPU, 2 on a CPU)")
+    top.add_argument("--only", type=expression, help="cases whose title matches this regular expression; needs --out")
     top.add_argument("--compiled", action="store_true", help="torch.compile on a CPU too; takes minutes for each case")
     top.add_argument("--out", type=Path, help="JSON file to write (default: the one in results/ that README shows)")
-    return top
+    options = top.parse_args()
+    if options.only and not options.out:
+        top.error("--only measures a part of the table in README; give --out, the file to write it to")
+    return options
+
+
+def count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number
+
+
+def expression(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
 
 
 def choose(

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 import torch
 from safetensors.torch import save_file
 
+from sana.config import VARIANTS
 from sana.key_map import with_convolutions
 from sana.text_checkpoint import stored_companions
 from sana.text_encoder import JsonTokenizer
@@ -91,8 +92,10 @@ def main() -> None:
     top.add_argument("--gib", type=float, default=7.0, help="that the card has to give (default: %(default)s)")
     top.add_argument("--side", type=int, default=1024, help="px (default: %(default)s)")
     top.add_argument("--steps", type=int, default=2, help="default: %(default)s")
-    top.add_argument("--variant", default="sana-1.6b-1024px", help="default: %(default)s")
+    top.add_argument("--variant", choices=tuple(VARIANTS), default="sana-1.6b-1024px", help="default: %(default)s")
+    top.add_argument("--out", type=Path, help="JSON file to write (default: the one in results/ of this side)")
     options = top.parse_args()
+    out = vars(options).pop("out")
     second_device.install()
     MEMORY.capacity = int(options.gib * GIB)
     with TemporaryDirectory() as folder:
@@ -102,7 +105,7 @@ def main() -> None:
         print("\n| part | GiB before | GiB at most | s |\n|---|---:|---:|---:|", flush=True)
         parts = draw(host, models, options.side, options.steps)
     result = {"comfyui": NEWEST, **vars(options), "parts": [asdict(part) for part in parts]}
-    print(write_result(f"card-{options.side}", result))
+    print(write_result(f"card-{options.side}", result, out))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
+from pathlib import Path
 
 import torch
 
@@ -90,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__.splitlines()[0])
     parser.add_argument("--variant", choices=tuple(VARIANTS), default="sana-1.6b-1024px", help="default: %(default)s")
     parser.add_argument("--measure", type=int, default=1024, help="largest side to run, px (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="JSON file to write (default: the one in results/ that README names)")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"{device_name()}, {DTYPE}, GiB\n\n| part | px | weights | model | measured | together |")
@@ -108,7 +110,7 @@ def main() -> None:
     verdict = "suffices" if most < CARD * GIB else "is too small"
     print(f"\nThe most at once: {gibibytes(most)} GiB; a card of {CARD} GiB {verdict}.")
     result = {"variant": options.variant, "phases": [asdict(phase) for phase in rows], "most": most}
-    print(write_result("memory", result))
+    print(write_result("memory", result, options.out))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The tables of README, from the files in results/: python -m bench.readme. Run it after a measurement is renewed."""
 
+import argparse
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -90,6 +91,7 @@ KINDS: dict[str, Callable[[Result], Iterator[str]]] = {
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__).parse_args()
     README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
 
 

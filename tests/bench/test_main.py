@@ -69,6 +69,30 @@ def test_what_was_measured_is_written_before_the_next_case(tmp_path: Path, monke
     assert {row["case"] for row in json.loads(out.read_text())["rows"]} == {"off by 0.0"}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only=decode"], "--only measures a part of the table in README; give --out, the file to write it to"),
+        (["--only=("], "'(' is no regular expression: "),
+        (["--repeats=0"], "0 is below 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    with pytest.raises(SystemExit, match="^2$"):
+        command.parse()
+    assert message in capsys.readouterr().err
+
+
+def test_no_case_writes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", "--only", "nothing", "--out", str(out := tmp_path / "speed.json")])
+    monkeypatch.setattr(command.Floor, "measure", lambda dtype, device: Floor(1e9, 1e9))
+    assert command.main() == 2
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(("slowness", "expected"), [(0.5, 6), (1.0, 5), (2.0, 3)])
 def test_time_taken_beyond_the_estimate_leaves_fewer_cases(
     monkeypatch: pytest.MonkeyPatch, slowness: float, expected: int
