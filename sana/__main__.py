@@ -54,11 +54,11 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     add_generate(commands.add_parser("generate", help="draw a prompt"))
     info = commands.add_parser("info", help="say what a checkpoint is")
-    info.add_argument("path", type=Path)
+    info.add_argument("path", type=Path, help="checkpoint file or folder")
     info.set_defaults(run=run_info)
     conversion = commands.add_parser("convert", help="write a transformer or autoencoder as one safetensors file")
-    conversion.add_argument("source", type=Path)
-    conversion.add_argument("target", type=Path)
+    conversion.add_argument("source", type=Path, help="checkpoint file or folder")
+    conversion.add_argument("target", type=Path, help="safetensors file to write")
     conversion.add_argument("--variant", choices=tuple(VARIANTS), help="for a file that cannot tell 1K from 2K or 4K")
     conversion.add_argument("--dtype", choices=DTYPES, help="default: as in the source")
     conversion.set_defaults(run=run_convert)
@@ -77,8 +77,8 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     )
     add("--resume", action="store_true", help="skip pictures that exist already")
     add("--model", default="demo", help='"demo", a diffusers folder, or a transformer file (default: demo)')
-    add("--autoencoder", help="for a transformer file: file or folder of its DC-AE")
-    add("--text-encoder", help="for a transformer file: file or folder of Gemma-2-2b-it")
+    add("--autoencoder", help='for a transformer alone: file or folder of its DC-AE, or "demo"')
+    add("--text-encoder", help='for a transformer alone: file or folder of Gemma-2-2b-it, or "demo"')
     add("--variant", choices=tuple(VARIANTS), help="for a file that cannot tell 1K from 2K or 4K")
     add("--negative", default="", help="what to avoid")
     size_help = "pixels, a multiple of 32 (default: the model's; with --image the image's, unless that is far larger)"
@@ -96,7 +96,7 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     )
     add("--pag-scale", type=float, default=0.0, help="perturbed-attention guidance; 0 is off (default: 0)")
     add("--flow-shift", type=float, help="default: the model's")
-    add("--solver", choices=tuple(SOLVERS), default="flow_dpm")
+    add("--solver", choices=tuple(SOLVERS), default="flow_dpm", help="default: flow_dpm; Sprint has its own")
     add(
         "--reference", choices=("nvlabs", "diffusers"), default="nvlabs", help="whose rules to follow where they differ"
     )
@@ -108,7 +108,11 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     add("--strength", type=float, help="share of the noise put on --image, in (0, 1] (default: 0.5; with --mask: 1)")
     add("--max-bytes", type=int, help="bound on the working memory of the autoencoder")
     add("--dtype", choices=DTYPES, help="default: float32 on a CPU, else that of the release")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="such as cpu or cuda:1 (default: %(default)s)",
+    )
     add("--compile", action="store_true", help="compile the transformer first; pays for many pictures of one size")
     command.set_defaults(run=run_generate)
 

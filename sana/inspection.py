@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .autoencoder import DCAutoencoder
 from .checkpoint import FLOAT_DTYPES, FP8_DTYPES, check_numbers, check_tensors
-from .config import AUTOENCODERS, VARIANTS, AutoencoderConfig
+from .config import AUTOENCODERS, VARIANTS, AutoencoderConfig, GemmaConfig
 from .detection import (
     SVDQUANT,
     TRANSFORMER_SOURCE,
@@ -35,7 +35,7 @@ USES = {
 
 
 def describe_file(path: Path | str) -> str:
-    """Five lines on a checkpoint file or folder. Raises CheckpointError if it cannot be read."""
+    """A few lines on a checkpoint file or folder. Raises CheckpointError if it cannot be read."""
     file = read_tensors(path, "transformer")
     name, content = file.path.name, f"{len(file.tensors)} tensors, {_amount(file)}"
     if is_transformer(file.tensors):
@@ -105,11 +105,16 @@ def _transformer_lines(identity: TransformerIdentity) -> list[str]:
     traits += ["a guidance embedding"] if config.guidance_embed else []
     traits += ["a position table"] if config.position_base else []
     traits += [f"a ControlNet of {config.control_blocks} blocks"] if config.control_blocks else []
+    encoder = (
+        "Gemma-2-2b-it"
+        if config.text_width == GemmaConfig().hidden_size
+        else f"a text encoder of width {config.text_width}"
+    )
     shift = "no flow shift (Sprint)" if identity.flow_shift is None else f"flow shift {identity.flow_shift:g}"
     return [
         f"{identity.variant}{release}: {', '.join(traits)}",
         f"made for {identity.base_size} px (from {identity.origin}), {shift}, guidance {identity.guidance_scale:g}",
-        f"compute in {identity.dtype} or float32; needs a DC-AE f32c32 and Gemma-2-2b-it",
+        f"compute in {identity.dtype} or float32; needs a DC-AE f32c32 and {encoder}",
     ]
 
 

@@ -100,7 +100,7 @@ def test_five_lines_on_a_network_that_was_never_released(
     assert lines[2:] == [
         f"custom: 3 blocks of width 96{traits}",
         f"made for {sample_size * 32} px (from config.json), {shift}, guidance 4.5",
-        "compute in float16 or float32; needs a DC-AE f32c32 and Gemma-2-2b-it",
+        f"compute in float16 or float32; needs a DC-AE f32c32 and a text encoder of width {config.text_width}",
     ]
 
 
