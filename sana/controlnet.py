@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from .checkpoint import fill
 from .config import TransformerConfig
-from .detection import describe, detect_transformer
+from .detection import detect_transformer
 from .files import CheckpointError, read_tensors
 from .key_map import is_controlnet, to_control_names
+from .kinds import describe
 from .layers import Build, TextProjection
 from .operations import Operations
 from .transformer import Block, Modulation, TextContext, TimeEmbedding, compact_text

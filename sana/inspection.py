@@ -11,12 +11,10 @@ from .autoencoder import DCAutoencoder
 from .checkpoint import FLOAT_DTYPES, FP8_DTYPES, check_numbers, check_tensors
 from .config import AUTOENCODERS, VARIANTS, AutoencoderConfig, GemmaConfig
 from .detection import (
-    SVDQUANT,
     TRANSFORMER_SOURCE,
     TransformerIdentity,
     autoencoder_header,
     autoencoder_tensors,
-    describe,
     detect_autoencoder,
     identify_transformer,
     transformer_header,
@@ -24,9 +22,10 @@ from .detection import (
 )
 from .files import CheckpointError, TensorFile, read_tensors, replacing
 from .key_map import control_blocks, is_autoencoder, is_transformer, with_convolutions
+from .kinds import SVDQUANT, describe
 from .transformer import SanaTransformer
 
-# What to do with some of what `detection.describe` knows.
+# What to do with some of what `kinds.describe` knows.
 USES = {
     "a Gemma text encoder": "give its path as the text encoder",
     SVDQUANT: f"use {TRANSFORMER_SOURCE} instead",

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from .checkpoint import fill
 from .config import GemmaConfig, TransformerConfig
-from .detection import describe, stored_bytes
+from .detection import stored_bytes
 from .files import CheckpointError, TensorFile, read_tensors
 from .gemma import Gemma2
 from .key_map import dialect_prefix
+from .kinds import describe
 from .operations import Operations
 from .text_encoder import BOS, EOS, PAD, GemmaTextEncoder, JsonTokenizer, SentencePieceTokenizer, Tokenizer
 

@@ -14,9 +14,10 @@ from sana import CheckpointError, load_autoencoder, load_transformer
 from sana.autoencoder import DCAutoencoder
 from sana.checkpoint import build_transformer, check_tensors
 from sana.config import AutoencoderConfig
-from sana.detection import autoencoder_tensors, describe, detect_autoencoder, identify_transformer
+from sana.detection import autoencoder_tensors, detect_autoencoder, identify_transformer
 from sana.files import TensorFile, read_tensors
 from sana.key_map import with_convolutions
+from sana.kinds import describe
 from sana.transformer import SanaTransformer
 from tests.sana.dialects import early_diffusers_transformer, official_transformer, original_autoencoder
 from tests.sana.measures import mapped_bytes, peak_bytes, relative_error
