@@ -1,6 +1,5 @@
 """Checkpoint files to MODEL, CLIP and VAE."""
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ...sana.detection import identify_transformer, transformer_header
 from ...sana.files import CheckpointError, read_tensors
+from .extension import extend
 from .model import UNNAMED, SanaModel
 from .run import follow_runs
 
@@ -42,26 +42,17 @@ def load_model(
 
 def extend_loading() -> None:
     """Let every MODEL of ours that the host loads, by whatever node, know its runs and patch its tables."""
-    _prepare_result("load_diffusion_model_state_dict")
-    _prepare_result("load_state_dict_guess_config")
+    for name in ("load_diffusion_model_state_dict", "load_state_dict_guess_config"):
+        extend(comfy.sd, name, _load_prepared)
 
 
-def _prepare_result(name: str) -> None:
-    original: Callable[..., object] = getattr(comfy.sd, name)
-    if getattr(original, "knows_sana", False):
-        return
-
-    @functools.wraps(original)
-    def load(*arguments: object, **named: object) -> object:
-        loaded = original(*arguments, **named)
-        patcher = loaded[0] if isinstance(loaded, tuple) else loaded
-        if isinstance(getattr(patcher, "model", None), SanaModel):
-            follow_runs(patcher)
-            patcher.add_callback_with_key(comfy.patcher_extension.CallbacksMP.ON_LOAD, TABLE, _patch_tables)
-        return loaded
-
-    load.knows_sana = True
-    setattr(comfy.sd, name, load)
+def _load_prepared(original: Callable[..., object], *arguments: object, **named: object) -> object:
+    loaded = original(*arguments, **named)
+    patcher = loaded[0] if isinstance(loaded, tuple) else loaded
+    if isinstance(getattr(patcher, "model", None), SanaModel):
+        follow_runs(patcher)
+        patcher.add_callback_with_key(comfy.patcher_extension.CallbacksMP.ON_LOAD, TABLE, _patch_tables)
+    return loaded
 
 
 def _patch_tables(patcher: ModelPatcher, device: torch.device, *unused: object) -> None:

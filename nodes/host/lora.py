@@ -1,6 +1,5 @@
 """LoRA files of SANA for the host's own loaders: what trainers call its layers, and the shapes they give its convolutions."""
 
-import functools
 from collections.abc import Callable
 
 import comfy.lora
@@ -8,6 +7,7 @@ import comfy.model_base
 from torch import Tensor
 
 from ...sana.key_map import POINTWISE
+from .extension import extend
 from .model import SanaModel
 
 # What stands before a module path: PEFT in diffusers, PEFT alone, and (with _ for .) LyCORIS, OneTrainer and kohya.
@@ -48,37 +48,27 @@ def with_matrices(lora: dict[str, Tensor], keys: KeyMap) -> dict[str, Tensor]:
 
 def extend_loras() -> None:
     """Teach the functions that every LoRA loader of the host calls the names and the shapes, for SANA models only."""
-    _extend_names()
-    _extend_shapes()
+    extend(comfy.lora, "model_lora_keys_unet", _with_names)
+    extend(comfy.lora, "load_lora", _with_shapes)
 
 
-def _extend_names() -> None:
-    original: Callable[..., KeyMap] = comfy.lora.model_lora_keys_unet
-    if getattr(original, "knows_sana", False):
-        return
-
-    @functools.wraps(original)
-    def model_lora_keys_unet(model: comfy.model_base.BaseModel, key_map: KeyMap | None = None) -> KeyMap:
-        keys = original(model, {} if key_map is None else key_map)
-        if not isinstance(model, SanaModel):
-            return keys
-        keys.update(sana_lora_keys(model))
-        return SanaKeyMap(keys)
-
-    model_lora_keys_unet.knows_sana = True
-    comfy.lora.model_lora_keys_unet = model_lora_keys_unet
+def _with_names(
+    original: Callable[..., KeyMap], model: comfy.model_base.BaseModel, key_map: KeyMap | None = None
+) -> KeyMap:
+    keys = original(model, {} if key_map is None else key_map)
+    if not isinstance(model, SanaModel):
+        return keys
+    keys.update(sana_lora_keys(model))
+    return SanaKeyMap(keys)
 
 
-def _extend_shapes() -> None:
-    original: Callable[..., dict[str, object]] = comfy.lora.load_lora
-    if getattr(original, "knows_sana", False):
-        return
-
-    @functools.wraps(original)
-    def load_lora(lora: dict[str, Tensor], to_load: KeyMap, *more: object, **named: object) -> dict[str, object]:
-        if isinstance(to_load, SanaKeyMap):
-            lora = with_matrices(lora, to_load)
-        return original(lora, to_load, *more, **named)
-
-    load_lora.knows_sana = True
-    comfy.lora.load_lora = load_lora
+def _with_shapes(
+    original: Callable[..., dict[str, object]],
+    lora: dict[str, Tensor],
+    to_load: KeyMap,
+    *more: object,
+    **named: object,
+) -> dict[str, object]:
+    if isinstance(to_load, SanaKeyMap):
+        lora = with_matrices(lora, to_load)
+    return original(lora, to_load, *more, **named)

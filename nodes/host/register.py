@@ -1,6 +1,5 @@
 """What we add to the host, so that its own loaders and samplers know SANA. Every addition is for SANA alone, and made once."""
 
-import functools
 from collections.abc import Callable, Mapping
 
 import comfy.k_diffusion.sampling
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ...sana.key_map import is_transformer
 from .checkpoint import extend_loading
+from .extension import extend
 from .lora import extend_loras
 from .model import SanaConfig, detect
 from .sampler import FLOW_DPM, sample_flow_dpm
@@ -29,19 +29,17 @@ def register() -> None:
 
 def _extend_detection() -> None:
     """Ahead of the host's own rules, which take SANA for PixArt."""
-    original: Callable[..., dict[str, object] | None] = comfy.model_detection.detect_unet_config
-    if getattr(original, "knows_sana", False):
-        return
+    if extend(comfy.model_detection, "detect_unet_config", _detect_unet_config):
+        comfy.supported_models.models.append(SanaConfig)
 
-    @functools.wraps(original)
-    def detect_unet_config(
-        state_dict: Mapping[str, Tensor], key_prefix: str, metadata: Mapping[str, str] | None = None
-    ) -> dict[str, object] | None:
-        names = {name.removeprefix(key_prefix): None for name in state_dict if name.startswith(key_prefix)}
-        if is_transformer(names):
-            return detect(state_dict, key_prefix, metadata)
-        return original(state_dict, key_prefix, metadata=metadata)
 
-    detect_unet_config.knows_sana = True
-    comfy.model_detection.detect_unet_config = detect_unet_config
-    comfy.supported_models.models.append(SanaConfig)
+def _detect_unet_config(
+    original: Callable[..., dict[str, object] | None],
+    state_dict: Mapping[str, Tensor],
+    key_prefix: str,
+    metadata: Mapping[str, str] | None = None,
+) -> dict[str, object] | None:
+    names = {name.removeprefix(key_prefix): None for name in state_dict if name.startswith(key_prefix)}
+    if is_transformer(names):
+        return detect(state_dict, key_prefix, metadata)
+    return original(state_dict, key_prefix, metadata=metadata)
