@@ -29,17 +29,17 @@ def main() -> int:
     options = parse()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[options.dtype or ("bfloat16" if device == "cuda" else "float32")]
+    cases = all_cases(options.steps or (20 if device == "cuda" else 2))
+    cases = [case for case in cases if options.only is None or options.only.search(case.title)]
+    if not cases:
+        print("No case has such a title.")
+        return 2
     torch.backends.cudnn.allow_tf32 = False  # convolutions in float32 are compared in float32
     floor = Floor.measure(dtype, device)
     print(
         f"{device_name()}, {dtype}: {floor.flops_per_second / 1e12:.2f} TFLOP/s, {floor.bytes_per_second / 1e9:.0f} GB/s"
     )
     compiled = device == "cuda" or options.compiled
-    cases = all_cases(options.steps or (20 if device == "cuda" else 2))
-    cases = [case for case in cases if options.only is None or options.only.search(case.title)]
-    if not cases:
-        print("No case has such a title.")
-        return 2
     result = {"dtype": str(dtype), "floor": asdict(floor), "repeats": options.repeats, "rows": []}
     result |= {"left_out": [case.title for case in cases], "failed": []}
     name = f"speed-{device}-{str(dtype).removeprefix('torch.')}"
