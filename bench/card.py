@@ -15,10 +15,10 @@ from tempfile import TemporaryDirectory
 import torch
 from safetensors.torch import save_file
 
+from sana.checkpoints.names import with_convolutions
+from sana.checkpoints.text_encoder import stored_companions
 from sana.config import VARIANTS
-from sana.key_map import with_convolutions
-from sana.text_checkpoint import stored_companions
-from sana.text_encoder import JsonTokenizer
+from sana.text.text_encoder import JsonTokenizer
 from tests.host import second_device
 from tests.host.boot import Host, boot
 from tests.host.hosts import NEWEST

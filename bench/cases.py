@@ -10,13 +10,13 @@ from diffusers import DPMSolverMultistepScheduler
 from diffusers import SanaPipeline as DiffusersPipeline
 from torch import Tensor, nn
 
+from sana.checkpoints.detection import TransformerIdentity
 from sana.config import VARIANTS
-from sana.detection import TransformerIdentity
+from sana.networks.streaming import least_bytes, whole_bytes
+from sana.networks.transformer import SanaTransformer
 from sana.pipeline import SanaPipeline, Settings
-from sana.prompt import INSTRUCTION
-from sana.streaming import least_bytes, whole_bytes
-from sana.text_encoder import GemmaTextEncoder
-from sana.transformer import SanaTransformer
+from sana.text.prompt import INSTRUCTION
+from sana.text.text_encoder import GemmaTextEncoder
 
 from .networks import PaddingTokenizer, autoencoder_pair, gemma_pair, transformer_pair
 from .race import Call

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from sana.config import LATENT_CHANNELS, VARIANTS
-from sana.streaming import least_bytes
-from sana.transformer import WORKING_BYTES
+from sana.networks.streaming import least_bytes
+from sana.networks.transformer import WORKING_BYTES
 
 from .cases import AUTOENCODER, call, random_text
 from .machine import device_name, write_result

@@ -7,14 +7,14 @@ from diffusers import AutoencoderDC, SanaTransformer2DModel
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2Model
 
-from sana.autoencoder import DCAutoencoder
+from sana.checkpoints.names import to_transformer_names
+from sana.checkpoints.text_encoder import gemma_json
 from sana.config import AUTOENCODERS, VARIANTS, GemmaConfig
-from sana.gemma import Gemma2
-from sana.key_map import to_transformer_names
-from sana.text_checkpoint import gemma_json
-from sana.text_encoder import BOS, GemmaTextEncoder
+from sana.networks.autoencoder import DCAutoencoder
+from sana.networks.transformer import SanaTransformer
+from sana.text.gemma import Gemma2
+from sana.text.text_encoder import BOS, GemmaTextEncoder
 from sana.training.export import autoencoder_json, transformer_json
-from sana.transformer import SanaTransformer
 
 GEMMA_2_2B = GemmaConfig()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from sana.operations import ONEDNN_LINEAR, Operations
+from sana.networks.operations import ONEDNN_LINEAR, Operations
 
 Call = Callable[[], Tensor]
 

@@ -4,7 +4,7 @@ import torch
 from comfy_api.latest import io
 
 from ..sana.config import DOWNSAMPLE, LATENT_CHANNELS
-from ..sana.resolution import LARGEST_SIDE, check_size, nearest_bucket
+from ..sana.sampling.resolution import LARGEST_SIDE, check_size, nearest_bucket
 
 CATEGORY = "SANA/latent"
 FREE = "width x height below"

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import folder_paths
 
-from ..sana.detection import AUTOENCODER_SOURCE
-from ..sana.files import CheckpointError, tensor_names
-from ..sana.key_map import is_autoencoder
+from ..sana.checkpoints.detection import AUTOENCODER_SOURCE
+from ..sana.checkpoints.files import CheckpointError, tensor_names
+from ..sana.checkpoints.names import is_autoencoder
+from ..sana.checkpoints.text_encoder import SOURCE as GEMMA_SOURCE
+from ..sana.checkpoints.text_encoder import is_gemma
 from ..sana.pipeline import MODELS
-from ..sana.text_checkpoint import SOURCE as GEMMA_SOURCE
-from ..sana.text_checkpoint import is_gemma
 
 AUTO = "auto"
 INSTRUCTION_TUNED = re.compile(r"(?<![a-z])it(?![a-z])", re.IGNORECASE)  # in the name of a text encoder

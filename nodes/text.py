@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..sana.prompt import INSTRUCTION, window
+from ..sana.text.prompt import INSTRUCTION, window
 from .host.clip import NAME, SanaTextModel
 from .host.report import report
 

@@ -1,13 +1,13 @@
 """SANA text to image in plain PyTorch: networks, solvers, prompt rules and checkpoints, without any host."""
 
-from .checkpoint import load_autoencoder, load_transformer
+from .checkpoints.files import CheckpointError
+from .checkpoints.loading import load_autoencoder, load_transformer
+from .checkpoints.text_encoder import load_text_encoder
 from .config import VARIANTS
-from .files import CheckpointError
 from .pipeline import SamplingError, SanaPipeline, Settings
-from .prompt import INSTRUCTION
-from .schedule import flow_sigmas
-from .solvers import flow_dpm_solver, flow_euler, scm_solver
-from .text_checkpoint import load_text_encoder
+from .sampling.schedule import flow_sigmas
+from .sampling.solvers import flow_dpm_solver, flow_euler, scm_solver
+from .text.prompt import INSTRUCTION
 
 __all__ = [
     "INSTRUCTION",

@@ -15,13 +15,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+from .checkpoints.files import replacing
+from .checkpoints.inspection import convert, describe_file
 from .config import VARIANTS
-from .files import replacing
 from .images import read_picture
-from .inspection import convert, describe_file
 from .pipeline import SanaPipeline, Settings, model_path
-from .prompt import INSTRUCTION
-from .solvers import SOLVERS
+from .sampling.solvers import SOLVERS
+from .text.prompt import INSTRUCTION
 
 DTYPES = ("float32", "bfloat16", "float16")
 INTERRUPTED = 130  # exit code after Ctrl-C

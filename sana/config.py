@@ -1,6 +1,6 @@
 """What a SANA network is made of: one frozen dataclass per network, one table row per released checkpoint.
 
-Nothing here reads files: `detection.py` finds the row, or fills a dataclass, from tensors and their companions.
+Nothing here reads files: `checkpoints/detection.py` finds the row, or fills a dataclass, from tensors and their companions.
 """
 
 from dataclasses import dataclass, replace

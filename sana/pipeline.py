@@ -10,22 +10,22 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .autoencoder import DCAutoencoder, decode_within_memory, encode_within_memory
-from .checkpoint import build_transformer, check_autoencoder, load_autoencoder
-from .detection import TransformerIdentity, identify_transformer
-from .devices import computes_bfloat16
-from .files import CheckpointError, TensorFile, read_tensors
-from .guidance import Condition, Guidance, Reference, guided_denoiser, inpainting_denoiser, scm_denoiser
+from .checkpoints.detection import TransformerIdentity, identify_transformer
+from .checkpoints.files import CheckpointError, TensorFile, read_tensors
+from .checkpoints.loading import build_transformer, check_autoencoder, load_autoencoder
+from .checkpoints.names import is_autoencoder
+from .checkpoints.text_encoder import check_text_encoder, is_gemma, load_text_encoder
 from .images import to_cells, to_picture, to_tensor
-from .key_map import is_autoencoder
-from .prompt import DIFFUSERS_INSTRUCTION, INSTRUCTION
-from .resolution import check_size, nearest_bucket
-from .schedule import flow_euler_sigmas, partial_sigmas, scm_angles
-from .solvers import SCM_DEVIATION, SOLVERS, Step, scm_steps
-from .streaming import check_bound
-from .text_checkpoint import check_text_encoder, is_gemma, load_text_encoder
-from .text_encoder import GemmaTextEncoder
-from .transformer import SanaTransformer
+from .networks.autoencoder import DCAutoencoder, decode_within_memory, encode_within_memory
+from .networks.devices import computes_bfloat16
+from .networks.streaming import check_bound
+from .networks.transformer import SanaTransformer
+from .sampling.guidance import Condition, Guidance, Reference, guided_denoiser, inpainting_denoiser, scm_denoiser
+from .sampling.resolution import check_size, nearest_bucket
+from .sampling.schedule import flow_euler_sigmas, partial_sigmas, scm_angles
+from .sampling.solvers import SCM_DEVIATION, SOLVERS, Step, scm_steps
+from .text.prompt import DIFFUSERS_INSTRUCTION, INSTRUCTION
+from .text.text_encoder import GemmaTextEncoder
 
 MODELS = {"demo": Path(__file__).parent / "demo" / "checkpoint"}  # names that stand for a folder
 DEFAULT_STEPS, SPRINT_STEPS = 20, 2

@@ -8,8 +8,8 @@ import comfy.sd
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...sana.detection import identify_transformer, transformer_header
-from ...sana.files import CheckpointError, read_tensors
+from ...sana.checkpoints.detection import identify_transformer, transformer_header
+from ...sana.checkpoints.files import CheckpointError, read_tensors
 from .extension import extend
 from .model import UNNAMED, SanaModel
 from .run import follow_runs

@@ -16,11 +16,11 @@ import comfy.sd
 import torch
 from torch import Tensor, nn
 
+from ...sana.checkpoints.files import TensorFile, read_tensors
+from ...sana.checkpoints.text_encoder import find_tokenizer, gemma_config, gemma_tensors, stored_companions
 from ...sana.config import GemmaConfig
-from ...sana.files import TensorFile, read_tensors
-from ...sana.gemma import Gemma2
-from ...sana.text_checkpoint import find_tokenizer, gemma_config, gemma_tensors, stored_companions
-from ...sana.text_encoder import GemmaTextEncoder, Tokenizer
+from ...sana.text.gemma import Gemma2
+from ...sana.text.text_encoder import GemmaTextEncoder, Tokenizer
 from .padding import mark_padding
 from .quantised import FORMAT, check_quantised, with_formats
 

@@ -8,7 +8,7 @@ import comfy.ops
 import torch
 from torch import Tensor
 
-from ...sana.controlnet import SanaControlNet, load_controlnet
+from ...sana.networks.controlnet import SanaControlNet, load_controlnet
 from .model import SanaLatentFormat, SanaModel
 
 

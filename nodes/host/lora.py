@@ -6,7 +6,7 @@ import comfy.lora
 import comfy.model_base
 from torch import Tensor
 
-from ...sana.key_map import POINTWISE
+from ...sana.checkpoints.names import POINTWISE
 from .extension import extend
 from .model import SanaModel
 

@@ -13,14 +13,14 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
+from ...sana.checkpoints.detection import TransformerIdentity, header_tensor, identify_transformer
+from ...sana.checkpoints.files import TensorFile
+from ...sana.checkpoints.names import HEADER_TENSOR, to_transformer_names, with_convolutions
 from ...sana.config import DOWNSAMPLE, LATENT_CHANNELS, LATENT_SCALE
-from ...sana.controlnet import SanaControlNet
-from ...sana.detection import TransformerIdentity, header_tensor, identify_transformer
-from ...sana.files import TensorFile
-from ...sana.guidance import GUIDANCE_EMBED_SCALE
-from ...sana.key_map import HEADER_TENSOR, to_transformer_names, with_convolutions
-from ...sana.layers import Attention, LinearAttention
-from ...sana.transformer import WORKING_BYTES, SanaTransformer, SelfAttention, TextContext, open_length
+from ...sana.networks.controlnet import SanaControlNet
+from ...sana.networks.layers import Attention, LinearAttention
+from ...sana.networks.transformer import WORKING_BYTES, SanaTransformer, SelfAttention, TextContext, open_length
+from ...sana.sampling.guidance import GUIDANCE_EMBED_SCALE
 from .padding import complete_mask
 from .quantised import check_quantised
 from .run import GUIDANCE_EMBED, IDENTITY_BLOCKS, RUN, SamplingRun

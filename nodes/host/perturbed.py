@@ -4,7 +4,7 @@ import comfy.samplers
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...sana.guidance import Guidance
+from ...sana.sampling.guidance import Guidance
 from .run import IDENTITY_BLOCKS
 
 

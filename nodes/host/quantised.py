@@ -6,8 +6,8 @@ from dataclasses import replace
 import comfy.utils
 from torch import Tensor
 
-from ...sana.checkpoint import BITSANDBYTES, check_tensors
-from ...sana.files import CheckpointError, TensorFile
+from ...sana.checkpoints.files import CheckpointError, TensorFile
+from ...sana.checkpoints.loading import BITSANDBYTES, check_tensors
 
 FORMAT = ".comfy_quant"  # behind the name of a layer: JSON as bytes
 SCALES = (".weight_scale", ".weight_scale_2", ".input_scale")

@@ -8,7 +8,7 @@ import comfy.samplers
 import comfy.supported_models
 from torch import Tensor
 
-from ...sana.key_map import is_transformer
+from ...sana.checkpoints.names import is_transformer
 from .checkpoint import extend_loading
 from .extension import extend
 from .lora import extend_loras

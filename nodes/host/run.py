@@ -9,7 +9,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...sana.config import DOWNSAMPLE
-from ...sana.transformer import TextContext
+from ...sana.networks.transformer import TextContext
 from .padding import complete_mask
 
 # Entries in transformer_options

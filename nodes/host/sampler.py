@@ -12,9 +12,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...sana.guidance import Guidance
 from ...sana.images import to_cells
-from ...sana.solvers import Denoiser, Step, flow_dpm_steps
+from ...sana.sampling.guidance import Guidance
+from ...sana.sampling.solvers import Denoiser, Step, flow_dpm_steps
 from .model import SanaModel
 from .run import GUIDANCE_EMBED, REFERENCE, follow_runs
 

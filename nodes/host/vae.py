@@ -13,13 +13,13 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from ...sana.autoencoder import DCAutoencoder, check_finite, is_out_of_memory
-from ...sana.autoencoder_layers import Decoder, Encoder
-from ...sana.checkpoint import check_tensors
+from ...sana.checkpoints.detection import autoencoder_tensors, detect_autoencoder
+from ...sana.checkpoints.files import CheckpointError, TensorFile, read_tensors
+from ...sana.checkpoints.loading import check_tensors
 from ...sana.config import LATENT_CHANNELS
-from ...sana.detection import autoencoder_tensors, detect_autoencoder
-from ...sana.files import CheckpointError, TensorFile, read_tensors
-from ...sana.streaming import least_bytes, smaller_bound, suitable_bound, whole_bytes
+from ...sana.networks.autoencoder import DCAutoencoder, check_finite, is_out_of_memory
+from ...sana.networks.autoencoder_layers import Decoder, Encoder
+from ...sana.networks.streaming import least_bytes, smaller_bound, suitable_bound, whole_bytes
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..autoencoder import DCAutoencoder
 from ..config import DOWNSAMPLE
 from ..images import to_pixels, to_unit
+from ..networks.autoencoder import DCAutoencoder
 from .loop import step_generator
 from .scenes import RESOLUTIONS, draw, sample_scene
 

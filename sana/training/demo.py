@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..autoencoder import DCAutoencoder
+from ..checkpoints.detection import TransformerIdentity
 from ..config import DOWNSAMPLE, AutoencoderConfig, GemmaConfig, StageConfig, TransformerConfig
-from ..detection import TransformerIdentity
-from ..gemma import Gemma2
+from ..networks.autoencoder import DCAutoencoder
+from ..networks.transformer import SanaTransformer
 from ..pipeline import SanaPipeline
-from ..prompt import INSTRUCTION
-from ..text_encoder import GemmaTextEncoder, JsonTokenizer
-from ..transformer import SanaTransformer
+from ..text.gemma import Gemma2
+from ..text.prompt import INSTRUCTION
+from ..text.text_encoder import GemmaTextEncoder, JsonTokenizer
 from .autoencoder import ReconstructionObjective, initialise, reconstruction_sheet, scene_crops, whole_scenes
 from .export import write_pipeline
 from .flow import FlowBatch, FlowObjective, initialise_transformer

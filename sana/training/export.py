@@ -7,14 +7,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..autoencoder import DCAutoencoder
+from ..checkpoints.detection import DEFAULT_GUIDANCE_SCALE, TransformerIdentity, transformer_header
+from ..checkpoints.files import replacing, write_json
+from ..checkpoints.names import with_convolutions
+from ..checkpoints.text_encoder import gemma_json
 from ..config import DOWNSAMPLE, HEAD_WIDTH, AutoencoderConfig, StageConfig, TransformerConfig
-from ..detection import DEFAULT_GUIDANCE_SCALE, TransformerIdentity, transformer_header
-from ..files import replacing, write_json
-from ..key_map import with_convolutions
-from ..text_checkpoint import gemma_json
-from ..text_encoder import GemmaTextEncoder
-from ..transformer import SanaTransformer
+from ..networks.autoencoder import DCAutoencoder
+from ..networks.transformer import SanaTransformer
+from ..text.text_encoder import GemmaTextEncoder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -8,17 +8,17 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from ..autoencoder import DCAutoencoder, decode_within_memory
-from ..checkpoint import build_transformer, check_autoencoder, load_autoencoder
-from ..detection import TransformerIdentity, identify_transformer
-from ..files import TensorFile, read_tensors
-from ..guidance import Condition, Guidance, guided_denoiser
+from ..checkpoints.detection import TransformerIdentity, identify_transformer
+from ..checkpoints.files import TensorFile, read_tensors
+from ..checkpoints.loading import build_transformer, check_autoencoder, load_autoencoder
+from ..checkpoints.text_encoder import check_text_encoder, load_text_encoder
 from ..images import read_picture, to_picture
+from ..networks.autoencoder import DCAutoencoder, decode_within_memory
 from ..pipeline import check_parts, model_path
-from ..schedule import flow_sigmas
-from ..solvers import flow_dpm_solver
-from ..text_checkpoint import check_text_encoder, load_text_encoder
-from ..text_encoder import GemmaTextEncoder
+from ..sampling.guidance import Condition, Guidance, guided_denoiser
+from ..sampling.schedule import flow_sigmas
+from ..sampling.solvers import flow_dpm_solver
+from ..text.text_encoder import GemmaTextEncoder
 from .export import write_transformer
 from .flow import FlowObjective
 from .loop import TrainingConfig, check_counts, claim, process_state, train

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..prompt import INSTRUCTION
-from ..schedule import shift_sigma
-from ..text_encoder import GemmaTextEncoder
-from ..transformer import SanaTransformer
+from ..networks.transformer import SanaTransformer
+from ..sampling.schedule import shift_sigma
+from ..text.prompt import INSTRUCTION
+from ..text.text_encoder import GemmaTextEncoder
 from .loop import step_generator
 
 LAYOUT_SHIFT = 20.0  # most noise levels lie above 0.9, where a latent of 8 x 8 cells shows little more than places

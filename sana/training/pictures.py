@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..autoencoder import DCAutoencoder, encode_within_memory
-from ..files import replacing
+from ..checkpoints.files import replacing
 from ..images import read_picture, read_size, to_tensor
-from ..prompt import INSTRUCTION
-from ..resolution import nearest_bucket
-from ..text_encoder import GemmaTextEncoder
+from ..networks.autoencoder import DCAutoencoder, encode_within_memory
+from ..sampling.resolution import nearest_bucket
+from ..text.prompt import INSTRUCTION
+from ..text.text_encoder import GemmaTextEncoder
 from .flow import FlowBatch
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from ..files import replacing
-from ..text_encoder import BOS, PAD
+from ..checkpoints.files import replacing
+from ..text.text_encoder import BOS, PAD
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))

@@ -11,7 +11,7 @@ from bench import cases, memory, networks
 from bench.race import Call, relative_error
 from sana.config import VARIANTS
 from tests.sana.models import GEMMA
-from tests.sana.networks import tiny_autoencoder_config, tiny_config
+from tests.sana.twins import tiny_autoencoder_config, tiny_config
 
 Build = Callable[[torch.dtype, str, bool], dict[str, Call]]
 BUILDS = {

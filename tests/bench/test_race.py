@@ -5,7 +5,7 @@ import torch
 
 from bench.cases import all_cases
 from bench.race import Floor, count_flops, peak_memory, race, spread
-from sana.operations import Operations
+from sana.networks.operations import Operations
 
 
 def test_calls_alternate_and_are_counted() -> None:

@@ -40,7 +40,7 @@ class Host:
         return result if isinstance(result, tuple) else result.result
 
     def pack(self, name: str) -> ModuleType:
-        """The module `name` of the pack as the host loaded it, such as "nodes.loaders" or "sana.transformer".
+        """The module `name` of the pack as the host loaded it, such as "nodes.loaders" or "sana.networks.transformer".
 
         Its classes are not those of `import sana`: the host gives the pack a name of its own.
         """

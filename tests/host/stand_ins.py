@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sana.checkpoints.text_encoder import gemma_json
 from sana.config import VARIANTS, TransformerConfig
-from sana.text_checkpoint import gemma_json
 from tests.host.server import Server
 from tests.sana import dialects, models, networks
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.sana.networks import diffusers_transformer, randomise, tiny_config
+from tests.sana.twins import diffusers_transformer, randomise, tiny_config
 
 
 @pytest.fixture(autouse=True)

@@ -13,18 +13,18 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer, PreTrainedTokenizerFast
 
-from sana.autoencoder import DCAutoencoder
+from sana.checkpoints.detection import TransformerIdentity
+from sana.checkpoints.files import write_json
+from sana.checkpoints.text_encoder import gemma_json
 from sana.config import GemmaConfig, TransformerConfig
-from sana.detection import TransformerIdentity
-from sana.files import write_json
-from sana.gemma import Gemma2
-from sana.prompt import INSTRUCTION
-from sana.text_checkpoint import gemma_json
-from sana.text_encoder import BOS, GemmaTextEncoder, JsonTokenizer
+from sana.networks.autoencoder import DCAutoencoder
+from sana.networks.transformer import SanaTransformer
+from sana.text.gemma import Gemma2
+from sana.text.prompt import INSTRUCTION
+from sana.text.text_encoder import BOS, GemmaTextEncoder, JsonTokenizer
 from sana.training.export import scheduler_json, write_pipeline
 from sana.training.tokenizer import train_tokenizer
-from sana.transformer import SanaTransformer
-from tests.sana.networks import randomise, tiny_autoencoder_config, tiny_config
+from tests.sana.twins import randomise, tiny_autoencoder_config, tiny_config
 
 TEXT_WIDTH = 64
 PROMPTS = (

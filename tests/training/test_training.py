@@ -19,10 +19,11 @@ from torch import Tensor
 
 import sana
 from sana import load_transformer
-from sana.autoencoder import DCAutoencoder
+from sana.checkpoints.detection import identify_transformer
+from sana.checkpoints.files import read_tensors
 from sana.config import VARIANTS
-from sana.detection import identify_transformer
-from sana.files import read_tensors
+from sana.networks.autoencoder import DCAutoencoder
+from sana.networks.transformer import SanaTransformer
 from sana.pipeline import MODELS, SanaPipeline
 from sana.training.__main__ import main
 from sana.training.demo import AUTOENCODER, IDENTITY, TRANSFORMER, new_transformer
@@ -31,7 +32,6 @@ from sana.training.flow import FlowBatch, FlowObjective
 from sana.training.latents import SceneLatents
 from sana.training.pictures import read_pictures
 from sana.training.scenes import KIND_SHARE, RESOLUTIONS, caption, draw, sample_scene
-from sana.transformer import SanaTransformer
 
 ROOT = Path(sana.__file__).parents[1]
 MOST_BYTES = 25_000_000

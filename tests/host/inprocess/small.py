@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sana
+from sana.checkpoints.detection import TransformerIdentity, transformer_header
+from sana.checkpoints.names import with_convolutions
 from sana.config import LATENT_SCALE, VARIANTS
-from sana.detection import TransformerIdentity, transformer_header
-from sana.guidance import Condition, Guidance, guided_denoiser
-from sana.key_map import with_convolutions
+from sana.networks.transformer import SanaTransformer
 from sana.pipeline import MODELS
-from sana.transformer import SanaTransformer
+from sana.sampling.guidance import Condition, Guidance, guided_denoiser
 from tests.host.boot import Host
 
 PROMPT = "a red circle left of a blue square on a white background"

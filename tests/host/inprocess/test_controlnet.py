@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sana.config import LATENT_SCALE
-from sana.controlnet import SanaControlNet
-from sana.transformer import Modulation, SanaTransformer, TextContext
+from sana.networks.controlnet import SanaControlNet
+from sana.networks.transformer import Modulation, SanaTransformer, TextContext
 from tests.host.inprocess.small import EQUAL, Small, difference, load, picture, randomise, write_variant
 
 NAME = "control.safetensors"

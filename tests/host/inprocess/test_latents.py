@@ -80,7 +80,7 @@ def test_memory_that_decoding_asks_for_is_bounded(small: Small) -> None:
     working = [
         small.vae.memory_used_decode((1, 32, side // 32, side // 32), torch.float32) for side in (256, 512, 4096)
     ]
-    whole = small.host.pack("sana.streaming").whole_bytes
+    whole = small.host.pack("sana.networks.streaming").whole_bytes
     decoder = small.vae.first_stage_model.decoder
     assert working[0] == whole(decoder, torch.Size((1, 32, 8, 8)), torch.float32)
     assert working[0] < working[1] < working[2] <= 2**30

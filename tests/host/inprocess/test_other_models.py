@@ -227,4 +227,4 @@ def test_autoencoder_is_the_hosts(host: Host, channels: int) -> None:
 def test_other_files_are_not_taken_for_ours(host: Host) -> None:
     """PixArt has nearly our names."""
     names = ("blocks.0.attn.qkv.weight", "t_block.1.weight", "y_embedder.y_embedding", "adaln_single.linear.weight")
-    assert not host.pack("sana.key_map").is_transformer(dict.fromkeys(names))
+    assert not host.pack("sana.checkpoints.names").is_transformer(dict.fromkeys(names))

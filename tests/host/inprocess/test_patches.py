@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from sana.schedule import flow_sigmas
+from sana.sampling.schedule import flow_sigmas
 from tests.host.inprocess.small import (
     EQUAL,
     OTHER_PROMPT,

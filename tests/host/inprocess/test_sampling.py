@@ -14,8 +14,8 @@ from torch import Tensor
 
 import sana
 from sana.config import LATENT_SCALE, VARIANTS
-from sana.prompt import DIFFUSERS_INSTRUCTION
-from sana.schedule import flow_sigmas, scm_angles
+from sana.sampling.schedule import flow_sigmas, scm_angles
+from sana.text.prompt import DIFFUSERS_INSTRUCTION
 from tests.host.boot import Host
 from tests.host.inprocess.small import (
     EQUAL,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sana.prompt import INSTRUCTION
+from sana.text.prompt import INSTRUCTION
 from tests.host.inprocess.small import (
     EQUAL,
     HEIGHT,

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sana.autoencoder import DCAutoencoder
-from sana.files import CheckpointError
+from sana.checkpoints.files import CheckpointError
+from sana.networks.autoencoder import DCAutoencoder
+from sana.networks.transformer import SanaTransformer
 from sana.pipeline import MODELS, SanaPipeline, default_dtypes
-from sana.transformer import SanaTransformer
 from tests.sana.models import PROMPTS
-from tests.sana.networks import tiny_autoencoder_config, tiny_config
 from tests.sana.pipeline.drawing import HEIGHT, SIZE, WIDTH, sample
+from tests.sana.twins import tiny_autoencoder_config, tiny_config
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sana import autoencoder
-from sana.devices import free_bytes
+from sana.networks import autoencoder
+from sana.networks.devices import free_bytes
+from sana.networks.streaming import least_bytes
 from sana.pipeline import SanaPipeline
-from sana.streaming import least_bytes
 from tests.sana.models import PROMPTS
 from tests.sana.pipeline.drawing import SIZE, STARTS, count_evaluations, drawn, picture, sample
 

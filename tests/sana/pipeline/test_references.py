@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import Gemma2Model
 
 from sana.pipeline import SanaPipeline
-from sana.prompt import DIFFUSERS_INSTRUCTION, INSTRUCTION
+from sana.text.prompt import DIFFUSERS_INSTRUCTION, INSTRUCTION
 from tests.sana.models import PROMPTS, reference_text, reference_tokenizer
 from tests.sana.pipeline.drawing import SIZE, drawn, picture, sample
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from sana.pipeline import SamplingError, SanaPipeline, Settings
-from sana.solvers import Step
+from sana.sampling.solvers import Step
 from tests.sana.models import PROMPTS
 from tests.sana.pipeline.drawing import HEIGHT, SIZE, STARTS, WIDTH, count_evaluations, picture, sample
 

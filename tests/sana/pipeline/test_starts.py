@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from sana.pipeline import SanaPipeline, Settings
-from sana.schedule import flow_sigmas, partial_sigmas
+from sana.sampling.schedule import flow_sigmas, partial_sigmas
 from tests.sana.models import PROMPTS
 from tests.sana.pipeline.drawing import HEIGHT, SIZE, WIDTH, drawn, encoded, half_mask, picture, sample
 

@@ -14,8 +14,8 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError
 
 import sana
-from sana import inspection
 from sana.__main__ import INTERRUPTED
+from sana.checkpoints import inspection
 from tests.sana.shell.commands import Shell, error_line, record
 
 ROOT = Path(sana.__file__).parents[1]

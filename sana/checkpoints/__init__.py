@@ -1,0 +1,1 @@
+"""Files: reading, recognising, renaming, filling, describing and writing them."""

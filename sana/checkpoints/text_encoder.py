@@ -1,0 +1,137 @@
+"""Gemma-2 text encoders from files: a Hugging Face folder, or one safetensors file with the tokenizer in it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..config import GemmaConfig, TransformerConfig
+from ..networks.operations import Operations
+from ..text.gemma import Gemma2
+from ..text.text_encoder import BOS, EOS, PAD, GemmaTextEncoder, JsonTokenizer, SentencePieceTokenizer, Tokenizer
+from .detection import stored_bytes
+from .files import CheckpointError, TensorFile, read_tensors
+from .kinds import describe
+from .loading import fill
+from .names import dialect_prefix
+
+MARK = "layers.0.post_feedforward_layernorm.weight"
+# Tensors of bytes in single-file encoders: the tokenizer (the first is the host's convention) and the configuration.
+TOKENIZERS = {"spiece_model": SentencePieceTokenizer, "tokenizer_json": JsonTokenizer}
+CONFIG = "gemma_config"
+BUFFER = ".rotary_emb.inv_freq"  # which older files hold for every layer; it is computed
+MODEL_TYPE = "gemma2"  # in a Hugging Face config.json
+SOURCE = "Efficient-Large-Model/gemma-2-2b-it"
+
+
+def check_text_encoder(text_encoder: GemmaConfig, transformer: TransformerConfig) -> None:
+    """Raises CheckpointError if the texts of an encoder are not as wide as a transformer takes them."""
+    if text_encoder.hidden_size != transformer.text_width:
+        raise CheckpointError(
+            f"the text encoder is a Gemma-2 of width {text_encoder.hidden_size}, and the transformer takes texts of width "
+            f"{transformer.text_width}; for a released model give {SOURCE}"
+        )
+
+
+def load_text_encoder(
+    path: Path | str,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    operations: type | ModuleType = Operations,
+) -> GemmaTextEncoder:
+    """Gemma-2 and its tokenizer from a Hugging Face folder, a pipeline folder, or a single safetensors file.
+
+    The tokenizer is `tokenizer.json` or `tokenizer.model` beside the weights or in a sibling folder `tokenizer`, or the
+    tensor `spiece_model`. dtype: of the weights, float32 or bfloat16 (float16 overflows); None: as in the file.
+    Raises CheckpointError if the file is no Gemma-2, lacks tensors, or has no tokenizer.
+    """
+    file = read_tensors(path, "text_encoder")
+    tensors = gemma_tensors(file)
+    config = gemma_config(tensors, file)
+    tokenizer = find_tokenizer(file, config)
+    model = Gemma2(config, operations=operations, device="meta")
+    return GemmaTextEncoder(fill(model, tensors, file.path.name, dtype, device), tokenizer)
+
+
+def is_gemma(names: Mapping[str, object]) -> bool:
+    """Whether tensors of these names are a Gemma-2: later generations normalise queries as well."""
+    prefix = dialect_prefix(names, MARK)
+    return prefix is not None and f"{prefix}layers.0.self_attn.q_norm.weight" not in names
+
+
+def gemma_tensors(file: TensorFile) -> dict[str, Tensor]:
+    """The network in a file, in the names of transformers' `Gemma2Model`. Raises CheckpointError if there is none."""
+    prefix = dialect_prefix(file.tensors, MARK)
+    if not is_gemma(file.tensors):
+        kind = describe(file.tensors) if prefix is None else "a Gemma of another generation"
+        raise CheckpointError(f"{file.path.name} is {kind}; give a Gemma-2-2b-it, such as {SOURCE}")
+    found = {name.removeprefix(prefix): tensor for name, tensor in file.tensors.items() if name.startswith(prefix)}
+    used = {name: tensor for name, tensor in found.items() if name.startswith(("layers.", "embed_tokens.", "norm."))}
+    return {name: tensor for name, tensor in used.items() if not name.endswith(BUFFER)}
+
+
+def gemma_config(tensors: dict[str, Tensor], file: TensorFile) -> GemmaConfig:
+    """The configuration beside or in the file, or that of Gemma-2-2b. Raises CheckpointError for other sizes."""
+    stored = stored_bytes(file, CONFIG)
+    if stored is not None:
+        return _from_json(json.loads(stored))
+    if file.config.get("model_type") == MODEL_TYPE:
+        return _from_json(file.config)
+    width = tensors["norm.weight"].shape[0]
+    if width == GemmaConfig.hidden_size:
+        return GemmaConfig()
+    raise CheckpointError(f"{file.path.name} has width {width}, not that of Gemma-2-2b; put its config.json beside it")
+
+
+def gemma_json(config: GemmaConfig) -> dict[str, object]:
+    """The configuration of transformers' Gemma2Model."""
+    tokens = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": BOS}
+    return {"architectures": ["Gemma2Model"], "model_type": MODEL_TYPE, **asdict(config), **tokens}
+
+
+def _from_json(stored: dict[str, object]) -> GemmaConfig:
+    """Newer files have the base of the rotary positions in a dictionary of their own."""
+    stored = {**stored, **(stored.get("rope_parameters") or {})}
+    return GemmaConfig(**{field.name: stored[field.name] for field in fields(GemmaConfig) if field.name in stored})
+
+
+def find_tokenizer(file: TensorFile, config: GemmaConfig) -> Tokenizer:
+    """The tokenizer in or beside an encoder file. Raises CheckpointError if there is none, or that of a larger vocabulary."""
+    for name, kind in TOKENIZERS.items():
+        stored = stored_bytes(file, name)
+        if stored is not None:
+            return _tokenizer(kind, stored, f"{name} of {file.path.name}", config)
+    folder = file.path if file.path.is_dir() else file.path.parent
+    for place in (folder, folder.parent / "tokenizer"):
+        for name, kind in (("tokenizer.json", JsonTokenizer), ("tokenizer.model", SentencePieceTokenizer)):
+            if (place / name).is_file():
+                return _tokenizer(kind, (place / name).read_bytes(), str(place / name), config)
+    raise CheckpointError(
+        f"{file.path.name} has no tokenizer; put tokenizer.json or tokenizer.model of {SOURCE} beside it"
+    )
+
+
+def _tokenizer(
+    kind: type[JsonTokenizer | SentencePieceTokenizer], source: bytes, name: str, config: GemmaConfig
+) -> Tokenizer:
+    try:
+        found = kind(source)
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{name} is not a readable tokenizer ({error}); download it again") from error
+    if found.size > config.vocab_size:
+        raise CheckpointError(
+            f"{name} has {found.size} tokens and the text encoder only {config.vocab_size}; use the tokenizer of {SOURCE}"
+        )
+    return found
+
+
+def stored_companions(tokenizer: Tokenizer, config: GemmaConfig) -> dict[str, Tensor]:
+    """A tokenizer and a configuration as tensors of bytes, for files that hold nothing else."""
+    name = next(name for name, kind in TOKENIZERS.items() if isinstance(tokenizer, kind))
+    parts = {name: tokenizer.source, CONFIG: json.dumps(gemma_json(config)).encode()}
+    return {name: torch.frombuffer(bytearray(part), dtype=torch.uint8) for name, part in parts.items()}

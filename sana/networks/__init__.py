@@ -1,0 +1,1 @@
+"""The networks as plain PyTorch modules, and how they run within a given memory."""

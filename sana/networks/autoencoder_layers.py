@@ -1,0 +1,335 @@
+"""The layers, encoder and decoder of the deep-compression autoencoder (DC-AE, arXiv 2410.10733).
+
+Attribute names are those of diffusers checkpoints. Activations are (B, C, H, W) with channels last in memory, so that a norm
+over channels reads one run of memory and convolutions take their fastest layout. Modules here process a whole image at once;
+`streaming.py` computes the same from the same modules a few rows at a time.
+"""
+
+from functools import cache
+from types import ModuleType
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import HEAD_WIDTH, AutoencoderConfig, StageConfig
+from .layers import Build
+
+ACTIVATIONS = {"silu": F.silu, "relu": F.relu}
+NORM_EPS = 1e-5
+ATTENTION_EPS = 1e-15
+EXPANSION = 4  # inner width of a GLUMBConv over its width
+
+
+class ChannelNorm(nn.Module):
+    """RMSNorm over the channels of each pixel, with weight and bias (mit-han-lab/efficientvit, models/nn/norm.py, "trms2d")."""
+
+    def __init__(self, width: int, build: Build) -> None:
+        super().__init__()
+        self.weight = build.parameter(width)
+        self.bias = build.parameter(width)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x: (B, C, H, W). Returns the normalised x, plus the residual. Statistics are at least float32."""
+        weight, bias = self.weight.to(x)[:, None, None], self.bias.to(x)[:, None, None]
+        precision = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=precision)
+        inverse = torch.rsqrt(length.square() / x.shape[1] + NORM_EPS).to(x.dtype)
+        if residual is None:
+            return torch.addcmul(bias, x * inverse, weight)
+        return torch.addcmul(residual, x * inverse, weight).add_(bias)
+
+
+def channel_norm(width: int, batch_norm: bool, build: Build) -> nn.Module:
+    if batch_norm:
+        return nn.BatchNorm2d(width, eps=NORM_EPS, dtype=build.dtype, device=build.device)
+    return ChannelNorm(width, build)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions around an activation, a norm, and a shortcut."""
+
+    def __init__(self, stage: StageConfig, build: Build) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[stage.activation]
+        self.conv1 = build.conv(stage.width, stage.width, 3)
+        self.conv2 = build.conv(stage.width, stage.width, 3, bias=False)
+        self.norm = channel_norm(stage.width, stage.batch_norm, build)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv2(self.activation(self.conv1(x), inplace=not torch.is_grad_enabled()))
+        return self.norm(out, x) if isinstance(self.norm, ChannelNorm) else self.norm(out) + x
+
+
+class MultiscaleProjection(nn.Module):
+    """One scale of the attention: neighbouring queries, keys and values are mixed per channel, then within each head."""
+
+    def __init__(self, width: int, kernel: int, build: Build) -> None:
+        super().__init__()
+        self.proj_in = build.conv(width, width, kernel, groups=width, bias=False)
+        self.proj_out = build.conv(width, width, 1, groups=width // HEAD_WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj_out(self.proj_in(x))
+
+
+class MultiscaleLinearAttention(nn.Module):
+    """ReLU linear attention over all positions and several scales (efficientvit models/nn/ops.py, LiteMLA).
+
+    As in the transformer, the sum over positions, `state`, is separate from its use, `attend`.
+    """
+
+    def __init__(self, stage: StageConfig, build: Build) -> None:
+        super().__init__()
+        width, branches = stage.width, 1 + len(stage.scales)
+        # Not queries, keys and values: consecutive thirds of one projection whose channels go head by head, 32 each of q, k, v
+        self.to_q = build.linear(width, width, bias=False)
+        self.to_k = build.linear(width, width, bias=False)
+        self.to_v = build.linear(width, width, bias=False)
+        self.to_qkv_multiscale = nn.ModuleList(
+            MultiscaleProjection(3 * width, kernel, build) for kernel in stage.scales
+        )
+        self.to_out = build.linear(branches * width, width, bias=False)
+        self.norm_out = channel_norm(width, stage.batch_norm, build)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W). Returns the same shape, with its shortcut."""
+        qkv = self.project(x)
+        return self.attend(x, qkv, self.state(qkv))
+
+    def project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of every scale and head of x (B, C, H, W): (B, H, W, scales * h, 96)."""
+        pixels = x.permute(0, 2, 3, 1)
+        fused = torch.cat([self.to_q(pixels), self.to_k(pixels), self.to_v(pixels)], dim=-1)
+        planes = fused.permute(0, 3, 1, 2)
+        scales = [fused, *(scale(planes).permute(0, 2, 3, 1) for scale in self.to_qkv_multiscale)]
+        return torch.cat(scales, dim=-1).unflatten(-1, (-1, 3 * HEAD_WIDTH))
+
+    @staticmethod
+    def state(qkv: Tensor) -> Tensor:
+        """Sum over the positions of qkv (B, H, W, h, 96) of k^T [v, 1], in float32: (B, h, 32, 33). States of parts add up."""
+        _, k, v = qkv.flatten(1, 2).chunk(3, dim=-1)
+        v_and_one = F.pad(v.float(), (0, 1), value=1.0)
+        return k.float().relu().permute(0, 2, 3, 1) @ v_and_one.transpose(1, 2)
+
+    def attend(self, x: Tensor, qkv: Tensor, state: Tensor) -> Tensor:
+        """x: (B, C, H, W) and its projection qkv: (B, H, W, h, 96); state: of all positions. Returns the shape of x."""
+        q = qkv[..., :HEAD_WIDTH].flatten(1, 2).float().relu()
+        sums = q.transpose(1, 2) @ state  # (B, h, H * W, 33): numerator and denominator
+        out = (sums[..., :-1] / (sums[..., -1:] + ATTENTION_EPS)).to(x.dtype)
+        out = out.transpose(1, 2).flatten(2).unflatten(1, x.shape[-2:])
+        return self.norm_out(self.to_out(out).permute(0, 3, 1, 2), x)
+
+
+class GLUMBConv(nn.Module):
+    """Gated feed-forward layer with a 3x3 depthwise convolution, a norm and a shortcut."""
+
+    def __init__(self, width: int, build: Build) -> None:
+        super().__init__()
+        inner = EXPANSION * width
+        self.conv_inverted = build.conv(width, 2 * inner, 1)
+        self.conv_depth = build.conv(2 * inner, 2 * inner, 3, groups=2 * inner)
+        self.conv_point = build.conv(inner, width, 1, bias=False)
+        self.norm = ChannelNorm(width, build)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.silu(self.conv_inverted(x), inplace=not torch.is_grad_enabled())
+        inner = self.conv_depth(inner)
+        value, gate = inner.chunk(2, dim=1)
+        return self.norm(self.conv_point(value * F.silu(gate)), x)
+
+
+class EfficientViTBlock(nn.Module):
+    """Multi-scale linear attention and a GLUMBConv, each with its shortcut."""
+
+    def __init__(self, stage: StageConfig, build: Build) -> None:
+        super().__init__()
+        self.attn = MultiscaleLinearAttention(stage, build)
+        self.conv_out = GLUMBConv(stage.width, build)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv_out(self.attn(x))
+
+
+class Down(nn.Module):
+    """Half the size per side: a convolution, and a shortcut that averages groups of the rearranged channels."""
+
+    def __init__(self, inputs: int, outputs: int, strided: bool, build: Build, shortcut: bool = True) -> None:
+        super().__init__()
+        self.strided = strided
+        self.shortcut = shortcut
+        self.conv = build.conv(inputs, outputs, 3, stride=2) if strided else build.conv(inputs, outputs // 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W) with even H and W. Returns (B, outputs, H / 2, W / 2)."""
+        out = self.conv(x) if self.strided else pixel_unshuffle(self.conv(x))
+        return out + average_unshuffle(x, out.shape[1]) if self.shortcut else out
+
+
+class Up(nn.Module):
+    """Twice the size per side: a convolution, and a shortcut that repeats and rearranges channels."""
+
+    def __init__(self, inputs: int, outputs: int, nearest: bool, build: Build, shortcut: bool = True) -> None:
+        super().__init__()
+        self.shortcut = shortcut
+        self.nearest = nearest
+        if nearest:
+            build = build._replace(operations=nearest_operations(build.operations))
+        self.conv = build.conv(inputs, outputs if nearest else 4 * outputs, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W). Returns (B, outputs, 2H, 2W)."""
+        out = self.conv(x) if self.nearest else pixel_shuffle(self.conv(x))
+        return add_shuffled(out, x) if self.shortcut else out
+
+
+class Encoder(nn.Module):
+    """Image to latent."""
+
+    def __init__(self, config: AutoencoderConfig, build: Build) -> None:
+        super().__init__()
+        stages = config.encoder
+        self.shortcut = config.shortcuts
+        if stages[0].depth:
+            self.conv_in = build.conv(3, stages[0].width, 3)
+        else:
+            self.conv_in = Down(3, stages[1].width, config.strided_down, build, shortcut=False)
+        self.down_blocks = nn.ModuleList()
+        for stage, deeper in zip(stages, (*stages[1:], None), strict=True):
+            blocks = [block(stage, build) for _ in range(stage.depth)]
+            if blocks and deeper is not None:
+                blocks.append(Down(stage.width, deeper.width, config.strided_down, build))
+            self.down_blocks.append(nn.Sequential(*blocks))
+        self.conv_out = build.conv(stages[-1].width, config.latent_channels, 3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image: (B, 3, height, width). Returns (B, latent channels, H, W)."""
+        x = self.conv_in(image)
+        for stage in self.down_blocks:
+            x = stage(x)
+        return self.head(x)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Features of the deepest stage to a latent. The shortcut averages consecutive channels."""
+        out = self.conv_out(x)
+        return out + x.unflatten(1, (out.shape[1], -1)).mean(dim=2) if self.shortcut else out
+
+
+class Decoder(nn.Module):
+    """Latent to image."""
+
+    def __init__(self, config: AutoencoderConfig, build: Build) -> None:
+        super().__init__()
+        stages = config.decoder
+        self.shortcut = config.shortcuts
+        self.activation = ACTIVATIONS[config.out_activation]
+        self.conv_in = build.conv(config.latent_channels, stages[-1].width, 3)
+        self.up_blocks = nn.ModuleList()
+        for stage, deeper in zip(stages, (*stages[1:], None), strict=True):
+            blocks = [block(stage, build) for _ in range(stage.depth)]
+            if blocks and deeper is not None:
+                blocks.insert(0, Up(deeper.width, stage.width, config.nearest_up, build))
+            self.up_blocks.append(nn.Sequential(*blocks))
+        width = stages[0].width if stages[0].depth else stages[1].width
+        self.norm_out = ChannelNorm(width, build)
+        if stages[0].depth:
+            self.conv_out = build.conv(width, 3, 3)
+        else:
+            self.conv_out = Up(width, 3, config.nearest_up, build, shortcut=False)
+
+    def forward(self, ae_latent: Tensor) -> Tensor:
+        """ae_latent: (B, latent channels, H, W). Returns (B, 3, height, width)."""
+        x = self.stem(ae_latent)
+        for stage in reversed(self.up_blocks):
+            x = stage(x)
+        return self.head(x)
+
+    def stem(self, ae_latent: Tensor) -> Tensor:
+        """Latent to features of the deepest stage. The shortcut repeats each channel."""
+        out = self.conv_in(ae_latent)
+        repeats = out.shape[1] // ae_latent.shape[1]
+        return out + ae_latent.repeat_interleave(repeats, dim=1) if self.shortcut else out
+
+    def head(self, x: Tensor) -> Tensor:
+        """Features of the shallowest stage to an image."""
+        return self.conv_out(self.activation(self.norm_out(x)))
+
+
+def block(stage: StageConfig, build: Build) -> nn.Module:
+    return EfficientViTBlock(stage, build) if stage.attention else ResBlock(stage, build)
+
+
+def pixel_shuffle(x: Tensor) -> Tensor:
+    """(B, 4C, H, W) to (B, C, 2H, 2W), as `F.pixel_shuffle`, with channels last in memory."""
+    return rearrange(x, "b (c dy dx) h w -> b (h dy) (w dx) c", dy=2, dx=2).permute(0, 3, 1, 2)
+
+
+def pixel_unshuffle(x: Tensor) -> Tensor:
+    """(B, C, 2H, 2W) to (B, 4C, H, W), as `F.pixel_unshuffle`, with channels last in memory."""
+    return rearrange(x, "b c (h dy) (w dx) -> b h w (c dy dx)", dy=2, dx=2).permute(0, 3, 1, 2)
+
+
+def add_shuffled(out: Tensor, x: Tensor) -> Tensor:
+    """Add to out (B, C', 2H, 2W), in place, the channels of x (B, C, H, W), each repeated 4C' / C times and pixel-shuffled.
+
+    The repetition is a broadcast: of the four pixels of a patch, 4, 2 or 1 share a channel of x, when C' is C, C / 2 or C / 4.
+    """
+    channels = out.shape[1]
+    patches = rearrange(out, "b c (h dy) (w dx) -> b h w c dy dx", dy=2, dx=2)
+    shared = {1: (1, 1), 2: (2, 1), 4: (2, 2)}[x.shape[1] // channels]
+    patches.add_(x.permute(0, 2, 3, 1).unflatten(-1, (channels, *shared)))
+    return out
+
+
+def average_unshuffle(x: Tensor, channels: int) -> Tensor:
+    """`pixel_unshuffle` of x (B, C, 2H, 2W), then the mean over groups of consecutive channels: (B, channels, H, W)."""
+    if channels == x.shape[1]:
+        return F.avg_pool2d(x, 2)
+    if channels == 2 * x.shape[1]:  # pairs of neighbours in a row, without rearranging all of x first
+        pairs = (x[..., ::2] + x[..., 1::2]) * 0.5
+        return rearrange(pairs, "b c (h dy) w -> b h w (c dy)", dy=2).permute(0, 3, 1, 2)
+    return pixel_unshuffle(x).unflatten(1, (channels, -1)).mean(dim=2)
+
+
+@cache
+def nearest_operations(operations: type | ModuleType) -> type:
+    """`operations` whose Conv2d first doubles its input by nearest neighbour.
+
+    It happens where the layer applies its weights, so that a host may still cast or patch them on the way.
+    """
+
+    class NearestConv2d(operations.Conv2d):  # type: ignore[name-defined]
+        def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return nearest_conv(x, weight, bias)
+
+    return type("NearestOperations", (), {"Conv2d": NearestConv2d})
+
+
+def nearest_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """3x3 convolution of x (B, C, H, W) doubled by nearest neighbour: (B, outputs, 2H, 2W).
+
+    Every 2x2 patch of the result sees only 2x2 values, so one 2x2 convolution to four times the channels, with sums of the
+    weights, gives all of it at 4/9 of the work.
+    """
+    batch, _, height, width = x.shape
+    outputs = weight.shape[0]
+    phases = F.conv2d(
+        x, phase_weights(weight), None if bias is None else bias.repeat(4), padding=1
+    )  # (B, 4C', H+1, W+1)
+    out = x.new_empty(batch, 2 * height, 2 * width, outputs).permute(0, 3, 1, 2)
+    for dy in (0, 1):
+        for dx in (0, 1):
+            phase = phases.narrow(1, (2 * dy + dx) * outputs, outputs)
+            out[:, :, dy::2, dx::2] = phase[:, :, dy : dy + height, dx : dx + width]
+    return out
+
+
+def phase_weights(weight: Tensor) -> Tensor:
+    """Weights of a 3x3 convolution after doubling (C', C, 3, 3) to those of four 2x2 convolutions before it: (4C', C, 2, 2)."""
+    # Which of three rows (columns) after doubling fall on which of two before it, for the first and the second phase.
+    above, middle, below = torch.eye(3, dtype=weight.dtype, device=weight.device)
+    shares = torch.stack([above, middle + below, above + middle, below]).unflatten(0, (2, 2))
+    table = torch.einsum("ypi,xqj->ijyxpq", shares, shares).reshape(9, 16)
+    phases = rearrange(weight.flatten(2) @ table, "o i (yx p q) -> (yx o) p q i", yx=4, p=2, q=2)
+    return phases.permute(0, 3, 1, 2)

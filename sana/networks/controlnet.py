@@ -1,0 +1,85 @@
+"""The ControlNet of SANA: copies of the first blocks that see a second image and correct the tokens of the transformer.
+
+The graph is NVlabs' (diffusion/model/nets/sana_multi_scale_controlnet.py). diffusers' SanaControlNetModel has the same tensors
+but branches off one block earlier and corrects one block later, which gives other pictures.
+"""
+
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints.detection import detect_transformer
+from ..checkpoints.files import CheckpointError, read_tensors
+from ..checkpoints.kinds import describe
+from ..checkpoints.loading import fill
+from ..checkpoints.names import is_controlnet, to_control_names
+from ..config import TransformerConfig
+from .layers import Build, TextProjection
+from .operations import Operations
+from .transformer import Block, Modulation, TextContext, TimeEmbedding, compact_text
+
+
+class SanaControlNet(nn.Module):
+    """Corrections for the first blocks of a transformer. Attribute names are those of diffusers' SanaControlNetModel.
+
+    config: that of the transformer, with `control_blocks` above 0.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        operations: type | ModuleType = Operations,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        build, width = Build(operations, dtype, device), config.hidden_size
+        self.config = config
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = build.linear(config.channels, width)
+        self.time_embed = TimeEmbedding(config, build)
+        self.caption_projection = TextProjection(config.text_width, width, build)
+        self.caption_norm = build.rms_norm(width, eps=1e-5)
+        self.transformer_blocks = nn.ModuleList(Block(config, build) for _ in range(config.control_blocks))
+        self.input_block = build.linear(width, width)
+        self.controlnet_blocks = nn.ModuleList(build.linear(width, width) for _ in range(config.control_blocks))
+
+    def text_context(self, text: Tensor, text_mask: Tensor | None = None) -> TextContext:
+        """As `SanaTransformer.text_context`, for the copied blocks."""
+        text, mask = compact_text(text, text_mask)
+        projected = self.caption_norm(self.caption_projection(text))
+        return TextContext(tuple(block.attn2.keys_values(projected) for block in self.transformer_blocks), mask)
+
+    def forward(self, tokens: Tensor, image: Tensor, modulation: Modulation, context: TextContext) -> list[Tensor]:
+        """Corrections, each (B, N, D), for tokens (B, N, D) after the transformer's first block.
+
+        image: latent (B, 32, H, W) of the image that guides, N = H * W; modulation: the transformer's.
+        """
+        x = tokens + self.input_block(self.patch_embed.proj(image.flatten(2).transpose(1, 2)))
+        corrections = []
+        for i, (block, out) in enumerate(zip(self.transformer_blocks, self.controlnet_blocks, strict=True)):
+            x = block(x, image.shape[-1], modulation.blocks, context.keys_values[i], context.mask)
+            corrections.append(out(x))
+        return corrections
+
+
+def load_controlnet(
+    path: Path | str,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    operations: type | ModuleType = Operations,
+) -> SanaControlNet:
+    """The ControlNet of an official checkpoint, which also holds its transformer, or of a diffusers folder.
+
+    Raises CheckpointError if the file has none.
+    """
+    file = read_tensors(path, "controlnet")
+    if not is_controlnet(file.tensors):
+        raise CheckpointError(f"{file.path.name} is {describe(file.tensors)}; give a ControlNet for SANA")
+    tensors = to_control_names(file.tensors)
+    network = SanaControlNet(detect_transformer(tensors, file), operations=operations, dtype=dtype, device="meta")
+    return fill(network, tensors, file.path.name, dtype, device)

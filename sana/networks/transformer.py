@@ -1,0 +1,348 @@
+"""The linear diffusion transformer of SANA: a noisy latent, a time and a text go in, a velocity comes out.
+
+It knows no schedule, no guidance and no file. What depends on the text alone (`TextContext`) or on the time alone
+(`Modulation`) can be computed once and handed to `velocity`; `forward` computes everything.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ..config import TransformerConfig
+from .layers import (
+    Attention,
+    Build,
+    CrossAttention,
+    LinearAttention,
+    MixFFN,
+    SinusoidEmbedding,
+    TextProjection,
+    scaled_dot_product,
+)
+from .operations import Operations
+
+NORM_EPS = 1e-6
+WORKING_BYTES = 2**30  # default bound on the memory of activations; larger images are processed in bands of rows
+
+SelfAttention = Callable[[LinearAttention, Tensor], Tensor]  # of a block: (layer, x (B, N, D)) -> (B, N, D)
+Control = Callable[[Tensor], list[Tensor]]  # of a ControlNet: tokens (B, N, D) -> corrections, each (B, N, D)
+
+
+class TextContext(NamedTuple):
+    """What the transformer needs of a text: keys and values for every block, of the tokens that count."""
+
+    keys_values: tuple[tuple[Tensor, Tensor], ...]  # per block, each (B, h, L, d)
+    mask: Tensor | None  # (B, 1, 1, L) bool, True where a token counts; None: all of them do
+
+
+class Modulation(NamedTuple):
+    """What the transformer needs of a time."""
+
+    blocks: Tensor  # (B, 6, D), added to the table of every block
+    out: Tensor  # (B, 1, D), added to the table of the output
+
+
+class AdaLN(NamedTuple):
+    """Shift, scale and gate of one residual branch, each (B, 1, D)."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+    def norm(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + self.scale)
+
+    def add(self, x: Tensor, update: Tensor) -> Tensor:
+        return torch.addcmul(x, self.gate, update)
+
+
+class Block(nn.Module):
+    """Linear self-attention and Mix-FFN, modulated by time, around an unmodulated cross-attention (AdaLN-single)."""
+
+    def __init__(self, config: TransformerConfig, build: Build) -> None:
+        super().__init__()
+        self.scale_shift_table = build.parameter(6, config.hidden_size)
+        self.attn1 = LinearAttention(config.hidden_size, config.qk_norm, build)
+        self.attn2 = CrossAttention(config.hidden_size, config.cross_heads, config.qk_norm, build)
+        self.ff = MixFFN(config.hidden_size, config.ff_width, build)
+
+    def branches(self, modulation: Tensor) -> tuple[AdaLN, AdaLN]:
+        """AdaLN of self-attention and of the Mix-FFN, from modulation (B, 6, D)."""
+        rows = (self.scale_shift_table.to(modulation) + modulation).unsqueeze(2).unbind(1)
+        return AdaLN(*rows[:3]), AdaLN(*rows[3:])
+
+    def forward(
+        self,
+        x: Tensor,
+        columns: int,
+        modulation: Tensor,
+        text: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        attention: Attention = scaled_dot_product,
+        self_attention: SelfAttention = LinearAttention.__call__,
+    ) -> Tensor:
+        """x: (B, N, D), N = H * columns; modulation: (B, 6, D); text: keys and values. Returns (B, N, D)."""
+        attn, ff = self.branches(modulation)
+        x = attn.add(x, self_attention(self.attn1, attn.norm(x)))
+        x = x + self.attn2(x, *text, mask, attention)
+        return ff.add(x, self.ff(ff.norm(x), columns))
+
+    def forward_banded(
+        self,
+        x: Tensor,
+        columns: int,
+        modulation: Tensor,
+        text: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        attention: Attention,
+        band: int,
+        identity: bool = False,
+    ) -> None:
+        """The same as `forward`, without gradients, in x itself, `band` rows of the image at a time.
+
+        Linear attention is a sum over tokens, so its bands add up; the convolution of the Mix-FFN needs one row more on
+        either side, which is computed twice. identity: `LinearAttention.identity` in the place of self-attention.
+        """
+        attn, ff = self.branches(modulation)
+        bands = x.split(band * columns, dim=1)
+        attend = self.attn1.identity
+        if not identity:
+            precision = torch.promote_types(x.dtype, torch.float32)  # many bands added up in 16 bits would drift
+            state = sum(self.attn1.state(attn.norm(part)).to(precision) for part in bands)
+            attend = partial(self.attn1.attend, state=state)
+        for part in bands:
+            part.copy_(attn.add(part, attend(attn.norm(part))))
+            part.add_(self.attn2(part, *text, mask, attention))
+
+        grid = x.unflatten(1, (-1, columns))  # (B, H, W, D)
+        above = grid[:, :0]  # the row above the band, as it was before the band above was overwritten
+        for start in range(0, grid.shape[1], band):
+            own = grid[:, start : start + band]
+            rows = torch.cat([above, grid[:, start : start + band + 1]], dim=1)
+            kept = slice(above.shape[1], above.shape[1] + own.shape[1])
+            above = own[:, -1:].clone()
+            update = self.ff(ff.norm(rows.flatten(1, 2)), columns, kept)
+            own.copy_(ff.add(own.flatten(1, 2), update).view_as(own))
+
+
+class TimeEmbedding(nn.Module):
+    """Time, and for Sprint the guidance scale, to the modulation of all blocks."""
+
+    def __init__(self, config: TransformerConfig, build: Build) -> None:
+        super().__init__()
+        if config.guidance_embed:
+            self.timestep_embedder = SinusoidEmbedding(config.hidden_size, build)
+            self.guidance_embedder = SinusoidEmbedding(config.hidden_size, build)
+        else:
+            self.emb = nn.Module()
+            self.emb.timestep_embedder = SinusoidEmbedding(config.hidden_size, build)
+        self.linear = build.linear(config.hidden_size, 6 * config.hidden_size)
+
+    def forward(self, timestep: Tensor, guidance_embed: Tensor | None, dtype: torch.dtype) -> Modulation:
+        if guidance_embed is None:
+            time = self.emb.timestep_embedder(timestep, dtype)
+        else:
+            time = self.timestep_embedder(timestep, dtype) + self.guidance_embedder(guidance_embed, dtype)
+        return Modulation(self.linear(F.silu(time)).unflatten(-1, (6, -1)), time.unsqueeze(1))
+
+
+class SanaTransformer(nn.Module):
+    """The network that SANA samples from (NVlabs/Sana diffusion/model/nets/sana_multi_scale.py, SanaMS and SanaMSCM)."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        operations: type | ModuleType = Operations,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        build = Build(operations, dtype, device)
+        self.config = config
+        self.recompute = False  # in training: activations of blocks in the backward pass, instead of keeping them
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = build.linear(config.channels, config.hidden_size)
+        self.time_embed = TimeEmbedding(config, build)
+        self.caption_projection = TextProjection(config.text_width, config.hidden_size, build)
+        self.caption_norm = build.rms_norm(config.hidden_size, eps=1e-5)
+        self.transformer_blocks = nn.ModuleList(Block(config, build) for _ in range(config.depth))
+        self.scale_shift_table = build.parameter(2, config.hidden_size)
+        self.proj_out = build.linear(config.hidden_size, config.channels)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.scale_shift_table.dtype
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        text_mask: Tensor | None = None,
+        guidance_embed: Tensor | None = None,
+        *,
+        max_bytes: int = WORKING_BYTES,
+    ) -> Tensor:
+        """Velocity, noise - clean, at x.
+
+        x: (B, 32, H, W). timestep: (B,), 1000 * sigma in [0, 1000]; Sprint: sigma in [0, 1]. text: (B, L, text_width).
+        text_mask: (B, L) bool, True where a token counts; None: all do. guidance_embed: (B,), for Sprint only and
+        required there, 0.1 times the guidance scale. max_bytes: bound on the memory of activations, see `velocity`.
+        Returns (B, 32, H, W) in the dtype of x. Raises ValueError if guidance_embed does not fit the network.
+        """
+        modulation = self.modulation(timestep, guidance_embed)
+        context = self.text_context(text.to(self.dtype), text_mask)
+        return self.velocity(x.to(self.dtype), modulation, context, max_bytes=max_bytes).to(x.dtype)
+
+    def modulation(
+        self, timestep: Tensor, guidance_embed: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Modulation:
+        """timestep and guidance_embed: (B,), as for `forward`. dtype: of the activations; None: that of the weights."""
+        if (guidance_embed is None) == self.config.guidance_embed:
+            expected = "needs a guidance_embed" if self.config.guidance_embed else "takes no guidance_embed"
+            raise ValueError(f"this SANA transformer {expected}; only Sprint checkpoints have a guidance embedding")
+        if not self.config.continuous_time:
+            # Trained on integers (NVlabs/Sana sana_multi_scale.py, `timestep.long()`): without this, pictures drift.
+            timestep = timestep.floor()
+        return self.time_embed(timestep, guidance_embed, dtype or self.dtype)
+
+    def text_context(self, text: Tensor, text_mask: Tensor | None = None) -> TextContext:
+        """text: (B, L, text_width) in the dtype of the activations; text_mask: (B, L) bool. Masked tokens are dropped."""
+        text, mask = compact_text(text, text_mask)
+        projected = self.caption_norm(self.caption_projection(text))
+        pairs = (block.attn2.keys_values(projected) for block in self.transformer_blocks)
+        keys_values = tuple((open_length(keys, 2), open_length(values, 2)) for keys, values in pairs)
+        return TextContext(keys_values, None if mask is None else open_length(mask, 3))
+
+    def velocity(
+        self,
+        x: Tensor,
+        modulation: Modulation,
+        context: TextContext,
+        *,
+        identity_blocks: frozenset[int] = frozenset(),
+        control: Control | None = None,
+        max_bytes: int = WORKING_BYTES,
+    ) -> Tensor:
+        """x: (B, 32, H, W) in the dtype of the activations. Returns (B, 32, H, W).
+
+        identity_blocks: blocks whose self-attention is the identity (perturbed-attention guidance).
+        control: of the tokens (B, N, D) after the first block, makes what is added to those after each of the first blocks.
+        max_bytes: activations larger than this are processed in bands of rows, when no gradient is wanted. The result is
+        the same; one row at a time is the smallest band.
+        """
+        tokens = self.embed(x)
+        columns = x.shape[-1]
+        band = self.band_rows(x.shape, x.element_size(), max_bytes)
+        corrections: list[Tensor] = []
+        for i, block in enumerate(self.transformer_blocks):
+            step = (tokens, columns, modulation.blocks, context.keys_values[i], context.mask, scaled_dot_product)
+            self_attention = LinearAttention.identity if i in identity_blocks else LinearAttention.__call__
+            if torch.is_grad_enabled() and self.recompute:
+                tokens = checkpoint(block, *step, self_attention, use_reentrant=False)
+            elif torch.is_grad_enabled() or band is None:
+                tokens = block(*step, self_attention)
+            else:
+                block.forward_banded(*step, band, identity=i in identity_blocks)
+            if control is not None and i == 0:
+                corrections = control(tokens)
+            if i < len(corrections):
+                tokens = tokens + corrections[i]
+        return self.unembed(tokens, modulation, x.shape)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Latent (B, 32, H, W) to tokens (B, H * W, D)."""
+        tokens = self.patch_embed.proj(x.flatten(2).transpose(1, 2).contiguous())
+        if self.config.position_base is None:
+            return tokens
+        return tokens + position_table(x.shape[-2], x.shape[-1], self.config, tokens.dtype, tokens.device)
+
+    def unembed(self, tokens: Tensor, modulation: Modulation, shape: torch.Size) -> Tensor:
+        """Tokens (B, H * W, D) to a velocity of the given shape (B, 32, H, W)."""
+        shift, scale = (self.scale_shift_table.to(tokens) + modulation.out).unsqueeze(2).unbind(1)
+        out = self.proj_out(AdaLN(shift, scale, scale).norm(tokens))
+        return out.transpose(1, 2).reshape(shape)
+
+    def band_rows(self, shape: torch.Size, element_size: int, max_bytes: int) -> int | None:
+        """Rows of a latent of this shape to process at a time; None: all at once fit into max_bytes."""
+        batch, _, rows, columns = shape
+        row_bytes = batch * columns * self.config.hidden_size * element_size
+        if self._live_widths * rows * row_bytes <= max_bytes:
+            return None
+        # Beside the bands, all tokens exist once and are copied once; a band needs a row more on either side.
+        return max(1, int((max_bytes / row_bytes - 2 * rows) / self._live_widths) - 2)
+
+    def activation_bytes(self, shape: torch.Size, element_size: int, max_bytes: int = WORKING_BYTES) -> int:
+        """Memory of activations for a latent of this shape, within max_bytes as far as bands allow."""
+        batch, _, rows, columns = shape
+        row_bytes = batch * columns * self.config.hidden_size * element_size
+        band = self.band_rows(shape, element_size, max_bytes)
+        return int(
+            row_bytes * (self._live_widths * rows if band is None else 2 * rows + self._live_widths * (band + 2))
+        )
+
+    @property
+    def _live_widths(self) -> float:
+        """Activations alive at the peak, in the Mix-FFN, in multiples of the tokens."""
+        return 4 + 4 * self.config.ff_width / self.config.hidden_size
+
+
+def open_length(tensor: Tensor, dim: int) -> Tensor:
+    """Tell torch.compile that this length varies, so that another prompt is no reason to compile again."""
+    # The compiler's import takes a second, and who compiles has imported it. It refuses marks within what it compiles.
+    compiler = None if torch.compiler.is_compiling() else sys.modules.get("torch._dynamo")
+    if compiler is not None:
+        compiler.maybe_mark_dynamic(tensor, dim)
+    return tensor
+
+
+def compact_text(text: Tensor, text_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Drop the tokens that count for no prompt, which changes nothing: cross-attention knows no positions.
+
+    text: (B, L, C); text_mask: (B, L) bool. Returns text (B, L', C), tokens that count first, and a mask (B, 1, 1, L'),
+    None if all count. A prompt without any counting token attends to all, as with the additive mask of the references.
+    """
+    if text_mask is None:
+        return text, None
+    text_mask = text_mask.bool() | ~text_mask.bool().any(dim=1, keepdim=True)
+    counts = text_mask.sum(dim=1)
+    longest, shortest = int(counts.max()), int(counts.min())
+    order = text_mask.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
+    text = text.gather(1, order.unsqueeze(-1).expand(-1, -1, text.shape[-1]))
+    if longest == shortest:
+        return text, None
+    return text, text_mask.gather(1, order)[:, None, None, :]
+
+
+def position_table(
+    rows: int,
+    columns: int,
+    config: TransformerConfig,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Sines and cosines of the column (first half of the channels) and of the row (second half): (H * W, D) in dtype.
+
+    The grid is stretched to position_base, whatever the size (NVlabs/Sana sana.py, get_2d_sincos_pos_embed). Waves are cast
+    and moved before they are spread over the grid, which is as large as the tokens.
+    """
+    quarter = config.hidden_size // 4
+    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+
+    def waves(count: int) -> Tensor:
+        scale = torch.tensor(count / config.position_base, dtype=torch.float32)
+        coordinates = torch.arange(count, dtype=torch.float32) / scale / config.position_interpolation
+        angles = coordinates.double()[:, None] * omega
+        return torch.cat([angles.sin(), angles.cos()], dim=1).float().to(device, dtype)  # (count, D / 2)
+
+    across, down = waves(columns), waves(rows)
+    across, down = across[None].expand(rows, -1, -1), down[:, None].expand(-1, columns, -1)
+    return torch.cat([across, down], dim=-1).flatten(0, 1)

@@ -1,0 +1,164 @@
+"""Guidance: how the velocities of several text conditions become one denoised latent.
+
+A function here takes a transformer and what it is conditioned on, and returns the `Denoiser` that a solver asks.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..networks.transformer import Modulation, SanaTransformer, TextContext
+from .solvers import SCM_DEVIATION, AngleDenoiser, Denoiser
+
+GUIDANCE_EMBED_SCALE = 0.1  # NVlabs/Sana diffusion/model/nets/sana_multi_scale.py, SanaMSCM, cfg_embed_scale
+
+Reference = Literal["nvlabs", "diffusers"]
+Velocity = Callable[..., Tensor]  # `SanaTransformer.velocity`, or the same compiled
+
+
+class Condition(NamedTuple):
+    """An encoded text: text (B, L, C), text_mask (B, L) bool."""
+
+    text: Tensor
+    text_mask: Tensor
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly to follow the prompt, and how.
+
+    Raises ValueError for a scale that is no number, an interval that is not 0 <= low < high <= 1, or another reference.
+    """
+
+    scale: float = 4.5  # w in uncond + w * (cond - uncond); 1: no guidance, one evaluation a step
+    interval: tuple[float, float] = (
+        0.0,
+        1.0,
+    )  # guidance acts at noise levels strictly between these; 1 includes pure noise
+    perturbed_scale: float = 0.0  # of perturbed-attention guidance (arXiv 2403.17377); 0: off
+    perturbed_blocks: frozenset[int] = frozenset({8})  # whose self-attention becomes the identity
+    reference: Reference = "nvlabs"  # whose mask the unconditional branch gets: the prompt's, or (diffusers) its own
+
+    def __post_init__(self) -> None:
+        for name, value in (("guidance_scale", self.scale), ("pag_scale", self.perturbed_scale)):
+            if not math.isfinite(value):
+                raise ValueError(f"{name} is {value}; it must be a finite number, such as 4.5")
+        low, high = self.interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"guidance acts from {low} to {high}; these must be two rising numbers within 0 and 1")
+        if self.reference not in ("nvlabs", "diffusers"):
+            raise ValueError(f"reference is {self.reference!r}; use 'nvlabs' or 'diffusers'")
+
+    def acts_at(self, sigma: float) -> bool:
+        low, high = self.interval
+        return low < sigma and (sigma < high or high == 1)
+
+
+def guided_denoiser(
+    transformer: SanaTransformer,
+    cond: Condition,
+    uncond: Condition | None,
+    guidance: Guidance,
+    *,
+    sigmas: Tensor | None = None,
+    velocity: Velocity | None = None,
+) -> Denoiser:
+    """Classifier-free and perturbed-attention guidance (arXiv 2207.12598; 2403.17377).
+
+    uncond: needed unless the scale is 1. sigmas: noise levels that will be asked for, whose modulation is then computed at
+    once. velocity: a compiled `transformer.velocity`. Raises ValueError for a missing uncond or an unknown block.
+    """
+    unknown = sorted(guidance.perturbed_blocks - set(range(transformer.config.depth)))
+    if guidance.perturbed_scale and unknown:
+        raise ValueError(
+            f"block {unknown[0]} does not exist; the transformer has blocks 0 to {transformer.config.depth - 1}"
+        )
+    if guidance.scale != 1 and uncond is None:
+        raise ValueError("guidance needs a negative prompt, which may be empty; or set guidance_scale to 1")
+    velocity = velocity or transformer.velocity
+    batch = len(cond.text)
+    single = transformer.text_context(cond.text.to(transformer.dtype), cond.text_mask)
+    both = single if guidance.scale == 1 else _joint_context(transformer, cond, uncond, guidance.reference)
+    modulation_at = _modulations(transformer, sigmas)
+
+    def evaluate(x: Tensor, modulation: Modulation, context: TextContext, identity_blocks: frozenset[int]) -> Tensor:
+        expanded = Modulation(*(part.expand(len(x), -1, -1) for part in modulation))
+        return velocity(x.to(transformer.dtype), expanded, context, identity_blocks=identity_blocks).float()
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        acts, modulation = guidance.acts_at(float(sigma)), modulation_at(sigma)
+        if acts and guidance.scale != 1:
+            v_uncond, v_cond = evaluate(torch.cat([x, x]), modulation, both, frozenset()).split(batch)
+            v = v_uncond + guidance.scale * (v_cond - v_uncond)
+        else:
+            v = v_cond = evaluate(x, modulation, single, frozenset())
+        if acts and guidance.perturbed_scale:
+            v = v + guidance.perturbed_scale * (v_cond - evaluate(x, modulation, single, guidance.perturbed_blocks))
+        return x - float(sigma) * v
+
+    return denoise
+
+
+def scm_denoiser(
+    transformer: SanaTransformer, cond: Condition, guidance_scale: float, *, velocity: Velocity | None = None
+) -> AngleDenoiser:
+    """The denoiser of Sprint, whose network is one of the flow family, in its trigonometric flow.
+
+    arXiv 2503.09641, section 3.1: at an angle with sigma = sin / (sin + cos), x / 0.5 / (sin + cos) is the flow's x, and clean
+    latents agree. x has a standard deviation near 0.5. The guidance scale is an input of the network.
+    """
+    velocity = velocity or transformer.velocity
+    context = transformer.text_context(cond.text.to(transformer.dtype), cond.text_mask)
+
+    def denoise(x: Tensor, angle: Tensor) -> Tensor:
+        total = math.sin(angle) + math.cos(angle)
+        sigma, flow_x = math.sin(angle) / total, x / (SCM_DEVIATION * total)
+        ones = torch.ones(len(x), device=x.device)
+        modulation = transformer.modulation(sigma * ones, GUIDANCE_EMBED_SCALE * guidance_scale * ones)
+        v = velocity(flow_x.to(transformer.dtype), modulation, context).float()
+        return SCM_DEVIATION * (flow_x - sigma * v)
+
+    return denoise
+
+
+def inpainting_denoiser(denoise: Denoiser, clean: Tensor, noise: Tensor, mask: Tensor) -> Denoiser:
+    """Keep a latent where mask is 0 and sample where it is 1; in between, mix.
+
+    clean, noise: (B, C, H, W); mask: (B, 1, H, W) in [0, 1]. Before each evaluation the kept part is put at the noise level
+    of the step, after it, it is put back.
+    """
+
+    def masked(x: Tensor, sigma: Tensor) -> Tensor:
+        known = torch.lerp(clean, noise, float(sigma))
+        return torch.lerp(clean, denoise(torch.lerp(known, x, mask), sigma), mask)
+
+    return masked
+
+
+def _joint_context(
+    transformer: SanaTransformer, cond: Condition, uncond: Condition, reference: Reference
+) -> TextContext:
+    """Both conditions as one batch, uncond first."""
+    # NVlabs/Sana sana_multi_scale.py repeats the prompt's mask over the unconditional half, as in training.
+    uncond_mask = cond.text_mask if reference == "nvlabs" else uncond.text_mask
+    text = torch.cat([uncond.text, cond.text]).to(transformer.dtype)
+    return transformer.text_context(text, torch.cat([uncond_mask, cond.text_mask]))
+
+
+def _modulations(transformer: SanaTransformer, sigmas: Tensor | None) -> Callable[[Tensor], Modulation]:
+    """Modulation by noise level, of batch 1; those of a known schedule are computed together."""
+    device = transformer.scale_shift_table.device
+    known: dict[float, Modulation] = {}
+    if sigmas is not None:
+        table = transformer.modulation(1000 * sigmas.to(device))
+        known = {float(sigma): Modulation(*(part[i : i + 1] for part in table)) for i, sigma in enumerate(sigmas)}
+
+    def at(sigma: Tensor) -> Modulation:
+        found = known.get(float(sigma))
+        return transformer.modulation(1000 * sigma.reshape(1).to(device)) if found is None else found
+
+    return at

@@ -1,0 +1,1 @@
+"""From a prompt to text states: the rules for prompts, Gemma-2, and the encoder made of both."""

@@ -1,0 +1,161 @@
+"""Gemma-2 (arXiv 2408.00118) without its output layer: token ids to hidden states.
+
+Attribute names are those of Hugging Face files. Layers with weights come from `operations`, as in `layers.py`. Keys and
+values go in and out, so that a run can go on from where another one ended.
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import GemmaConfig
+from ..networks.layers import Build, merge_heads, split_heads
+from ..networks.operations import Operations
+
+KeysValues = Sequence[tuple[Tensor, Tensor]]  # per layer, each (B, h, L, d)
+
+
+class Gemma2(nn.Module):
+    """Token ids to hidden states after the final norm; see `forward`."""
+
+    def __init__(
+        self,
+        config: GemmaConfig,
+        *,
+        operations: type | ModuleType = Operations,
+        dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """dtype, device: of the weights. compute_dtype: of the activations, for operations that cast their weights;
+        None: the dtype of the embedding."""
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        build = Build(operations, dtype, device)
+        self.embed_tokens = operations.Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.layers = nn.ModuleList(GemmaLayer(config, i % 2 == 0, build) for i in range(config.num_hidden_layers))
+        self.norm = GemmaNorm(config, build)
+
+    def forward(
+        self, tokens: Tensor, lengths: Tensor | None = None, past: KeysValues = ()
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Run tokens (B, L) that follow those of `past`, whose batch is B or 1.
+
+        lengths: (B,), tokens of each row before its padding, which nothing attends to; None: all.
+        Returns hidden states (B, L, C), and the keys and values of `past` and of these tokens.
+        """
+        offset = past[0][0].shape[2] if past else 0
+        keys = torch.arange(offset + tokens.shape[1], device=tokens.device)
+        ends = len(keys) if lengths is None else offset + lengths[:, None, None]
+        distance = keys[offset:, None] - keys
+        seen = (distance >= 0) & (keys < ends)  # (queries, keys), or with lengths (B, queries, keys)
+        near = seen & (distance < self.config.sliding_window)
+
+        x = self.embed_tokens(tokens)
+        x = x.to(self.compute_dtype or x.dtype)
+        x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)  # the reference rounds it too
+        rotation = rotary(keys[offset:], self.config, x.dtype)
+        keys_values = []
+        for i, layer in enumerate(self.layers):
+            visible = near if layer.sliding else seen
+            x, pair = layer(x, rotation, visible, past[i] if past else None)
+            keys_values.append(pair)
+        return self.norm(x), keys_values
+
+
+class GemmaLayer(nn.Module):
+    """Attention and gated feed-forward, each between two norms. sliding: attention reaches `sliding_window` tokens back."""
+
+    def __init__(self, config: GemmaConfig, sliding: bool, build: Build) -> None:
+        super().__init__()
+        self.sliding = sliding
+        self.self_attn = GemmaAttention(config, build)
+        self.mlp = GemmaFeedForward(config, build)
+        self.input_layernorm = GemmaNorm(config, build)
+        self.post_attention_layernorm = GemmaNorm(config, build)
+        self.pre_feedforward_layernorm = GemmaNorm(config, build)
+        self.post_feedforward_layernorm = GemmaNorm(config, build)
+
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], seen: Tensor, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        attended, keys_values = self.self_attn(self.input_layernorm(x), rotation, seen, past)
+        x = x + self.post_attention_layernorm(attended)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), keys_values
+
+
+class GemmaAttention(nn.Module):
+    """Attention with rotary positions and soft-capped logits, in which groups of query heads share keys and values."""
+
+    def __init__(self, config: GemmaConfig, build: Build) -> None:
+        super().__init__()
+        self.config = config
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self.q_proj = build.linear(config.hidden_size, queries, bias=False)
+        self.k_proj = build.linear(config.hidden_size, keys, bias=False)
+        self.v_proj = build.linear(config.hidden_size, keys, bias=False)
+        self.o_proj = build.linear(queries, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], seen: Tensor, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        width, shared_heads = self.config.head_dim, self.config.num_key_value_heads
+        q = rotate(split_heads(self.q_proj(x), width), rotation)
+        k = rotate(split_heads(self.k_proj(x), width), rotation)
+        v = split_heads(self.v_proj(x), width)
+        if past is not None:
+            k, v = (
+                torch.cat([old.expand(len(x), -1, -1, -1), new], dim=2) for old, new in zip(past, (k, v), strict=True)
+            )
+        # The query heads of a group stand below one another, so that their keys need no copies.
+        q = q.unflatten(1, (shared_heads, -1))  # (B, h, group, L, d)
+        logits = q.flatten(2, 3) @ k.mT * self.config.query_pre_attn_scalar**-0.5
+        cap = self.config.attn_logit_softcapping
+        logits = (torch.tanh(logits / cap) * cap).float().unflatten(2, q.shape[2:4])
+        hidden = seen.logical_not() if seen.ndim == 2 else seen.logical_not()[:, None, None]
+        weights = logits.masked_fill(hidden, torch.finfo(torch.float32).min).softmax(dim=-1).to(v.dtype)
+        out = (weights.flatten(2, 3) @ v).unflatten(2, q.shape[2:4]).flatten(1, 2)
+        return self.o_proj(merge_heads(out)), (k, v)
+
+
+class GemmaFeedForward(nn.Module):
+    def __init__(self, config: GemmaConfig, build: Build) -> None:
+        super().__init__()
+        self.gate_proj = build.linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = build.linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = build.linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class GemmaNorm(nn.Module):
+    """RMS norm in float32 that multiplies by one more than its weight, wherever a host has left that."""
+
+    def __init__(self, config: GemmaConfig, build: Build) -> None:
+        super().__init__()
+        self.weight = build.parameter(config.hidden_size)
+        self.eps = config.rms_norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain = 1.0 + self.weight.to(x.device, torch.float32)
+        return F.rms_norm(x.float(), gain.shape, gain, self.eps).to(x.dtype)
+
+
+def rotary(positions: Tensor, config: GemmaConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary positions (arXiv 2104.09864), each (L, d / 2)."""
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
+    angles = positions[:, None] * config.rope_theta**-exponents
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn channel k with channel d / 2 + k by the angles of each position. x: (B, h, L, d)."""
+    cos, sin = rotation
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -1,0 +1,181 @@
+"""Streamed encoding and decoding: equal to the whole, at any bound, and within the bound, which is measured."""
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sana.config import AUTOENCODERS
+from sana.networks.autoencoder import DCAutoencoder
+from sana.networks.streaming import RowOp, RowStream, even_bands
+from tests.sana.measures import peak_bytes, relative_error
+from tests.sana.twins import FAMILIES, randomise, tiny_autoencoder_config
+
+TOLERANCE = 1e-5  # relative L2 in float32; sums over positions are taken in parts. Measured: 1e-6
+SIDES = ("decode", "encode")
+Call = Callable[..., Tensor]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def network(request: pytest.FixtureRequest) -> DCAutoencoder:
+    torch.manual_seed(0)
+    return randomise(DCAutoencoder(tiny_autoencoder_config(request.param)))
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def call_and_input(network: DCAutoencoder, side: str, batch: int, rows: int, columns: int) -> tuple[Call, Tensor]:
+    """`decode` or `encode`, and a random input for a latent of this size."""
+    if side == "decode":
+        return network.decode, torch.randn(batch, network.config.latent_channels, rows, columns)
+    pixels = network.config.downsample
+    return network.encode, torch.rand(batch, 3, rows * pixels, columns * pixels) * 2 - 1
+
+
+def smallest_bound(call: Call, x: Tensor) -> int:
+    """The bound that the refusal of a smaller one names."""
+    with pytest.raises(ValueError, match=r"max_bytes 1 is too little for this size; it takes at least \d+$") as error:
+        call(x, max_bytes=1)
+    return int(re.search(r"\d+$", str(error.value))[0])
+
+
+@pytest.mark.parametrize("size", [(1, 1, 3), (2, 4, 2), (1, 3, 5)])
+@pytest.mark.parametrize("side", SIDES)
+def test_equals_the_whole_within_every_bound(network: DCAutoencoder, side: str, size: tuple[int, int, int]) -> None:
+    call, x = call_and_input(network, side, *size)
+    kept, whole = x.clone(), call(x)
+    smallest = smallest_bound(call, x)
+    for max_bytes in (smallest, 2 * smallest, 4 * smallest):
+        streamed, peak = peak_bytes(lambda max_bytes=max_bytes: call(x, max_bytes=max_bytes))
+        assert relative_error(streamed, whole) < TOLERANCE
+        assert peak - streamed.nbytes <= max_bytes, (max_bytes / smallest, (peak - streamed.nbytes) / max_bytes)
+        assert streamed.shape == whole.shape and streamed.dtype == whole.dtype
+    torch.testing.assert_close(x, kept, rtol=0, atol=0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Counts the numbers of the largest tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(
+        self, function: Callable[..., object], types: object, arguments: tuple, named: dict[str, object] | None = None
+    ) -> object:
+        result = function(*arguments, **(named or {}))
+        self.numbers = max([self.numbers, *(part.numel() for part in tree_leaves(result) if isinstance(part, Tensor))])
+        return result
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("max_bytes", [None, 2**40])
+def test_no_tensor_has_more_numbers_than_kernels_can_count(
+    side: str, dtype: torch.dtype, max_bytes: int | None
+) -> None:
+    """Of the released network at 8192 x 4096 px, without the numbers."""
+    network = DCAutoencoder(AUTOENCODERS["dc-ae-f32c32-sana-1.1"], dtype=dtype, device="meta")
+    call, x = call_and_input(network, side, 1, 256, 128)
+    with LargestTensor() as largest:
+        call(x.to("meta", dtype), max_bytes=max_bytes)
+    assert 2**29 < largest.numbers < 2**31
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_one_byte_less_than_the_smallest_bound_is_refused(network: DCAutoencoder, side: str) -> None:
+    call, x = call_and_input(network, side, 1, 2, 3)
+    smallest = smallest_bound(call, x)
+    message = f"max_bytes {smallest - 1} is too little for this size; it takes at least {smallest}"
+    with pytest.raises(ValueError, match=message):
+        call(x, max_bytes=smallest - 1)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_bound_holds_in_bfloat16(network: DCAutoencoder, side: str) -> None:
+    network = copy.deepcopy(network).bfloat16()
+    call, x = call_and_input(network, side, 1, 5, 3)
+    whole, smallest = call(x), smallest_bound(call, x)
+    for max_bytes in (smallest, 3 * smallest):
+        streamed, peak = peak_bytes(lambda max_bytes=max_bytes: call(x, max_bytes=max_bytes))
+        assert relative_error(streamed, whole) < 0.03  # the rounding of bfloat16 in other sums
+        assert peak - streamed.nbytes <= max_bytes
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_bound_is_far_below_the_whole(side: str) -> None:
+    """A tall image in a hundredth of the memory: bands are a few rows of it."""
+    network = randomise(DCAutoencoder(tiny_autoencoder_config("dc-ae-f32c32-sana-1.1", depth=1)))
+    call, x = call_and_input(network, side, 1, 64, 1)
+    whole, peak = peak_bytes(lambda: call(x))
+    smallest = smallest_bound(call, x)
+    assert smallest < (peak - whole.nbytes) / 4
+    assert relative_error(call(x, max_bytes=smallest), whole) < TOLERANCE
+
+
+def test_a_batch_takes_no_more_than_one_image() -> None:
+    network = randomise(DCAutoencoder(tiny_autoencoder_config("dc-ae-f32c32-sana-1.1", depth=1)))
+    for side in SIDES:
+        bounds = {smallest_bound(*call_and_input(network, side, batch, 4, 3)) for batch in (1, 2, 3)}
+        assert len(bounds) == 1
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("side", SIDES)
+def test_input_is_not_changed_whatever_its_layout(side: str, layout: torch.memory_format) -> None:
+    network = randomise(DCAutoencoder(tiny_autoencoder_config("dc-ae-f32c32-sana-1.1", depth=1)))
+    call, x = call_and_input(network, side, 2, 3, 1)
+    given, whole = x.clone(memory_format=layout), call(x)
+    for max_bytes in (smallest_bound(call, x), 2**40):  # at the largest, all rows at once
+        assert relative_error(call(given, max_bytes=max_bytes), whole) < TOLERANCE
+        torch.testing.assert_close(given, x, rtol=0, atol=0)
+
+
+def test_released_decoder_at_real_widths() -> None:
+    """dc-ae-f32c32-sana-1.1, 256 x 256 px."""
+    network = DCAutoencoder(AUTOENCODERS["dc-ae-f32c32-sana-1.1"], device="meta")
+    network.encoder = None
+    network.to_empty(device="cpu")
+    randomise(network)
+    call, x = call_and_input(network, "decode", 1, 8, 8)
+    whole, smallest = call(x), smallest_bound(call, x)
+    streamed, peak = peak_bytes(lambda: call(x, max_bytes=smallest))
+    assert relative_error(streamed, whole) < TOLERANCE
+    assert peak - streamed.nbytes <= smallest
+
+
+# Parts
+
+
+@pytest.mark.parametrize("bands", [(1,) * 12, (5, 7), (2, 4, 6), (12,), (4, 4, 4)])
+@pytest.mark.parametrize(
+    "op",
+    [
+        RowOp(torch.nn.Conv2d(4, 4, 3, padding=1), 4, 4, 1),
+        RowOp(torch.nn.Conv2d(4, 4, 5, padding=2), 4, 4, 2),
+        RowOp(torch.nn.Conv2d(4, 4, 1), 4, 4, 0),
+        RowOp(torch.nn.Conv2d(4, 4, 3, padding=1, stride=2), 4, 4, 1, down=2),
+        RowOp(torch.nn.ConvTranspose2d(4, 4, 4, stride=2, padding=1), 4, 4, 1, up=2),
+    ],
+    ids=["3x3", "5x5", "1x1", "down", "up"],
+)
+def test_rows_that_come_in_bands_give_the_rows_of_the_whole(op: RowOp, bands: tuple[int, ...]) -> None:
+    x = torch.randn(1, 4, 12, 6)
+    stream = RowStream(op, 12)
+    parts = [stream.push(rows) for rows in x.split(bands, dim=2)]
+    streamed = torch.cat([part for part in parts if part is not None], dim=2)
+    torch.testing.assert_close(streamed, op.apply(x), rtol=1e-5, atol=1e-5)
+
+
+def test_even_bands() -> None:
+    assert even_bands(1) == [1]
+    assert even_bands(7) == [7, 4, 3, 2, 1]
