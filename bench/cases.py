@@ -10,8 +10,7 @@ from diffusers import DPMSolverMultistepScheduler
 from diffusers import SanaPipeline as DiffusersPipeline
 from torch import Tensor, nn
 
-from sana.checkpoints.detection import TransformerIdentity
-from sana.config import VARIANTS
+from sana.config import VARIANTS, TransformerIdentity
 from sana.networks.streaming import least_bytes, whole_bytes
 from sana.networks.transformer import SanaTransformer
 from sana.pipeline import SanaPipeline, Settings

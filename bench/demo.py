@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from sana.checkpoints.detection import DEFAULT_GUIDANCE_SCALE
+from sana.config import DEFAULT_GUIDANCE_SCALE
 from sana.images import to_pixels, to_unit
 from sana.pipeline import DEFAULT_STEPS, SanaPipeline, Settings
 from sana.training.scenes import COLOURS, SHAPES, CaptionedScene, Scene, draw, held_out_scenes, plural_ending

@@ -9,12 +9,12 @@ from transformers import Gemma2Config, Gemma2Model
 
 from sana.checkpoints.names import to_transformer_names
 from sana.checkpoints.text_encoder import gemma_json
+from sana.checkpoints.writing import autoencoder_json, transformer_json
 from sana.config import AUTOENCODERS, VARIANTS, GemmaConfig
 from sana.networks.autoencoder import DCAutoencoder
 from sana.networks.transformer import SanaTransformer
 from sana.text.gemma import Gemma2
 from sana.text.text_encoder import BOS, GemmaTextEncoder
-from sana.training.export import autoencoder_json, transformer_json
 
 GEMMA_2_2B = GemmaConfig()
 

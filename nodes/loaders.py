@@ -3,8 +3,7 @@
 import torch
 from comfy_api.latest import io
 
-from ..sana.checkpoints.detection import DEFAULT_GUIDANCE_SCALE
-from ..sana.config import VARIANTS
+from ..sana.config import DEFAULT_GUIDANCE_SCALE, VARIANTS
 from .host.checkpoint import load_model
 from .host.clip import load_clip
 from .host.preview import fit_preview, show_previews

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import folder_paths
 
-from ..sana.checkpoints.detection import AUTOENCODER_SOURCE
 from ..sana.checkpoints.files import CheckpointError, tensor_names
 from ..sana.checkpoints.names import is_autoencoder
-from ..sana.checkpoints.text_encoder import SOURCE as GEMMA_SOURCE
 from ..sana.checkpoints.text_encoder import is_gemma
+from ..sana.config import AUTOENCODER_SOURCE
+from ..sana.config import TEXT_ENCODER_SOURCE as GEMMA_SOURCE
 from ..sana.pipeline import MODELS
 
 AUTO = "auto"

@@ -3,7 +3,7 @@
 import torch
 from comfy_api.latest import io
 
-from ..sana.checkpoints.detection import DEFAULT_GUIDANCE_SCALE
+from ..sana.config import DEFAULT_GUIDANCE_SCALE
 from ..sana.sampling.schedule import MAX_ANGLE, PAPER_ANGLES, TWO_STEP_ANGLE, partial_sigmas, scm_angles
 from .host.perturbed import perturb_attention
 from .host.report import report

@@ -1,8 +1,9 @@
 """SANA text to image in plain PyTorch: networks, solvers, prompt rules and checkpoints, without any host."""
 
+from .checkpoints.autoencoder import load_autoencoder
 from .checkpoints.files import CheckpointError
-from .checkpoints.loading import load_autoencoder, load_transformer
 from .checkpoints.text_encoder import load_text_encoder
+from .checkpoints.transformer import load_transformer
 from .config import VARIANTS
 from .pipeline import SamplingError, SanaPipeline, Settings
 from .sampling.schedule import flow_sigmas

@@ -16,7 +16,8 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from .checkpoints.files import replacing
-from .checkpoints.inspection import convert, describe_file
+from .checkpoints.inspection import describe_file
+from .checkpoints.writing import convert
 from .config import VARIANTS
 from .images import read_picture
 from .pipeline import SanaPipeline, Settings, model_path

@@ -1,6 +1,6 @@
 """What a SANA network is made of: one frozen dataclass per network, one table row per released checkpoint.
 
-Nothing here reads files: `checkpoints/detection.py` finds the row, or fills a dataclass, from tensors and their companions.
+Nothing here reads files: `checkpoints/` finds the row, or fills a dataclass, from tensors and their companions.
 """
 
 from dataclasses import dataclass, replace
@@ -82,6 +82,26 @@ VARIANTS: dict[str, Variant] = {
         replace(_1600M, control_blocks=7), 1024, 3.0, "bfloat16", _ELM + "Sana_1600M_1024px_BF16_ControlNet_HED"
     ),
 }
+
+
+TRANSFORMER_SOURCE = VARIANTS["sana-1.6b-1024px"].source  # for who has none
+AUTOENCODER_SOURCE = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
+TEXT_ENCODER_SOURCE = _ELM + "gemma-2-2b-it"
+DEFAULT_FLOW_SHIFT = 3.0  # of a network that is no row of VARIANTS
+DEFAULT_GUIDANCE_SCALE = 4.5  # of the official demo, for every release
+
+
+@dataclass(frozen=True)
+class TransformerIdentity:
+    """What a transformer is, and what its tensors cannot tell."""
+
+    config: TransformerConfig
+    variant: str  # a row of VARIANTS, or "custom"
+    base_size: int  # pixels
+    flow_shift: float | None  # None: Sprint
+    dtype: str  # precision of the release: that of the file if it has 16 bits, else of the table
+    origin: str  # where the base size was found
+    guidance_scale: float = DEFAULT_GUIDANCE_SCALE  # to draw with unless told otherwise
 
 
 @dataclass(frozen=True)

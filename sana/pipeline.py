@@ -10,11 +10,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .checkpoints.detection import TransformerIdentity, identify_transformer
+from .checkpoints.autoencoder import check_autoencoder, load_autoencoder
 from .checkpoints.files import CheckpointError, TensorFile, read_tensors
-from .checkpoints.loading import build_transformer, check_autoencoder, load_autoencoder
 from .checkpoints.names import is_autoencoder
 from .checkpoints.text_encoder import check_text_encoder, is_gemma, load_text_encoder
+from .checkpoints.transformer import build_transformer, find_transformer
+from .config import TransformerIdentity
 from .images import to_cells, to_picture, to_tensor
 from .networks.autoencoder import DCAutoencoder, decode_within_memory, encode_within_memory
 from .networks.devices import computes_bfloat16
@@ -138,15 +139,15 @@ class SanaPipeline:
         model = model_path(model)
         autoencoder, text_encoder = (part and model_path(part) for part in (autoencoder, text_encoder))
         file = read_tensors(model, "transformer")
-        identity = identify_transformer(file, variant)
+        found = find_transformer(file, variant)
         check_parts(model, file, autoencoder, text_encoder)
-        own, safe = default_dtypes(identity.dtype, torch.device(device))
+        own, safe = default_dtypes(found.identity.dtype, torch.device(device))
         others = safe if dtype in (None, torch.float16) else dtype
         return cls(
-            build_transformer(file, identity.config, dtype or own, device),
+            build_transformer(found, dtype or own, device),
             load_autoencoder(autoencoder or model, others, device),
             load_text_encoder(text_encoder or model, others, device),
-            identity,
+            found.identity,
             compiled=compiled,
         )
 

@@ -29,7 +29,7 @@ RUNTIME = {"torch", "safetensors", "einops", "numpy", "PIL", "tqdm", "tokenizers
 ROOMS = {
     "config": set(),
     "images": set(),
-    "networks": {"config", "checkpoints"},
+    "networks": {"config"},
     "text": {"config", "networks"},
     "sampling": {"config", "networks"},
     "checkpoints": {"config", "networks", "text"},

@@ -8,8 +8,9 @@ import comfy.sd
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...sana.checkpoints.detection import identify_transformer, transformer_header
 from ...sana.checkpoints.files import CheckpointError, read_tensors
+from ...sana.checkpoints.header import transformer_header
+from ...sana.checkpoints.transformer import identify_transformer
 from .extension import extend
 from .model import UNNAMED, SanaModel
 from .run import follow_runs

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from ...sana.checkpoints.files import TensorFile, read_tensors
+from ...sana.checkpoints.formats import COMFY_LAYER
 from ...sana.checkpoints.text_encoder import find_tokenizer, gemma_config, gemma_tensors, stored_companions
 from ...sana.config import GemmaConfig
 from ...sana.text.gemma import Gemma2
 from ...sana.text.text_encoder import GemmaTextEncoder, Tokenizer
 from .padding import mark_padding
-from .quantised import FORMAT, check_quantised, with_formats
+from .quantised import check_quantised, with_formats
 
 NAME = "gemma2_2b"  # of the token list, and of the encoder in LoRA and checkpoint files, as in the host
 INSTRUCTION = "instruction"  # entry of the tokens
@@ -127,7 +128,7 @@ def make_clip(file: TensorFile, dtype: torch.dtype | None = None) -> comfy.sd.CL
     config = gemma_config(tensors, file)
     tokenizer = find_tokenizer(file, config)
     check_quantised(Gemma2(config, device="meta").state_dict(), tensors, file.path.name)
-    quantised = any(key.endswith(FORMAT) for key in tensors)
+    quantised = any(key.endswith(COMFY_LAYER) for key in tensors)
     if not quantised:
         tensors = {key: tensor.to(dtype) if dtype else tensor for key, tensor in tensors.items()}
     stored = tensors["norm.weight" if quantised else "layers.0.mlp.up_proj.weight"].dtype

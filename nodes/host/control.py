@@ -8,7 +8,8 @@ import comfy.ops
 import torch
 from torch import Tensor
 
-from ...sana.networks.controlnet import SanaControlNet, load_controlnet
+from ...sana.checkpoints.controlnet import load_controlnet
+from ...sana.networks.controlnet import SanaControlNet
 from .model import SanaLatentFormat, SanaModel
 
 

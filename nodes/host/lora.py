@@ -1,4 +1,4 @@
-"""LoRA files of SANA for the host's own loaders: what trainers call its layers, and the shapes they give its convolutions."""
+"""LoRA files of SANA for the host's own loaders, by the tables of `sana/checkpoints/adapters.py`."""
 
 from collections.abc import Callable
 
@@ -6,15 +6,10 @@ import comfy.lora
 import comfy.model_base
 from torch import Tensor
 
+from ...sana.checkpoints.adapters import layer_names, with_matrices
 from ...sana.checkpoints.names import POINTWISE
 from .extension import extend
 from .model import SanaModel
-
-# What stands before a module path: PEFT in diffusers, PEFT alone, and (with _ for .) LyCORIS, OneTrainer and kohya.
-DOTTED = ("transformer.", "base_model.model.", "")
-UNDERSCORED = ("lycoris_", "lora_transformer_", "lora_unet_")
-# Ends of the names of what stands between two factors in a Tucker decomposition: the host wants all of its axes.
-CORES = (".lora_mid.weight", ".hada_t1", ".hada_t2", ".lokr_t2")
 
 KeyMap = dict[str, object]
 
@@ -29,21 +24,13 @@ def sana_lora_keys(model: comfy.model_base.BaseModel) -> KeyMap:
     for name in model.state_dict():
         if name.startswith("diffusion_model.") and name.endswith(".weight"):
             path = name.removeprefix("diffusion_model.").removesuffix(".weight")
-            keys.update({prefix + path: name for prefix in DOTTED})
-            keys.update({prefix + path.replace(".", "_"): name for prefix in UNDERSCORED})
+            keys.update(dict.fromkeys(layer_names(path), name))
     return keys
 
 
-def with_matrices(lora: dict[str, Tensor], keys: KeyMap) -> dict[str, Tensor]:
-    """A LoRA file in which what changes a 1x1 convolution has two axes, as our weight has."""
-    weights = ((name, weight) for name, weight in keys.items() if isinstance(weight, str))
-    layers = tuple(name for name, weight in weights if weight.endswith(POINTWISE))
-    matrices = {
-        name: tensor.flatten(1)
-        for name, tensor in lora.items()
-        if name.startswith(layers) and not name.endswith(CORES) and tensor.ndim == 4 and tensor.shape[2:] == (1, 1)
-    }
-    return {**lora, **matrices}
+def convolutions(keys: KeyMap) -> tuple[str, ...]:
+    """What a LoRA file calls the layers that are 1x1 convolutions in it and matrices here."""
+    return tuple(name for name, weight in keys.items() if isinstance(weight, str) and weight.endswith(POINTWISE))
 
 
 def extend_loras() -> None:
@@ -70,5 +57,5 @@ def _with_shapes(
     **named: object,
 ) -> dict[str, object]:
     if isinstance(to_load, SanaKeyMap):
-        lora = with_matrices(lora, to_load)
+        lora = with_matrices(lora, convolutions(to_load))
     return original(lora, to_load, *more, **named)

@@ -13,10 +13,11 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
-from ...sana.checkpoints.detection import TransformerIdentity, header_tensor, identify_transformer
 from ...sana.checkpoints.files import TensorFile
+from ...sana.checkpoints.header import header_tensor
 from ...sana.checkpoints.names import HEADER_TENSOR, to_transformer_names, with_convolutions
-from ...sana.config import DOWNSAMPLE, LATENT_CHANNELS, LATENT_SCALE
+from ...sana.checkpoints.transformer import identify_transformer
+from ...sana.config import DOWNSAMPLE, LATENT_CHANNELS, LATENT_SCALE, TransformerIdentity
 from ...sana.networks.controlnet import SanaControlNet
 from ...sana.networks.layers import Attention, LinearAttention
 from ...sana.networks.transformer import WORKING_BYTES, SanaTransformer, SelfAttention, TextContext, open_length

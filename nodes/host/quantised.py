@@ -7,18 +7,15 @@ import comfy.utils
 from torch import Tensor
 
 from ...sana.checkpoints.files import CheckpointError, TensorFile
-from ...sana.checkpoints.loading import BITSANDBYTES, check_tensors
-
-FORMAT = ".comfy_quant"  # behind the name of a layer: JSON as bytes
-SCALES = (".weight_scale", ".weight_scale_2", ".input_scale")
-OLD_MARK = "scaled_fp8"  # of files for older hosts, which say the format once for all matrices
+from ...sana.checkpoints.filling import check_tensors
+from ...sana.checkpoints.formats import BITSANDBYTES, COMFY, COMFY_LAYER, COMFY_MODEL
 
 
 def with_formats(file: TensorFile) -> TensorFile:
     """The file with a format beside every quantised matrix, also if it tells them in its header or as files for older hosts do."""
     tensors = dict(file.tensors)  # a copy for the host to take apart
-    marks = [name for name in tensors if name.endswith("." + OLD_MARK)]
-    for prefix in ("", *(name.removesuffix(OLD_MARK) for name in marks)):
+    marks = [name for name in tensors if name.endswith("." + COMFY_MODEL)]
+    for prefix in ("", *(name.removesuffix(COMFY_MODEL) for name in marks)):
         tensors, _ = comfy.utils.convert_old_quants(tensors, prefix, metadata={} if prefix else file.metadata)
     return replace(file, tensors=tensors)
 
@@ -28,10 +25,10 @@ def check_quantised(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor
 
     Raises CheckpointError also for scales of an unknown format, which the host would leave out.
     """
-    layers = [key.removesuffix(FORMAT) for key in tensors if key.endswith(FORMAT)]
-    beside = {layer + suffix for layer in layers for suffix in (FORMAT, *SCALES)}
+    layers = [key.removesuffix(COMFY_LAYER) for key in tensors if key.endswith(COMFY_LAYER)]
+    beside = {layer + suffix for layer in layers for suffix in (COMFY_LAYER, *COMFY.companions)}
     plain = {key: tensor for key, tensor in tensors.items() if key not in beside}
-    unknown = next((key for key in sorted(plain) if key.endswith((*SCALES, *BITSANDBYTES))), None)
+    unknown = next((key for key in sorted(plain) if key.endswith((*COMFY.companions, *BITSANDBYTES.marks))), None)
     if unknown is not None:
         raise CheckpointError(
             f"{name} has the scale {unknown}, and nothing in it says in which format; use a file with the formats of ComfyUI, or "

@@ -13,9 +13,9 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from ...sana.checkpoints.detection import autoencoder_tensors, detect_autoencoder
+from ...sana.checkpoints.autoencoder import autoencoder_tensors, detect_autoencoder
 from ...sana.checkpoints.files import CheckpointError, TensorFile, read_tensors
-from ...sana.checkpoints.loading import check_tensors
+from ...sana.checkpoints.filling import check_tensors
 from ...sana.config import LATENT_CHANNELS
 from ...sana.networks.autoencoder import DCAutoencoder, check_finite, is_out_of_memory
 from ...sana.networks.autoencoder_layers import Decoder, Encoder

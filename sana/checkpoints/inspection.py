@@ -1,29 +1,13 @@
-"""What a checkpoint is, in words, and its conversion to one safetensors file whose header says so."""
+"""What a checkpoint is, in words."""
 
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
-
-from ..config import AUTOENCODERS, VARIANTS, AutoencoderConfig, GemmaConfig
-from ..networks.autoencoder import DCAutoencoder
-from ..networks.transformer import SanaTransformer
-from .detection import (
-    TRANSFORMER_SOURCE,
-    TransformerIdentity,
-    autoencoder_header,
-    autoencoder_tensors,
-    detect_autoencoder,
-    identify_transformer,
-    transformer_header,
-    transformer_tensors,
-)
-from .files import CheckpointError, TensorFile, read_tensors, replacing
+from ..config import TRANSFORMER_SOURCE, VARIANTS, AutoencoderConfig, GemmaConfig, TransformerIdentity
+from .autoencoder import autoencoder_name, autoencoder_tensors, detect_autoencoder
+from .files import TensorFile, read_tensors
 from .kinds import SVDQUANT, describe
-from .loading import FLOAT_DTYPES, FP8_DTYPES, check_numbers, check_tensors
-from .names import control_blocks, is_autoencoder, is_transformer, with_convolutions
+from .names import is_autoencoder, is_transformer
+from .transformer import identify_transformer
 
 # What to do with some of what `kinds.describe` knows.
 USES = {
@@ -44,49 +28,6 @@ def describe_file(path: Path | str) -> str:
         return "\n".join([f"{name}: a DC-AE, the autoencoder of SANA", content, *_autoencoder_lines(config)])
     kind = describe(file.tensors)
     return "\n".join([f"{name}: {kind}", content, USES.get(kind, "it is of no use to SANA by itself")])
-
-
-def convert(
-    source: Path | str, target: Path | str, *, dtype: torch.dtype | None = None, variant: str | None = None
-) -> str:
-    """Write the transformer or autoencoder of source as target, a safetensors file, and say what was written.
-
-    dtype: of the numbers; None: as they are. Raises CheckpointError if source is neither, is incomplete, is quantised or holds a ControlNet, ValueError for a
-    target that is no `.safetensors` file, and OSError for one that cannot be written. The target appears when it is complete, or not at all.
-    """
-    target = Path(target)
-    if target.suffix != ".safetensors":
-        raise ValueError(f"{target} does not end in .safetensors; give the name of the file to write")
-    file = read_tensors(source, "transformer")
-    if is_transformer(file.tensors):
-        identity = identify_transformer(file, variant)
-        if control_blocks(file.tensors):
-            raise CheckpointError(
-                f"{file.path.name} holds a ControlNet too, which would be lost; use the file as it is"
-            )
-        tensors, network = transformer_tensors(file), SanaTransformer(identity.config, device="meta")
-        header, what = transformer_header(identity), identity.variant
-    elif is_autoencoder(file.tensors):
-        tensors = autoencoder_tensors(file)
-        config = detect_autoencoder(tensors, file)
-        network = DCAutoencoder(config, device="meta")
-        header, what = autoencoder_header(config), _autoencoder_name(config)
-    else:
-        raise CheckpointError(f"{file.path.name} is {describe(file.tensors)}; give a SANA transformer or a DC-AE")
-    check_numbers(network, tensors, file.path.name, (*FLOAT_DTYPES, *FP8_DTYPES))
-    check_tensors(network.state_dict(), tensors, file.path.name)
-    tensors = with_convolutions(tensors)
-    stored = {name: _stored(tensor, dtype) for name, tensor in tensors.items()}
-    try:
-        with replacing(target) as unfinished:
-            save_file(stored, unfinished, {"format": "pt", **header})
-    except (SafetensorError, OSError) as error:
-        raise OSError(f"{target} cannot be written ({error}); give another place") from error
-    return f"{target}: {what}, {len(tensors)} tensors"
-
-
-def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype if tensor.is_floating_point() else None).contiguous()
 
 
 def _amount(file: TensorFile) -> str:
@@ -120,11 +61,7 @@ def _transformer_lines(identity: TransformerIdentity) -> list[str]:
 def _autoencoder_lines(config: AutoencoderConfig) -> list[str]:
     widths = "-".join(str(stage.width) for stage in config.decoder)
     return [
-        f"{_autoencoder_name(config)}: {config.downsample} px per latent cell, {config.latent_channels} channels",
+        f"{autoencoder_name(config)}: {config.downsample} px per latent cell, {config.latent_channels} channels",
         f"decoder widths {widths}, blocks {'-'.join(str(stage.depth) for stage in config.decoder)}",
         f"latents times {config.latent_scale:g} for the transformer; compute in bfloat16 or float32",
     ]
-
-
-def _autoencoder_name(config: AutoencoderConfig) -> str:
-    return next((name for name, row in AUTOENCODERS.items() if row == config), "custom")

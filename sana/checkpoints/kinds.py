@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from .formats import SVDQUANT as SVDQUANT_FORMAT
 from .names import (
     DIFFUSERS_MARK,
     EARLY_DIFFUSERS_MARK,
@@ -16,7 +17,7 @@ SVDQUANT = "a SANA transformer quantised by SVDQuant, which only nunchaku reads"
 KINDS = (
     (VIDEO_MARKS, "SANA-Video, which makes videos and runs in diffusers"),
     (("lora_A.", "lora_B.", "lora_down.", "lora_up.", "hada_w1", "lokr_w1"), "a LoRA"),
-    (("ff.inverted_conv.qweight",), SVDQUANT),
+    (SVDQUANT_FORMAT.marks, SVDQUANT),
     (("double_blocks.0.", "single_transformer_blocks.0."), "a Flux model"),
     (("input_blocks.0.0.", "down_blocks.0.resnets.0.time_emb_proj."), "a Stable Diffusion model"),
     (("joint_blocks.0.",), "a Stable Diffusion 3 model"),

@@ -64,7 +64,7 @@ IN_BLOCK = {
     "mlp.depth_conv.conv.*": "ff.conv_depth.*",
     "mlp.point_conv.conv.*": "ff.conv_point.*",
 }
-HEADER_TENSOR = "sana_header"  # bytes that `detection.header_tensor` wrote
+HEADER_TENSOR = "sana_header"  # bytes that `header.header_tensor` wrote
 # Buffers and training-only tensors of official files.
 DROPPED = (HEADER_TENSOR, "pos_embed", "y_embedder.y_embedding", "logvar_linear.weight", "logvar_linear.bias")
 

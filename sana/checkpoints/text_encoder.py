@@ -13,10 +13,10 @@ from ..config import GemmaConfig, TransformerConfig
 from ..networks.operations import Operations
 from ..text.gemma import Gemma2
 from ..text.text_encoder import BOS, EOS, PAD, GemmaTextEncoder, JsonTokenizer, SentencePieceTokenizer, Tokenizer
-from .detection import stored_bytes
 from .files import CheckpointError, TensorFile, read_tensors
+from .filling import fill
+from .header import stored_bytes
 from .kinds import describe
-from .loading import fill
 from .names import dialect_prefix
 
 MARK = "layers.0.post_feedforward_layernorm.weight"

@@ -4,17 +4,11 @@ The graph is NVlabs' (diffusion/model/nets/sana_multi_scale_controlnet.py). diff
 but branches off one block earlier and corrects one block later, which gives other pictures.
 """
 
-from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.detection import detect_transformer
-from ..checkpoints.files import CheckpointError, read_tensors
-from ..checkpoints.kinds import describe
-from ..checkpoints.loading import fill
-from ..checkpoints.names import is_controlnet, to_control_names
 from ..config import TransformerConfig
 from .layers import Build, TextProjection
 from .operations import Operations
@@ -64,22 +58,3 @@ class SanaControlNet(nn.Module):
             x = block(x, image.shape[-1], modulation.blocks, context.keys_values[i], context.mask)
             corrections.append(out(x))
         return corrections
-
-
-def load_controlnet(
-    path: Path | str,
-    dtype: torch.dtype | None = torch.float32,
-    device: torch.device | str = "cpu",
-    *,
-    operations: type | ModuleType = Operations,
-) -> SanaControlNet:
-    """The ControlNet of an official checkpoint, which also holds its transformer, or of a diffusers folder.
-
-    Raises CheckpointError if the file has none.
-    """
-    file = read_tensors(path, "controlnet")
-    if not is_controlnet(file.tensors):
-        raise CheckpointError(f"{file.path.name} is {describe(file.tensors)}; give a ControlNet for SANA")
-    tensors = to_control_names(file.tensors)
-    network = SanaControlNet(detect_transformer(tensors, file), operations=operations, dtype=dtype, device="meta")
-    return fill(network, tensors, file.path.name, dtype, device)

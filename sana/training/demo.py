@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..checkpoints.detection import TransformerIdentity
-from ..config import DOWNSAMPLE, AutoencoderConfig, GemmaConfig, StageConfig, TransformerConfig
+from ..checkpoints.writing import write_pipeline
+from ..config import DOWNSAMPLE, AutoencoderConfig, GemmaConfig, StageConfig, TransformerConfig, TransformerIdentity
 from ..networks.autoencoder import DCAutoencoder
 from ..networks.transformer import SanaTransformer
 from ..pipeline import SanaPipeline
@@ -22,7 +22,6 @@ from ..text.gemma import Gemma2
 from ..text.prompt import INSTRUCTION
 from ..text.text_encoder import GemmaTextEncoder, JsonTokenizer
 from .autoencoder import ReconstructionObjective, initialise, reconstruction_sheet, scene_crops, whole_scenes
-from .export import write_pipeline
 from .flow import FlowBatch, FlowObjective, initialise_transformer
 from .latents import SceneLatents
 from .loop import TrainingConfig, check_counts, claim, process_state, train

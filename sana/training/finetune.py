@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from ..checkpoints.detection import TransformerIdentity, identify_transformer
+from ..checkpoints.autoencoder import check_autoencoder, load_autoencoder
 from ..checkpoints.files import TensorFile, read_tensors
-from ..checkpoints.loading import build_transformer, check_autoencoder, load_autoencoder
 from ..checkpoints.text_encoder import check_text_encoder, load_text_encoder
+from ..checkpoints.transformer import FoundTransformer, build_transformer, find_transformer
+from ..checkpoints.writing import write_transformer
+from ..config import TransformerIdentity
 from ..images import read_picture, to_picture
 from ..networks.autoencoder import DCAutoencoder, decode_within_memory
 from ..pipeline import check_parts, model_path
@@ -19,7 +21,6 @@ from ..sampling.guidance import Condition, Guidance, guided_denoiser
 from ..sampling.schedule import flow_sigmas
 from ..sampling.solvers import flow_dpm_solver
 from ..text.text_encoder import GemmaTextEncoder
-from .export import write_transformer
 from .flow import FlowObjective
 from .loop import TrainingConfig, check_counts, claim, process_state, train
 from .pictures import Picture, PictureStates, pad_texts, read_pictures, write_states
@@ -66,7 +67,8 @@ def finetune(
     model = model_path(model)
     autoencoder, text_encoder = (part and model_path(part) for part in (autoencoder, text_encoder))
     file = read_tensors(model, "transformer")
-    identity = _trainable(file, variant)
+    found = _trainable(file, variant)
+    identity = found.identity
     check_parts(model, file, autoencoder, text_encoder)
     pictures = read_pictures(data, identity.base_size, besides=folder)
     machine = process_state()
@@ -79,7 +81,7 @@ def finetune(
     encoders = f"{autoencoder or model}, {text_encoder or model}"
     states = _encode(folder / "states", pictures, encoders, frozen, gemma)
     del gemma  # it is the largest part, and no longer needed
-    transformer = build_transformer(file, identity.config).train().requires_grad_(True)
+    transformer = build_transformer(found).train().requires_grad_(True)
     transformer.recompute = config.recompute
     objective = FlowObjective(transformer, flow_shift=identity.flow_shift, null=states.null)
     sheet = partial(caption_sheet, pictures=pictures, states=states, autoencoder=frozen, identity=identity)
@@ -97,15 +99,15 @@ def finetune(
     return folder / "transformer"
 
 
-def _trainable(file: TensorFile, variant: str | None) -> TransformerIdentity:
-    """What a transformer is. Raises ValueError for one that cannot be trained, by its kind or by its tensors."""
-    identity = identify_transformer(file, variant)
-    if identity.config.guidance_embed:
+def _trainable(file: TensorFile, variant: str | None) -> FoundTransformer:
+    """The transformer in a file. Raises ValueError for one that cannot be trained, by its kind or by its tensors."""
+    found = find_transformer(file, variant)
+    if found.identity.config.guidance_embed:
         raise ValueError(
             f"{file.path.name} is a Sprint model, which learns from a teacher; fine-tune a SANA or SANA-1.5 model"
         )
-    build_transformer(file, identity.config, device="meta")  # refuses now what would be refused hours later
-    return identity
+    build_transformer(found, device="meta")  # refuses now what would be refused hours later
+    return found
 
 
 def _encode(

@@ -13,16 +13,15 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer, PreTrainedTokenizerFast
 
-from sana.checkpoints.detection import TransformerIdentity
 from sana.checkpoints.files import write_json
 from sana.checkpoints.text_encoder import gemma_json
-from sana.config import GemmaConfig, TransformerConfig
+from sana.checkpoints.writing import scheduler_json, write_pipeline
+from sana.config import GemmaConfig, TransformerConfig, TransformerIdentity
 from sana.networks.autoencoder import DCAutoencoder
 from sana.networks.transformer import SanaTransformer
 from sana.text.gemma import Gemma2
 from sana.text.prompt import INSTRUCTION
 from sana.text.text_encoder import BOS, GemmaTextEncoder, JsonTokenizer
-from sana.training.export import scheduler_json, write_pipeline
 from sana.training.tokenizer import train_tokenizer
 from tests.sana.twins import randomise, tiny_autoencoder_config, tiny_config
 

@@ -19,15 +19,15 @@ from torch import Tensor
 
 import sana
 from sana import load_transformer
-from sana.checkpoints.detection import identify_transformer
 from sana.checkpoints.files import read_tensors
+from sana.checkpoints.transformer import identify_transformer
+from sana.checkpoints.writing import write_transformer
 from sana.config import VARIANTS
 from sana.networks.autoencoder import DCAutoencoder
 from sana.networks.transformer import SanaTransformer
 from sana.pipeline import MODELS, SanaPipeline
 from sana.training.__main__ import main
 from sana.training.demo import AUTOENCODER, IDENTITY, TRANSFORMER, new_transformer
-from sana.training.export import write_transformer
 from sana.training.flow import FlowBatch, FlowObjective
 from sana.training.latents import SceneLatents
 from sana.training.pictures import read_pictures

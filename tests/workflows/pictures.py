@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sana.checkpoints.loading import load_transformer
+from sana.checkpoints.transformer import load_transformer
 from sana.pipeline import MODELS
 from sana.training.scenes import Look, Scene, Thing, draw
 from tests.browser.frontend import launch, open_page

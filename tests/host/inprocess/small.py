@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sana
-from sana.checkpoints.detection import TransformerIdentity, transformer_header
+from sana.checkpoints.header import transformer_header
 from sana.checkpoints.names import with_convolutions
-from sana.config import LATENT_SCALE, VARIANTS
+from sana.config import LATENT_SCALE, VARIANTS, TransformerIdentity
 from sana.networks.transformer import SanaTransformer
 from sana.pipeline import MODELS
 from sana.sampling.guidance import Condition, Guidance, guided_denoiser

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import sana
-from sana.checkpoints.detection import identify_transformer
 from sana.checkpoints.files import read_tensors
+from sana.checkpoints.transformer import identify_transformer
 from tests.host.inprocess.small import (
     EQUAL,
     PROMPT,

@@ -7,16 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sana.checkpoints.detection import (
-    TransformerIdentity,
-    detect_autoencoder,
-    header_tensor,
-    identify_transformer,
-    transformer_header,
-)
+from sana.checkpoints.autoencoder import detect_autoencoder
 from sana.checkpoints.files import CheckpointError, TensorFile
+from sana.checkpoints.header import header_tensor, transformer_header
 from sana.checkpoints.names import HEADER_TENSOR
-from sana.config import AUTOENCODERS, VARIANTS
+from sana.checkpoints.transformer import identify_transformer
+from sana.config import AUTOENCODERS, VARIANTS, TransformerIdentity
 from sana.networks.transformer import SanaTransformer
 from tests.sana.released import released
 from tests.sana.twins import tiny_config

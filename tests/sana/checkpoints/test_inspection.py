@@ -10,14 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sana import CheckpointError, load_autoencoder, load_transformer
-from sana.checkpoints.detection import (
-    autoencoder_tensors,
-    detect_autoencoder,
-    identify_transformer,
-    transformer_tensors,
-)
+from sana.checkpoints.autoencoder import autoencoder_tensors, detect_autoencoder
 from sana.checkpoints.files import read_tensors
-from sana.checkpoints.inspection import convert, describe_file
+from sana.checkpoints.inspection import describe_file
+from sana.checkpoints.transformer import identify_transformer, transformer_tensors
+from sana.checkpoints.writing import convert
 from tests.sana.dialects import early_diffusers_transformer, official_transformer, original_autoencoder
 from tests.sana.released import released
 from tests.sana.twins import (

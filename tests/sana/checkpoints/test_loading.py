@@ -11,11 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sana import CheckpointError, load_autoencoder, load_transformer
-from sana.checkpoints.detection import autoencoder_tensors, detect_autoencoder, identify_transformer
+from sana.checkpoints.autoencoder import autoencoder_tensors, detect_autoencoder
 from sana.checkpoints.files import TensorFile, read_tensors
+from sana.checkpoints.filling import check_tensors
 from sana.checkpoints.kinds import describe
-from sana.checkpoints.loading import build_transformer, check_tensors
 from sana.checkpoints.names import with_convolutions
+from sana.checkpoints.transformer import build_transformer, find_transformer
 from sana.config import AutoencoderConfig
 from sana.networks.autoencoder import DCAutoencoder
 from sana.networks.transformer import SanaTransformer
@@ -165,9 +166,8 @@ def test_loading_takes_one_copy_at_most(tmp_path: Path, diffusers: Tensors) -> N
     """In another dtype, of the weights alone; in the file's, none."""
     path = write(tmp_path, {name: tensor.half() for name, tensor in official_transformer(diffusers).items()})
     weights = sum(tensor.numel() for tensor in diffusers.values())
-    config = tiny_config("sana-0.6b-1024px")
-    file = read_tensors(path)
-    _, peak = peak_bytes(lambda: build_transformer(file, config))
+    found = find_transformer(read_tensors(path))
+    _, peak = peak_bytes(lambda: build_transformer(found))
     assert 4 * weights <= peak < 1.02 * 4 * weights
     network = load_transformer(path, dtype=None)
     assert network.dtype == torch.float16
@@ -388,7 +388,7 @@ def test_a_broken_autoencoder_is_named(tmp_path: Path, change: Callable[[Tensors
 
 def load_on_meta(tensors: Tensors) -> None:
     file = TensorFile(FILE, tensors, config=HEADS)
-    build_transformer(file, identify_transformer(file).config, None, "meta")
+    build_transformer(find_transformer(file), None, "meta")
 
 
 def check_autoencoder(tensors: Tensors) -> None:

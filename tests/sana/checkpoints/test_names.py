@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sana.checkpoints.detection import autoencoder_tensors, detect_autoencoder, identify_transformer
+from sana.checkpoints.autoencoder import autoencoder_tensors, detect_autoencoder
 from sana.checkpoints.files import TensorFile
-from sana.checkpoints.loading import build_transformer, fill
+from sana.checkpoints.filling import fill
 from sana.checkpoints.names import (
     dialect_prefix,
     is_autoencoder,
@@ -19,6 +19,7 @@ from sana.checkpoints.names import (
     to_transformer_names,
     with_convolutions,
 )
+from sana.checkpoints.transformer import build_transformer, find_transformer
 from sana.config import AUTOENCODERS, VARIANTS
 from sana.networks.autoencoder import DCAutoencoder
 from sana.networks.controlnet import SanaControlNet
@@ -89,11 +90,12 @@ def test_the_lists_hold_every_released_network() -> None:
 def test_a_released_transformer_loads(dialect: str, name: str) -> None:
     tensors, config, parameters = released("transformers", dialect, name)
     file = TensorFile(Path("released.safetensors"), tensors, config=config)
-    identity = identify_transformer(file)
+    found = find_transformer(file)
+    identity = found.identity
     row = VARIANTS[TRANSFORMERS[name]]
     assert (identity.variant, identity.config) == (TRANSFORMERS[name], row.transformer)
     assert (identity.base_size, identity.flow_shift) == (row.base_size, row.flow_shift)
-    network = build_transformer(file, identity.config, None, "meta")
+    network = build_transformer(found, None, "meta")
     trained = {key: tensor for key, tensor in tensors.items() if key not in BUFFERS}
     assert size(trained) == parameters
     used = {key: t for key, t in trained.items() if not key.startswith("controlnet.") and key not in TRAINING_ONLY}

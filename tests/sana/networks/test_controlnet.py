@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sana import CheckpointError, load_transformer
+from sana.checkpoints.controlnet import load_controlnet
 from sana.config import TransformerConfig
-from sana.networks.controlnet import SanaControlNet, load_controlnet
+from sana.networks.controlnet import SanaControlNet
 from sana.networks.transformer import SanaTransformer
 from tests.sana.dialects import official_controlnet
 from tests.sana.measures import relative_error

@@ -1,22 +1,74 @@
-"""Trained networks as files: a folder in the layout of a diffusers pipeline, which the ordinary loaders read."""
+"""Checkpoints to files: one converted file, or a folder in the layout of a diffusers pipeline. The readers read what this writes."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoints.detection import DEFAULT_GUIDANCE_SCALE, TransformerIdentity, transformer_header
-from ..checkpoints.files import replacing, write_json
-from ..checkpoints.names import with_convolutions
-from ..checkpoints.text_encoder import gemma_json
-from ..config import DOWNSAMPLE, HEAD_WIDTH, AutoencoderConfig, StageConfig, TransformerConfig
+from ..config import (
+    DEFAULT_GUIDANCE_SCALE,
+    DOWNSAMPLE,
+    HEAD_WIDTH,
+    AutoencoderConfig,
+    StageConfig,
+    TransformerConfig,
+    TransformerIdentity,
+)
 from ..networks.autoencoder import DCAutoencoder
 from ..networks.transformer import SanaTransformer
 from ..text.text_encoder import GemmaTextEncoder
+from .autoencoder import autoencoder_name, autoencoder_tensors, detect_autoencoder
+from .files import CheckpointError, read_tensors, replacing, write_json
+from .filling import FLOAT_DTYPES, FP8_DTYPES, check_numbers, check_tensors
+from .header import autoencoder_header, transformer_header
+from .kinds import describe
+from .names import control_blocks, is_autoencoder, is_transformer, with_convolutions
+from .text_encoder import gemma_json
+from .transformer import find_transformer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def convert(
+    source: Path | str, target: Path | str, *, dtype: torch.dtype | None = None, variant: str | None = None
+) -> str:
+    """Write the transformer or autoencoder of source as target, a safetensors file, and say what was written.
+
+    dtype: of the numbers; None: as they are. Raises CheckpointError if source is neither, is incomplete, is quantised or holds a ControlNet, ValueError for a
+    target that is no `.safetensors` file, and OSError for one that cannot be written. The target appears when it is complete, or not at all.
+    """
+    target = Path(target)
+    if target.suffix != ".safetensors":
+        raise ValueError(f"{target} does not end in .safetensors; give the name of the file to write")
+    file = read_tensors(source, "transformer")
+    if is_transformer(file.tensors):
+        identity, tensors, _ = find_transformer(file, variant)
+        if control_blocks(file.tensors):
+            raise CheckpointError(
+                f"{file.path.name} holds a ControlNet too, which would be lost; use the file as it is"
+            )
+        network = SanaTransformer(identity.config, device="meta")
+        header, what = transformer_header(identity), identity.variant
+    elif is_autoencoder(file.tensors):
+        tensors = autoencoder_tensors(file)
+        config = detect_autoencoder(tensors, file)
+        network = DCAutoencoder(config, device="meta")
+        header, what = autoencoder_header(config), autoencoder_name(config)
+    else:
+        raise CheckpointError(f"{file.path.name} is {describe(file.tensors)}; give a SANA transformer or a DC-AE")
+    check_numbers(network, tensors, file.path.name, (*FLOAT_DTYPES, *FP8_DTYPES))
+    check_tensors(network.state_dict(), tensors, file.path.name)
+    tensors = with_convolutions(tensors)
+    stored = {name: _stored(tensor, dtype) for name, tensor in tensors.items()}
+    try:
+        with replacing(target) as unfinished:
+            save_file(stored, unfinished, {"format": "pt", **header})
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"{target} cannot be written ({error}); give another place") from error
+    return f"{target}: {what}, {len(tensors)} tensors"
 
 
 def write_pipeline(
@@ -132,3 +184,7 @@ def _write(
     with replacing(folder / name) as unfinished:
         save_file(stored, unfinished, {"format": "pt", **(header or {})})
     write_json(folder / "config.json", config)
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype if tensor.is_floating_point() else None).contiguous()

@@ -1,0 +1,251 @@
+"""Transformers from files: which one it is, and the network with its weights.
+
+The variant is read from the tensors, never from the file name. What tensors cannot tell, the size a model was trained for,
+its flow shift and the guidance that suits it, comes from the header of a file we wrote, from the configuration beside it, or from
+the table of variants, which all have one guidance.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import (
+    DEFAULT_FLOW_SHIFT,
+    DEFAULT_GUIDANCE_SCALE,
+    DOWNSAMPLE,
+    TRANSFORMER_SOURCE,
+    VARIANTS,
+    TransformerConfig,
+    TransformerIdentity,
+)
+from ..networks.operations import Operations
+from ..networks.transformer import SanaTransformer
+from .files import CheckpointError, TensorFile, read_json, read_tensors
+from .filling import fill
+from .header import read_header, told_identity
+from .kinds import describe
+from .names import control_blocks, is_transformer, to_transformer_names
+
+SIXTEEN_BITS = ("float16", "bfloat16")  # what models are released in; 8 bits only store, and float32 holds any of them
+SIBLING_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}  # by the suffix that diffusers gives to a copy in 16 bits
+# Sides in pixels that the position buffer of an official file was made for, by its length, with the position settings.
+POSITIONS_2K_4K = {64**2: (64, 1.0), 128**2: (128, 2.0)}
+
+
+class FoundTransformer(NamedTuple):
+    """A transformer in an opened file, recognised and renamed, but not yet built."""
+
+    identity: TransformerIdentity
+    tensors: dict[str, Tensor]  # in our names
+    name: str  # of the file, for errors
+
+
+def load_transformer(
+    path: Path | str,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    variant: str | None = None,
+    operations: type | ModuleType = Operations,
+) -> SanaTransformer:
+    """A SANA transformer from an official `.pth`, a `.safetensors` in any naming, or a diffusers folder.
+
+    dtype: of the weights; None: as in the file. variant: a name from VARIANTS, for a file that cannot tell 1K from 2K or 4K.
+    Raises CheckpointError if the file is no SANA transformer or lacks tensors, ValueError for an unknown variant.
+    """
+    return build_transformer(find_transformer(read_tensors(path, "transformer"), variant), dtype, device, operations)
+
+
+def build_transformer(
+    found: FoundTransformer,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+    operations: type | ModuleType = Operations,
+) -> SanaTransformer:
+    """The network with its weights. Raises CheckpointError if it lacks tensors."""
+    network = SanaTransformer(found.identity.config, operations=operations, dtype=dtype, device="meta")
+    return fill(network, found.tensors, found.name, dtype, device)
+
+
+def find_transformer(file: TensorFile, variant: str | None = None) -> FoundTransformer:
+    """The transformer in a file, and what it is. Raises as `load_transformer` does."""
+    if variant is not None and variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r} is unknown; use one of {', '.join(VARIANTS)}")
+    tensors = transformer_tensors(file)
+    return FoundTransformer(_identity(tensors, file, variant), tensors, file.path.name)
+
+
+def identify_transformer(file: TensorFile, variant: str | None = None) -> TransformerIdentity:
+    """What the transformer in a file is. Raises as `load_transformer` does."""
+    return find_transformer(file, variant).identity
+
+
+def _identity(tensors: Mapping[str, Tensor], file: TensorFile, variant: str | None) -> TransformerIdentity:
+    """What the header tells, else what the tensors and the configuration do, else the given variant."""
+    header = read_header(file)
+    told = None if variant else told_identity(header)
+    if told is not None:
+        return replace(told, dtype=_release_dtype(told.dtype, told.variant))
+    if variant is None:
+        found = _complete_identity(detect_transformer(tensors, file), _stored_dtype(tensors, file), file)
+    else:
+        found = _given_identity(variant, tensors, file)
+    return replace(found, guidance_scale=_guidance_scale(header, file))
+
+
+def _release_dtype(stored: str, variant: str) -> str:
+    """The precision of the release of numbers stored as this dtype."""
+    if stored in SIXTEEN_BITS:
+        return stored
+    return VARIANTS[variant].dtype if variant in VARIANTS else "bfloat16"
+
+
+def _given_identity(variant: str, tensors: Mapping[str, Tensor], file: TensorFile) -> TransformerIdentity:
+    """A row of VARIANTS. Raises CheckpointError if its network is not that of the tensors, but for what these cannot tell."""
+    row = VARIANTS[variant]
+    found = detect_transformer(tensors, file, row.transformer.cross_heads)
+    fitting = replace(
+        row.transformer, position_base=found.position_base, position_interpolation=found.position_interpolation
+    )
+    if fitting != found:
+        raise CheckpointError(
+            f"{file.path.name} has {found.depth} blocks of width {found.hidden_size} and is no {variant}; give the variant "
+            "that it is, or none"
+        )
+    return TransformerIdentity(row.transformer, variant, row.base_size, row.flow_shift, row.dtype, "the given variant")
+
+
+def _complete_identity(config: TransformerConfig, stored: str, file: TensorFile) -> TransformerIdentity:
+    """Base size and flow shift from the configuration beside the tensors, a buffer among them, or the table."""
+    sample_size, buffer = file.config.get("sample_size"), _position_buffer(file)
+    if isinstance(sample_size, int):
+        base_size, origin = sample_size * DOWNSAMPLE, "config.json"
+    elif buffer:
+        base_size, origin = math.isqrt(buffer) * DOWNSAMPLE, "its position buffer"
+    else:
+        base_size, origin = None, "the table, since the file does not say"
+    flow_shift = None if config.guidance_embed else _sibling_flow_shift(file)
+    rows = [
+        (name, row)
+        for name, row in VARIANTS.items()
+        if row.transformer == config and base_size in (None, row.base_size)
+    ]
+    if not rows:
+        default = None if config.guidance_embed else DEFAULT_FLOW_SHIFT
+        dtype = _release_dtype(stored, "custom")
+        return TransformerIdentity(config, "custom", base_size or 1024, flow_shift or default, dtype, origin)
+    name, row = next((found for found in rows if found[1].dtype == stored), rows[0])
+    # Converters wrote 3.0 beside every model below 4096 px, also beside one that was trained with another value.
+    if flow_shift is None or flow_shift == DEFAULT_FLOW_SHIFT:
+        flow_shift = row.flow_shift
+    return TransformerIdentity(config, name, row.base_size, flow_shift, _release_dtype(stored, name), origin)
+
+
+def _stored_dtype(tensors: Mapping[str, Tensor], file: TensorFile) -> str:
+    """The dtype of most numbers; if that is float32, of the copy in 16 bits beside the file, if there is one such."""
+    counts: dict[str, int] = {}
+    for tensor in tensors.values():
+        name = str(tensor.dtype).removeprefix("torch.")
+        counts[name] = counts.get(name, 0) + tensor.numel()
+    stored = max(counts, key=counts.__getitem__)
+    beside = [dtype for suffix, dtype in SIBLING_DTYPES.items() if suffix in file.siblings]
+    return beside[0] if stored == "float32" and len(beside) == 1 else stored
+
+
+def _position_buffer(file: TensorFile) -> int:
+    """Length of the position buffer of an official file; 0: there is none."""
+    lengths = (
+        tensor.shape[1] for name, tensor in file.tensors.items() if name.endswith("pos_embed") and tensor.ndim == 3
+    )
+    return next(lengths, 0)
+
+
+def _sibling_flow_shift(file: TensorFile) -> float | None:
+    """From the scheduler of a diffusers pipeline folder."""
+    folder = file.path if file.path.is_dir() else file.path.parent
+    scheduler = read_json(folder.parent / "scheduler" / "scheduler_config.json")
+    value = scheduler.get("flow_shift", scheduler.get("shift"))
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _guidance_scale(header: Mapping[str, object], file: TensorFile) -> float:
+    """The key `guidance_scale` of a header or of the configuration, where diffusers does not know it; else the released models'."""
+    value = header.get("guidance_scale", file.config.get("guidance_scale"))
+    return float(value) if type(value) in (int, float) else DEFAULT_GUIDANCE_SCALE
+
+
+def detect_transformer(
+    tensors: Mapping[str, Tensor], file: TensorFile, cross_heads: int | None = None
+) -> TransformerConfig:
+    """The network, from tensors in our names and the configuration beside them. Raises CheckpointError if they cannot tell.
+
+    cross_heads: where they are known already.
+    """
+    hidden_size, channels = _matrix(tensors, "patch_embed.proj.weight", file)
+    _, text_width = _matrix(tensors, "caption_projection.linear_1.weight", file)
+    _, ff_width = _matrix(tensors, "transformer_blocks.0.ff.conv_point.weight", file)
+    guidance_embed = any(name.startswith("time_embed.guidance_embedder.") for name in tensors)
+    base, interpolation = _positions(file)
+    return TransformerConfig(
+        hidden_size=hidden_size,
+        depth=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("transformer_blocks.")),
+        cross_heads=cross_heads or _cross_heads(hidden_size, file),
+        text_width=text_width,
+        channels=channels,
+        ff_width=ff_width,
+        qk_norm=any(name.endswith((".norm_q.weight", ".norm_k.weight")) for name in tensors),
+        guidance_embed=guidance_embed,
+        continuous_time=guidance_embed or file.config.get("timestep_scale") == 0.001,
+        position_base=base,
+        position_interpolation=interpolation,
+        control_blocks=control_blocks(file.tensors),
+    )
+
+
+def _matrix(tensors: Mapping[str, Tensor], name: str, file: TensorFile) -> torch.Size:
+    """Rows and columns of a matrix that tells a size of the network."""
+    if name not in tensors:
+        raise CheckpointError(f"{file.path.name} lacks {name}; the download may be incomplete")
+    if tensors[name].ndim != 2:
+        sizes = tuple(tensors[name].shape)
+        raise CheckpointError(
+            f"{file.path.name}: tensor {name} has shape {sizes} and is no matrix; it is another model"
+        )
+    return tensors[name].shape
+
+
+def _cross_heads(hidden_size: int, file: TensorFile) -> int:
+    """The heads of the cross-attention leave no trace in the tensors; every release has heads 112 or 72 wide."""
+    heads = file.config.get("num_cross_attention_heads")
+    if isinstance(heads, int):
+        return heads
+    for width in (112, 72):
+        if hidden_size % width == 0:
+            return hidden_size // width
+    raise CheckpointError(
+        f"{file.path.name} has width {hidden_size}, whose number of cross-attention heads is unknown; "
+        "put the model's config.json beside the file"
+    )
+
+
+def _positions(file: TensorFile) -> tuple[int | None, float]:
+    """Base and interpolation of the position table: in the configuration, or told by the buffer of an official file."""
+    interpolation, sample_size = file.config.get("interpolation_scale"), file.config.get("sample_size")
+    if isinstance(interpolation, int | float) and isinstance(sample_size, int):
+        return sample_size, float(interpolation)
+    return POSITIONS_2K_4K.get(_position_buffer(file), (None, 1.0))
+
+
+def transformer_tensors(file: TensorFile) -> dict[str, Tensor]:
+    """The transformer of a file in our names. Raises CheckpointError if there is none."""
+    if not is_transformer(file.tensors):
+        raise CheckpointError(
+            f"{file.path.name} is {describe(file.tensors)}; give a SANA transformer, such as {TRANSFORMER_SOURCE}"
+        )
+    return to_transformer_names(file.tensors)
