@@ -8,11 +8,11 @@ import comfy.sd
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...sana.checkpoints.files import CheckpointError, read_tensors
+from ...sana.checkpoints.files import read_tensors
 from ...sana.checkpoints.header import transformer_header
 from ...sana.checkpoints.transformer import identify_transformer
 from .extension import extend
-from .model import UNNAMED, SanaModel
+from .model import FILE_NAME, SanaModel
 from .run import follow_runs
 
 TABLE = "scale_shift_table"  # the parameters that blocks hold beside their layers
@@ -28,15 +28,12 @@ def load_model(
     """
     file = read_tensors(path, "transformer")
     header = transformer_header(identify_transformer(file, variant))
-    try:
-        patcher = comfy.sd.load_diffusion_model_state_dict(
-            dict(file.tensors),
-            model_options={"dtype": dtype} if dtype else {},
-            metadata={**file.metadata, **header},
-            disable_dynamic=disable_dynamic,
-        )
-    except CheckpointError as error:
-        raise CheckpointError(str(error).replace(UNNAMED, file.path.name, 1)) from error
+    patcher = comfy.sd.load_diffusion_model_state_dict(
+        dict(file.tensors),
+        model_options={"dtype": dtype} if dtype else {},
+        metadata={**file.metadata, **header, FILE_NAME: file.path.name},
+        disable_dynamic=disable_dynamic,
+    )
     patcher.cached_patcher_init = (load_model, (path, variant, dtype))
     return patcher
 

@@ -26,7 +26,8 @@ from .padding import complete_mask
 from .quantised import check_quantised
 from .run import GUIDANCE_EMBED, IDENTITY_BLOCKS, RUN, SamplingRun
 
-UNNAMED = "the checkpoint"  # a file whose name the host does not tell
+FILE_NAME = "sana_file"  # entry of the metadata by which our loader tells the name of the file, for errors
+UNNAMED = "the checkpoint"  # a file that a loader of the host has opened, which does not tell its name
 IMAGE_MODEL = "sana"  # value of `image_model` in the host's model configurations
 
 Options = Mapping[str, object]
@@ -266,7 +267,10 @@ class SanaModel(comfy.model_base.BaseModel):
 
 
 class SanaConfig(comfy.supported_models_base.BASE):
-    """How the host builds, loads and saves a `SanaModel`. One for every SANA network: `unet_config` holds its identity."""
+    """How the host builds, loads and saves a `SanaModel`. One for every SANA network: `unet_config` holds its identity.
+
+    `detect` makes the `unet_config`, with the name of the file, which only this class needs.
+    """
 
     unet_config = {"image_model": IMAGE_MODEL}
     unet_extra_config: dict[str, object] = {}
@@ -275,7 +279,8 @@ class SanaConfig(comfy.supported_models_base.BASE):
     text_encoder_key_prefix = ["text_encoders."]
 
     def __init__(self, unet_config: dict[str, object]) -> None:
-        super().__init__(unet_config)
+        super().__init__({name: value for name, value in unet_config.items() if name != FILE_NAME})
+        self.file_name: str = unet_config.get(FILE_NAME, UNNAMED)
         identity: TransformerIdentity = unet_config["identity"]
         multiplier = 1 if identity.config.continuous_time else 1000
         self.sampling_settings = {"multiplier": multiplier, "shift": identity.flow_shift or 1.0}
@@ -294,7 +299,7 @@ class SanaConfig(comfy.supported_models_base.BASE):
         """Any dialect to our names. Raises CheckpointError as `check_quantised` does."""
         tensors = to_transformer_names(state_dict)
         expected = SanaTransformer(self.unet_config["identity"].config, device="meta").state_dict()
-        check_quantised(expected, tensors, UNNAMED)
+        check_quantised(expected, tensors, self.file_name)
         return tensors
 
     def process_vae_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -335,5 +340,7 @@ class LateConvolution(torch.nn.Parameter):
 def detect(state_dict: Mapping[str, Tensor], prefix: str, metadata: Mapping[str, str] | None) -> dict[str, object]:
     """The host's configuration for the SANA transformer in a file."""
     tensors = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-    identity = identify_transformer(TensorFile(Path(UNNAMED), tensors, dict(metadata or {})))
-    return {"image_model": IMAGE_MODEL, "identity": identity}
+    told = dict(metadata or {})
+    name = told.get(FILE_NAME, UNNAMED)
+    identity = identify_transformer(TensorFile(Path(name), tensors, told))
+    return {"image_model": IMAGE_MODEL, "identity": identity, FILE_NAME: name}
