@@ -69,7 +69,7 @@ class Unread:
 
     @classmethod
     def named(cls, name: str) -> type:
-        """Under the name of something else, MODULE.NAME, by which PyTorch knows what it may take."""
+        """A class of this kind that says it is MODULE.NAME. PyTorch's list of what a pickle may hold goes by such names."""
         module, _, short = name.rpartition(".")
         return type(short, (cls,), {"__module__": module})
 
@@ -283,6 +283,5 @@ def _load_pickle(path: Path) -> object:
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
-            return torch.load(
-                path, map_location="cpu", weights_only=True
-            )  # the format before PyTorch 1.6 cannot be mapped
+            # The format before PyTorch 1.6 cannot be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
-from typing import TypeVar, get_type_hints
+from typing import TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -63,8 +63,8 @@ def _filled(kind: type[Filled], values: object) -> Filled | None:
 
 
 def _is_a(value: object, kind: type) -> bool:
-    """Whether a value has a type; JSON writes numbers without a fraction as integers."""
-    return isinstance(value, kind) or (isinstance(value, int) and isinstance(0.0, kind))
+    """Whether a value has a type. An integer is a float too: JSON writes numbers without a fraction so."""
+    return isinstance(value, kind) or (isinstance(value, int) and (kind is float or float in get_args(kind)))
 
 
 def stored_bytes(file: TensorFile, name: str) -> bytes | None:

@@ -24,11 +24,8 @@ VIDEO_MARKS = ("transformer_blocks.0.ff.conv_temp.weight", "blocks.0.mlp.t_conv.
 MUSIC_MARK = "vocoder.backbone.channel_layers.0.0.bias"  # of ACE-Step's autoencoder, which has those of a DC-AE too
 AUTOENCODER_MARKS = ("encoder.down_blocks.1.0.conv1.weight", "encoder.stages.1.op_list.0.main.conv1.conv.weight")
 
-POINTWISE = (
-    ".conv_inverted.weight",
-    ".conv_point.weight",
-    "patch_embed.proj.weight",
-)  # 1x1 convolutions of the transformer
+# 1x1 convolutions of the transformer, which are matrices here.
+POINTWISE = (".conv_inverted.weight", ".conv_point.weight", "patch_embed.proj.weight")
 
 # Official name: ours. Several of ours: the official tensor is cut into equal parts along its first axis.
 OUTSIDE = {
@@ -76,31 +73,42 @@ EARLY_DIFFUSERS = {
     ".ff.point_conv.conv.": ".ff.conv_point.",
 }
 
-# Substring replacements for the autoencoder, applied in this order.
-AUTOENCODER_STEPS = (
-    ("main.", ""),
-    ("op_list.", ""),
-    ("context_module", "attn"),
-    ("local_module", "conv_out"),
-    ("aggreg.0.0", "to_qkv_multiscale.0.proj_in"),
-    ("aggreg.0.1", "to_qkv_multiscale.0.proj_out"),
-    ("depth_conv.conv", "conv_depth"),
-    ("inverted_conv.conv", "conv_inverted"),
-    ("point_conv.conv", "conv_point"),
-    ("point_conv.norm", "norm"),
-    ("conv.conv.", "conv."),
-    ("conv1.conv", "conv1"),
-    ("conv2.conv", "conv2"),
-    ("conv2.norm", "norm"),
-    ("proj.norm", "norm_out"),
-    ("encoder.project_in.conv", "encoder.conv_in"),
-    ("encoder.project_out.0.conv", "encoder.conv_out"),
-    ("encoder.stages", "encoder.down_blocks"),
-    ("decoder.project_in.conv", "decoder.conv_in"),
-    ("decoder.project_out.0", "decoder.norm_out"),
-    ("decoder.project_out.2.conv", "decoder.conv_out"),
-    ("decoder.stages", "decoder.up_blocks"),
-)
+# The same for the autoencoder. What has a shortcut around it is the "main" of another module there.
+AUTOENCODER_OUTSIDE = {
+    "encoder.project_in.conv.*": "encoder.conv_in.*",
+    "encoder.project_in.conv.conv.*": "encoder.conv_in.conv.*",  # one that also halves the resolution
+    "encoder.project_in.main.conv.conv.*": "encoder.conv_in.conv.*",
+    "encoder.project_out.op_list.0.conv.*": "encoder.conv_out.*",
+    "encoder.project_out.main.op_list.0.conv.*": "encoder.conv_out.*",
+    "decoder.project_in.conv.*": "decoder.conv_in.*",
+    "decoder.project_in.main.conv.*": "decoder.conv_in.*",
+    "decoder.project_out.op_list.0.*": "decoder.norm_out.*",
+    "decoder.project_out.op_list.2.conv.*": "decoder.conv_out.*",
+    "decoder.project_out.op_list.2.conv.conv.*": "decoder.conv_out.conv.*",  # one that also doubles it
+    "decoder.project_out.op_list.2.main.conv.conv.*": "decoder.conv_out.conv.*",
+}
+AUTOENCODER_BLOCK = re.compile(r"(encoder|decoder)\.stages\.(\d+)\.op_list\.(\d+)\.(.+)")
+AUTOENCODER_BLOCKS = {"encoder": "down_blocks", "decoder": "up_blocks"}
+IN_AUTOENCODER_BLOCK = {
+    "conv.*": "conv.*",
+    "conv.conv.*": "conv.*",
+    "main.conv.*": "conv.*",
+    "main.conv.conv.*": "conv.*",
+    "main.conv1.conv.*": "conv1.*",
+    "main.conv2.conv.*": "conv2.*",
+    "main.conv2.norm.*": "norm.*",
+    "context_module.main.qkv.conv.*": ("attn.to_q.*", "attn.to_k.*", "attn.to_v.*"),
+    "context_module.main.aggreg.0.0.*": "attn.to_qkv_multiscale.0.proj_in.*",
+    "context_module.main.aggreg.0.1.*": "attn.to_qkv_multiscale.0.proj_out.*",
+    "context_module.main.proj.conv.*": "attn.to_out.*",
+    "context_module.main.proj.norm.*": "attn.norm_out.*",
+    "local_module.main.inverted_conv.conv.*": "conv_out.conv_inverted.*",
+    "local_module.main.depth_conv.conv.*": "conv_out.conv_depth.*",
+    "local_module.main.point_conv.conv.*": "conv_out.conv_point.*",
+    "local_module.main.point_conv.norm.*": "conv_out.norm.*",
+}
+# Matrices of the autoencoder that are 1x1 convolutions in original files.
+AUTOENCODER_MATRICES = (".attn.to_q.weight", ".attn.to_k.weight", ".attn.to_v.weight", ".attn.to_out.weight")
 
 
 def dialect_prefix(names: Mapping[str, object], mark: str) -> str | None:
@@ -186,25 +194,15 @@ def to_autoencoder_names(tensors: Tensors) -> Tensors:
     tensors = _below(tensors, dialect_prefix(tensors, mark))
     if ".op_list." not in mark:
         return tensors
-    empty = {side: not any(f"{side}.stages.0." in name for name in tensors) for side in ("encoder", "decoder")}
     found = {}
     for name, tensor in tensors.items():
-        for old, new in AUTOENCODER_STEPS:
-            name = name.replace(old, new)
-        for side, conv in (("encoder", "conv_in"), ("decoder", "conv_out")):
-            if empty[side]:  # a first or last convolution that also changes the resolution is a module of its own
-                name = name.replace(f"{side}.{conv}.", f"{side}.{conv}.conv.").replace(".conv.conv.", ".conv.")
-        if name.endswith(".attn.qkv.conv.weight") and tensor.ndim == 4:
-            stem = name.removesuffix("qkv.conv.weight")
-            parts = tensor.flatten(1).tensor_split(3)
-            found.update(
-                {f"{stem}{key}.weight": part for key, part in zip(("to_q", "to_k", "to_v"), parts, strict=True)}
-            )
-        elif name.endswith(".attn.proj.conv.weight") and tensor.ndim == 4:
-            found[name.replace("proj.conv", "to_out")] = tensor.flatten(1)
+        block = AUTOENCODER_BLOCK.fullmatch(name)
+        if block:
+            prefix = f"{block[1]}.{AUTOENCODER_BLOCKS[block[1]]}.{block[2]}.{block[3]}."
+            found.update(_apply(block[4], tensor, IN_AUTOENCODER_BLOCK, prefix))
         else:
-            found[name] = tensor
-    return found
+            found.update(_apply(name, tensor, AUTOENCODER_OUTSIDE))
+    return {name: _as_linear(name, tensor, AUTOENCODER_MATRICES) for name, tensor in found.items()}
 
 
 def with_convolutions(tensors: Tensors) -> Tensors:
@@ -252,6 +250,6 @@ def _apply(name: str, tensor: Tensor, table: Mapping[str, str | tuple[str, ...]]
     return {prefix + target.replace("*", leaf): part for target, part in zip(targets, parts, strict=True)}
 
 
-def _as_linear(name: str, tensor: Tensor) -> Tensor:
-    """1x1 convolutions of the transformer are matrices here."""
-    return tensor.flatten(1) if name.endswith(POINTWISE) and tensor.ndim == 4 else tensor
+def _as_linear(name: str, tensor: Tensor, matrices: tuple[str, ...] = POINTWISE) -> Tensor:
+    """1x1 convolutions are matrices here. matrices: how the names of these end; by default those of the transformer."""
+    return tensor.flatten(1) if name.endswith(matrices) and tensor.ndim == 4 else tensor

@@ -175,7 +175,7 @@ def _sibling_flow_shift(file: TensorFile) -> float | None:
 
 
 def _guidance_scale(header: Mapping[str, object], file: TensorFile) -> float:
-    """The key `guidance_scale` of a header or of the configuration, where diffusers does not know it; else the released models'."""
+    """What the header or the configuration tells under `guidance_scale`, a key of ours; else that of the released models."""
     value = header.get("guidance_scale", file.config.get("guidance_scale"))
     return float(value) if type(value) in (int, float) else DEFAULT_GUIDANCE_SCALE
 
