@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...sana.checkpoints.controlnet import load_controlnet
 from ...sana.networks.controlnet import SanaControlNet
+from ...sana.networks.transformer import BlockInputs
 from .model import SanaLatentFormat, SanaModel
 
 
@@ -34,13 +35,14 @@ class HostControlNet(SanaControlNet):
         """Corrections for the blocks of `model`. x, hint: (B, 32, H, W); time: (B,) float32; context: (B, L, C).
 
         timesteps: the host's, which has rounded them to the dtype of the weights; `time` is exact.
-        The ControlNet branches off after the first block of the model, which is computed here once more.
         """
         transformer = model.diffusion_model
         text = model.text_context(context, attention_mask, x.device, options)
         modulation = transformer.modulation(time, None, x.dtype)
-        block = transformer.transformer_blocks[0]
-        tokens = block(transformer.embed(x), x.shape[-1], modulation.blocks, text.keys_values[0], text.mask)
+        # The ControlNet branches off after the first block of the model. The host asks for corrections before it calls
+        # the model, to scale them and add up those of several, so this block is computed twice: 1 of 20 or 28.
+        inputs = BlockInputs(x.shape[-1], modulation.blocks, text.keys_values[0], text.mask)
+        tokens = transformer.run_block(0, transformer.embed(x), inputs)
         own = model.text_context(context, attention_mask, x.device, options, self)
         return {"output": super().forward(tokens, hint, modulation, own)}
 

@@ -1,6 +1,7 @@
 """The SANA transformer as a model of the host: MODEL, sampled, offloaded, patched, quantised and saved by the host itself."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -20,7 +21,14 @@ from ...sana.checkpoints.transformer import identify_transformer
 from ...sana.config import DOWNSAMPLE, LATENT_CHANNELS, LATENT_SCALE, TransformerIdentity
 from ...sana.networks.controlnet import SanaControlNet
 from ...sana.networks.layers import Attention, LinearAttention
-from ...sana.networks.transformer import WORKING_BYTES, SanaTransformer, SelfAttention, TextContext, open_length
+from ...sana.networks.transformer import (
+    WORKING_BYTES,
+    BlockInputs,
+    SanaTransformer,
+    SelfAttention,
+    TextContext,
+    open_length,
+)
 from ...sana.sampling.guidance import GUIDANCE_EMBED_SCALE
 from .padding import complete_mask
 from .quantised import check_quantised
@@ -92,46 +100,38 @@ class HostTransformer(SanaTransformer):
             None if guidance_scale is None else torch.full_like(timestep, GUIDANCE_EMBED_SCALE * guidance_scale)
         )
         modulation = self.modulation(timestep, guidance_embed, x.dtype)
-        tokens = self.embed(x)
-        band = None if torch.is_grad_enabled() else self.band_rows(x.shape, x.element_size(), WORKING_BYTES)
-        corrections = (control or {}).get("output", [])
-        for i in range(self.config.depth):
-            text = (keys_values[2 * i], keys_values[2 * i + 1])
-            block_options = {**options, "block_index": i, "total_blocks": self.config.depth, "block_type": "double"}
-            tokens = self._block(i, tokens, x.shape[-1], modulation.blocks, text, text_bias, band, block_options)
-            if i < len(corrections) and corrections[i] is not None:
-                tokens = tokens + corrections[i].to(tokens)
-        return self.unembed(tokens, modulation, x.shape)
+        context = TextContext(tuple(zip(keys_values[::2], keys_values[1::2], strict=True)), text_bias)
+        corrections = [part if part is None else part.to(x) for part in (control or {}).get("output", [])]
+        return self.velocity(
+            x,
+            modulation,
+            context,
+            identity_blocks=options.get(IDENTITY_BLOCKS, ()),
+            control=lambda tokens: corrections,
+            max_bytes=WORKING_BYTES,
+            run_block=partial(self.run_patched_block, options),
+        )
 
-    def _block(
-        self,
-        i: int,
-        tokens: Tensor,
-        columns: int,
-        modulation: Tensor,
-        text: tuple[Tensor, Tensor],
-        text_bias: Tensor | None,
-        band: int | None,
-        options: Options,
+    def run_patched_block(
+        self, options: Options, i: int, tokens: Tensor, inputs: BlockInputs, band: int | None
     ) -> Tensor:
-        """One block, or what other nodes have put in its place, or in the place of its self-attention."""
-        block, attention = self.transformer_blocks[i], host_attention(options)
-        replacements, identity = options.get("patches_replace", {}), i in options.get(IDENTITY_BLOCKS, ())
-        replaced = replaced_attention(replacements.get("attn1", {}), i, self.config.perturbed_block, options)
-        self_attention = LinearAttention.identity if identity else replaced or LinearAttention.__call__
-
+        """`run_block`, or what other nodes have put in its place, or in the place of its self-attention."""
+        options = {**options, "block_index": i, "total_blocks": self.config.depth, "block_type": "double"}
+        replacements = options.get("patches_replace", {})
         whole = replacements.get("dit", {}).get(("double_block", i))
+        replaced = replaced_attention(replacements.get("attn1", {}), i, self.config.perturbed_block, options)
+        inputs = inputs._replace(attention=host_attention(options))
+        if inputs.self_attention is None and replaced is not None:
+            inputs, band = inputs._replace(self_attention=replaced), None  # it may need all tokens at once
 
         def run(arguments: dict[str, object]) -> dict[str, object]:
-            step = (arguments["img"], columns, arguments["vec"], text, text_bias, attention)
-            if band is None or replaced is not None:  # which may need all tokens at once
-                return {**arguments, "img": block(*step, self_attention)}
-            # A replacement may still need what it gave, to tell what the block has changed.
-            tokens = arguments["img"] if whole is None else arguments["img"].clone()
-            block.forward_banded(tokens, *step[1:], band, identity)
+            tokens = arguments["img"]
+            if band is not None and whole is not None:
+                tokens = tokens.clone()  # a band would change what a replacement may still compare with the result
+            tokens = self.run_block(i, tokens, inputs._replace(modulation=arguments["vec"]), band)
             return {**arguments, "img": tokens}
 
-        arguments = {"img": tokens, "txt": text, "vec": modulation, "transformer_options": options}
+        arguments = {"img": tokens, "txt": inputs.text, "vec": inputs.modulation, "transformer_options": options}
         return (run(arguments) if whole is None else whole(arguments, {"original_block": run}))["img"]
 
 

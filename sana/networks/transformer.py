@@ -5,7 +5,7 @@ It knows no schedule, no guidance and no file. What depends on the text alone (`
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from types import ModuleType
 from typing import NamedTuple
@@ -31,8 +31,8 @@ from .operations import Operations
 NORM_EPS = 1e-6
 WORKING_BYTES = 2**30  # default bound on the memory of activations; larger images are processed in bands of rows
 
-SelfAttention = Callable[[LinearAttention, Tensor], Tensor]  # of a block: (layer, x (B, N, D)) -> (B, N, D)
-Control = Callable[[Tensor], list[Tensor]]  # of a ControlNet: tokens (B, N, D) -> corrections, each (B, N, D)
+SelfAttention = Callable[[LinearAttention, Tensor], Tensor]  # (layer, x (B, N, D)) -> (B, N, D)
+Control = Callable[[Tensor], Sequence[Tensor | None]]  # tokens (B, N, D) -> corrections, each (B, N, D) or none
 
 
 class TextContext(NamedTuple):
@@ -57,10 +57,24 @@ class AdaLN(NamedTuple):
     gate: Tensor
 
     def norm(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + self.scale)
+        return modulated_norm(x, self.shift, self.scale)
 
     def add(self, x: Tensor, update: Tensor) -> Tensor:
         return torch.addcmul(x, self.gate, update)
+
+
+class BlockInputs(NamedTuple):
+    """What a block is given beside its tokens, in the order in which it takes them."""
+
+    columns: int  # W of the latent; the tokens are rows of so many
+    modulation: Tensor  # (B, 6, D)
+    text: tuple[Tensor, Tensor]  # keys and values, each (B, h, L, d)
+    mask: Tensor | None  # as in `TextContext`
+    attention: Attention = scaled_dot_product  # to the text
+    self_attention: SelfAttention | None = None  # in the place of the block's own; None: that one
+
+
+RunBlock = Callable[[int, Tensor, BlockInputs, int | None], Tensor]  # as `SanaTransformer.run_block`
 
 
 class Block(nn.Module):
@@ -86,11 +100,12 @@ class Block(nn.Module):
         text: tuple[Tensor, Tensor],
         mask: Tensor | None,
         attention: Attention = scaled_dot_product,
-        self_attention: SelfAttention = LinearAttention.__call__,
+        self_attention: SelfAttention | None = None,
     ) -> Tensor:
-        """x: (B, N, D), N = H * columns; modulation: (B, 6, D); text: keys and values. Returns (B, N, D)."""
+        """x: (B, N, D), N = H * columns. The others: see `BlockInputs`. Returns (B, N, D)."""
         attn, ff = self.branches(modulation)
-        x = attn.add(x, self_attention(self.attn1, attn.norm(x)))
+        attend = self.attn1 if self_attention is None else partial(self_attention, self.attn1)
+        x = attn.add(x, attend(attn.norm(x)))
         x = x + self.attn2(x, *text, mask, attention)
         return ff.add(x, self.ff(ff.norm(x), columns))
 
@@ -101,19 +116,21 @@ class Block(nn.Module):
         modulation: Tensor,
         text: tuple[Tensor, Tensor],
         mask: Tensor | None,
-        attention: Attention,
+        attention: Attention = scaled_dot_product,
+        self_attention: SelfAttention | None = None,
+        *,
         band: int,
-        identity: bool = False,
     ) -> None:
         """The same as `forward`, without gradients, in x itself, `band` rows of the image at a time.
 
         Linear attention is a sum over tokens, so its bands add up; the convolution of the Mix-FFN needs one row more on
-        either side, which is computed twice. identity: `LinearAttention.identity` in the place of self-attention.
+        either side, which is computed twice. self_attention: must treat every token by itself, as it sees single bands.
         """
         attn, ff = self.branches(modulation)
         bands = x.split(band * columns, dim=1)
-        attend = self.attn1.identity
-        if not identity:
+        if self_attention is not None:
+            attend = partial(self_attention, self.attn1)
+        else:
             precision = torch.promote_types(x.dtype, torch.float32)  # many bands added up in 16 bits would drift
             state = sum(self.attn1.state(attn.norm(part)).to(precision) for part in bands)
             attend = partial(self.attn1.attend, state=state)
@@ -228,35 +245,47 @@ class SanaTransformer(nn.Module):
         modulation: Modulation,
         context: TextContext,
         *,
-        identity_blocks: frozenset[int] = frozenset(),
+        identity_blocks: Collection[int] = (),
         control: Control | None = None,
         max_bytes: int = WORKING_BYTES,
+        run_block: RunBlock | None = None,
     ) -> Tensor:
         """x: (B, 32, H, W) in the dtype of the activations. Returns (B, 32, H, W).
 
         identity_blocks: blocks whose self-attention is the identity (perturbed-attention guidance).
-        control: of the tokens (B, N, D) after the first block, makes what is added to those after each of the first blocks.
+        control: is given the tokens (B, N, D) after the first block; the i-th tensor that it returns is added to those
+        after block i.
         max_bytes: activations larger than this are processed in bands of rows, when no gradient is wanted. The result is
         the same; one row at a time is the smallest band.
+        run_block: is called for every block in the place of `self.run_block`, which it may call in turn.
         """
+        run_block = run_block or self.run_block
+        band = None if torch.is_grad_enabled() else self.band_rows(x.shape, x.element_size(), max_bytes)
         tokens = self.embed(x)
-        columns = x.shape[-1]
-        band = self.band_rows(x.shape, x.element_size(), max_bytes)
-        corrections: list[Tensor] = []
-        for i, block in enumerate(self.transformer_blocks):
-            step = (tokens, columns, modulation.blocks, context.keys_values[i], context.mask, scaled_dot_product)
-            self_attention = LinearAttention.identity if i in identity_blocks else LinearAttention.__call__
-            if torch.is_grad_enabled() and self.recompute:
-                tokens = checkpoint(block, *step, self_attention, use_reentrant=False)
-            elif torch.is_grad_enabled() or band is None:
-                tokens = block(*step, self_attention)
-            else:
-                block.forward_banded(*step, band, identity=i in identity_blocks)
+        corrections: Sequence[Tensor | None] = ()
+        for i, text in enumerate(context.keys_values):
+            self_attention = LinearAttention.identity if i in identity_blocks else None
+            inputs = BlockInputs(x.shape[-1], modulation.blocks, text, context.mask, self_attention=self_attention)
+            tokens = run_block(i, tokens, inputs, band)
             if control is not None and i == 0:
                 corrections = control(tokens)
-            if i < len(corrections):
+            if i < len(corrections) and corrections[i] is not None:
                 tokens = tokens + corrections[i]
         return self.unembed(tokens, modulation, x.shape)
+
+    def run_block(self, i: int, tokens: Tensor, inputs: BlockInputs, band: int | None = None) -> Tensor:
+        """Tokens (B, N, D) after block i, of those before it. The only place that calls a block of the transformer.
+
+        band: rows to process at a time, within the given tokens, which then hold the result; None: all at once, and the
+        given tokens stay as they are.
+        """
+        block = self.transformer_blocks[i]
+        if band is not None:
+            block.forward_banded(tokens, *inputs, band=band)
+            return tokens
+        if torch.is_grad_enabled() and self.recompute:
+            return checkpoint(block, tokens, *inputs, use_reentrant=False)
+        return block(tokens, *inputs)
 
     def embed(self, x: Tensor) -> Tensor:
         """Latent (B, 32, H, W) to tokens (B, H * W, D)."""
@@ -268,7 +297,7 @@ class SanaTransformer(nn.Module):
     def unembed(self, tokens: Tensor, modulation: Modulation, shape: torch.Size) -> Tensor:
         """Tokens (B, H * W, D) to a velocity of the given shape (B, 32, H, W)."""
         shift, scale = (self.scale_shift_table.to(tokens) + modulation.out).unsqueeze(2).unbind(1)
-        out = self.proj_out(AdaLN(shift, scale, scale).norm(tokens))
+        out = self.proj_out(modulated_norm(tokens, shift, scale))
         return out.transpose(1, 2).reshape(shape)
 
     def band_rows(self, shape: torch.Size, element_size: int, max_bytes: int) -> int | None:
@@ -293,6 +322,11 @@ class SanaTransformer(nn.Module):
     def _live_widths(self) -> float:
         """Activations alive at the peak, in the Mix-FFN, in multiples of the tokens."""
         return 4 + 4 * self.config.ff_width / self.config.hidden_size
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer norm of x (B, N, D) without weights of its own, then shift and scale, each (B, 1, D)."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
 
 
 def open_length(tensor: Tensor, dim: int) -> Tensor:

@@ -259,9 +259,7 @@ def test_bands_lose_no_precision_in_bfloat16() -> None:
     expected = truth(x.double(), 16, modulation.double(), (text[0].double(), text[1].double()), None)
     whole = block(x, 16, modulation, text, None)
     with torch.no_grad():
-        block.forward_banded(
-            banded := x.clone(), 16, modulation, text, None, nn.functional.scaled_dot_product_attention, 1
-        )
+        block.forward_banded(banded := x.clone(), 16, modulation, text, None, band=1)
     assert relative_error(banded, expected) < 1.2 * relative_error(whole, expected)
 
 
@@ -307,6 +305,41 @@ def test_control_sees_the_first_block_and_corrects_the_first_ones(max_bytes: int
             tokens = tokens + corrections[i] if i < 2 else tokens
         expected = ours.unembed(tokens, modulation, inputs.x.shape)
     assert len(seen) == 1 and relative_error(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize("max_bytes", [1, 2**30])
+def test_what_steps_in_is_asked_for_every_block(max_bytes: int) -> None:
+    """As an argument or in a subclass, which may call the block or leave it out: here the second one."""
+    config = tiny_config("sana-1.5-1.6b-1024px")
+    ours, _ = transformer_pair(config)
+    inputs = Inputs(config)
+    asked: list[int] = []
+
+    def step_in(i: int, tokens: Tensor, *arguments: object) -> Tensor:
+        asked.append(i)
+        return tokens if i == 1 else SanaTransformer.run_block(ours, i, tokens, *arguments)
+
+    with torch.no_grad():
+        modulation, context = ours.modulation(inputs.timestep), ours.text_context(inputs.text, inputs.mask)
+        tokens = ours.embed(inputs.x)
+        for i, block in enumerate(ours.transformer_blocks):
+            text = context.keys_values[i]
+            tokens = tokens if i == 1 else block(tokens, 5, modulation.blocks, text, context.mask)
+        expected = ours.unembed(tokens, modulation, inputs.x.shape)
+    assert relative_error(velocity(ours, inputs, max_bytes, run_block=step_in), expected) < 1e-6
+    ours.run_block = step_in
+    assert relative_error(velocity(ours, inputs, max_bytes), expected) < 1e-6
+    assert asked == [*range(config.depth)] * 2
+
+
+def test_a_correction_may_be_missing() -> None:
+    """ControlNets of the host correct some blocks and not others."""
+    ours, _ = transformer_pair(config := tiny_config("sana-0.6b-1024px"))
+    inputs = Inputs(config)
+    correction = torch.randn(2, 15, 96)
+    found = velocity(ours, inputs, control=lambda tokens: [None, correction])
+    expected = velocity(ours, inputs, control=lambda tokens: [torch.zeros_like(tokens), correction])
+    assert relative_error(found, expected) < 1e-6 and relative_error(found, velocity(ours, inputs)) > 0.01
 
 
 # Extremes
