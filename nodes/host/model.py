@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...sana.checkpoints.files import TensorFile
 from ...sana.checkpoints.header import header_tensor
-from ...sana.checkpoints.names import HEADER_TENSOR, to_transformer_names, with_convolutions
+from ...sana.checkpoints.names import HEADER_TENSOR, to_transformer_names
 from ...sana.checkpoints.transformer import identify_transformer
 from ...sana.config import DOWNSAMPLE, LATENT_CHANNELS, LATENT_SCALE, TransformerIdentity
 from ...sana.networks.controlnet import SanaControlNet
@@ -307,34 +307,13 @@ class SanaConfig(comfy.supported_models_base.BASE):
         return {}
 
     def process_unet_state_dict_for_saving(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """With the names and shapes diffusers gives them, and what the tensors cannot tell."""
-        shaped = with_convolutions(state_dict)
-        for name, tensor in state_dict.items():
-            if shaped[name] is not tensor and not isinstance(tensor.device, torch.device):
-                shaped[name] = LateConvolution(shaped[name], tensor)
-        shaped[HEADER_TENSOR] = header_tensor(self.unet_config["identity"])
-        return {f"model.diffusion_model.{name}": tensor for name, tensor in shaped.items()}
+        """With diffusers' names, and what the tensors cannot tell.
 
-
-class LateConvolution(torch.nn.Parameter):
-    """A 1x1 convolution made of a matrix that gets its LoRAs and merges only when it is written.
-
-    The host hands out such matrices where weights are not whole on their device. They name a device of their own, so that
-    safetensors calls `to`.
-    """
-
-    def __new__(cls, unpatched: Tensor, matrix: torch.nn.Parameter) -> "LateConvolution":
-        return super().__new__(cls, unpatched, requires_grad=False)
-
-    def __init__(self, unpatched: Tensor, matrix: torch.nn.Parameter) -> None:
-        self.matrix = matrix
-
-    @property
-    def device(self) -> object:
-        return self.matrix.device
-
-    def to(self, *arguments: object, **named: object) -> Tensor:
-        return self.matrix.to(*arguments, **named)[..., None, None]
+        1x1 convolutions stay matrices: a tensor that the host still has to patch would not survive a change of shape. Our
+        loaders take both shapes, and `python -m sana convert` writes that of diffusers.
+        """
+        saved = {**state_dict, HEADER_TENSOR: header_tensor(self.unet_config["identity"])}
+        return {f"model.diffusion_model.{name}": tensor for name, tensor in saved.items()}
 
 
 def detect(state_dict: Mapping[str, Tensor], prefix: str, metadata: Mapping[str, str] | None) -> dict[str, object]:

@@ -8,12 +8,14 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sana
 from sana.checkpoints.files import read_tensors
+from sana.checkpoints.names import with_convolutions
 from sana.checkpoints.transformer import identify_transformer
+from sana.checkpoints.writing import convert
 from tests.host.inprocess.small import (
     EQUAL,
     PROMPT,
@@ -78,6 +80,23 @@ def test_saved_model_tells_what_its_tensors_cannot(small: Small, variant: str) -
     identity = load(small.host, path.name)[0].model.identity
     assert identity == model.model.identity and identity.variant == variant
     assert asdict(identify_transformer(read_tensors(path))) == asdict(identity)
+
+
+def test_saved_model_converts_to_what_diffusers_reads(small: Small, tmp_path: Path) -> None:
+    """Its matrices become convolutions with four axes, as in the file that the model was made from."""
+    path = saved(small, "ModelSave", "diffusion_models", model=small.model)
+    convert(path, target := tmp_path / "converted.safetensors")
+    assert same_bits(load_file(target), load_file(small.path))
+
+
+def test_a_file_saved_with_convolutions_loads(small: Small) -> None:
+    path = saved(small, "ModelSave", "diffusion_models", model=small.model)
+    with_axes = with_convolutions(load_file(path))
+    assert with_axes["model.diffusion_model.patch_embed.proj.weight"].shape[2:] == (1, 1)
+    save_file(with_axes, other := path.with_stem("with-convolutions"))
+    again = load(small.host, other.name)[0]
+    assert same_bits(weights(again), weights(small.model)) and again.model.identity == small.model.model.identity
+    assert same_bits(sana.load_transformer(other, None).state_dict(), sana.load_transformer(path, None).state_dict())
 
 
 def test_fp8_weights_sample_nearly_the_same_latent(small: Small) -> None:

@@ -12,13 +12,17 @@ from torch import Tensor
 from sana import CheckpointError, load_autoencoder, load_transformer
 from sana.checkpoints.autoencoder import autoencoder_tensors, detect_autoencoder
 from sana.checkpoints.files import read_tensors
+from sana.checkpoints.header import header_tensor
 from sana.checkpoints.inspection import describe_file
+from sana.checkpoints.names import HEADER_TENSOR
 from sana.checkpoints.transformer import identify_transformer, transformer_tensors
 from sana.checkpoints.writing import convert
+from sana.config import TransformerIdentity
 from tests.sana.dialects import early_diffusers_transformer, official_transformer, original_autoencoder
 from tests.sana.released import released
 from tests.sana.twins import (
     STRUCTURES,
+    as_linear,
     diffusers_autoencoder,
     diffusers_transformer,
     randomise,
@@ -152,6 +156,20 @@ def test_a_converted_transformer_has_the_same_bits_and_knows_itself(
     assert (after.base_size, after.flow_shift, after.dtype) == (before.base_size, before.flow_shift, before.dtype)
     assert after.origin == "its header" and header_of(target)["format"] == "pt"
     assert_same_bits(load_transformer(target, None).state_dict(), load_transformer(source, None).state_dict())
+
+
+def test_a_transformer_that_comfyui_saved_is_converted_to_the_shapes_of_diffusers(tmp_path: Path) -> None:
+    """Its names have a prefix, its 1x1 convolutions are matrices, and one more tensor tells what these cannot."""
+    config = tiny_config("sana-1.6b-4096px")
+    diffusers = randomise(diffusers_transformer(config)).state_dict()
+    identity = TransformerIdentity(config, "custom", 4096, 6.0, "bfloat16", "its header")
+    saved = {**as_linear(diffusers), HEADER_TENSOR: header_tensor(identity)}
+    source, target = tmp_path / "saved.safetensors", tmp_path / "sana.safetensors"
+    save_file({f"model.diffusion_model.{name}": tensor for name, tensor in saved.items()}, source)
+    convert(source, target)
+    assert_same_bits(load_file(target), diffusers)
+    assert identify_transformer(read_tensors(target)) == identity
+    assert_same_bits(load_transformer(source).state_dict(), load_transformer(target).state_dict())
 
 
 def assert_same_bits(found: Tensors, expected: Tensors) -> None:
