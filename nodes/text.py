@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..sana.text.prompt import INSTRUCTION, window
-from .host.clip import NAME, SanaTextModel
+from .host.clip import ENCODER, SanaTextModel
 from .host.report import report
 
 CATEGORY = "SANA/conditioning"
@@ -49,8 +49,8 @@ class GemmaTextEncode(io.ComfyNode):
             raise ValueError("this CLIP is not Gemma-2; connect the CLIP of Load SANA or Load SANA text encoder")
         before = {OFFICIAL: INSTRUCTION, NONE: None, CUSTOM: custom_instruction or None}[instruction]
         tokens = clip.tokenize(text, instruction=before)
-        kept = window(len(clip.tokenize("", instruction=before)[NAME][0]) if before else 0)
-        length = len(tokens[NAME][0])
+        kept = window(len(clip.tokenize("", instruction=before)[ENCODER][0]) if before else 0)
+        length = len(tokens[ENCODER][0])
         lost = f", {kept.lost(length)} cut off" if kept.lost(length) else ""
         report(cls, f"{kept.rows(length)} of 300 tokens{lost}")
         return io.NodeOutput(clip.encode_from_tokens_scheduled(tokens))

@@ -25,8 +25,8 @@ from ...sana.text.text_encoder import GemmaTextEncoder, Tokenizer
 from .padding import mark_padding
 from .quantised import check_quantised, with_formats
 
-NAME = "gemma2_2b"  # of the token list, and of the encoder in LoRA and checkpoint files, as in the host
-INSTRUCTION = "instruction"  # entry of the tokens
+ENCODER = "gemma2_2b"  # as the host calls it: the entry of its tokens, and its name in LoRA and checkpoint files
+INSTRUCTION_ENTRY = "instruction"  # of the tokens too
 
 Tokens = Mapping[str, object]
 
@@ -43,7 +43,7 @@ class SanaTokenizer:
     ) -> Tokens:
         """One list of (token, weight) pairs, all of weight 1. instruction: put before the text; None: none."""
         ids = self.tokenizer.encode((instruction or "") + text.strip())
-        return {NAME: [[(token, 1.0) for token in ids]], INSTRUCTION: instruction}
+        return {ENCODER: [[(token, 1.0) for token in ids]], INSTRUCTION_ENTRY: instruction}
 
     def untokenize(self, pairs: list[tuple[int, float]]) -> list[tuple[tuple[int, float], str]]:
         return [(pair, self.tokenizer.backend.decode([pair[0]])) for pair in pairs]
@@ -51,7 +51,7 @@ class SanaTokenizer:
     def state_dict(self) -> dict[str, Tensor]:
         """What a saved encoder needs beside the weights, named so that the host's nodes keep them together."""
         companions = stored_companions(self.tokenizer, self.config)
-        return {f"{NAME}.{name}": tensor for name, tensor in companions.items()}
+        return {f"{ENCODER}.{name}": tensor for name, tensor in companions.items()}
 
 
 class HostGemma(GemmaTextEncoder):
@@ -95,8 +95,8 @@ class SanaTextModel(nn.Module):
 
     def encode_token_weights(self, tokens: Tokens) -> tuple[Tensor, None, dict[str, Tensor]]:
         """Text (1, 300, C) and its mask (1, 300), on the host's intermediate device."""
-        ids = [[token for token, _ in row] for row in tokens[NAME]]
-        text, text_mask = self.encoder.encode(ids, tokens[INSTRUCTION])
+        ids = [[token for token, _ in row] for row in tokens[ENCODER]]
+        text, text_mask = self.encoder.encode(ids, tokens[INSTRUCTION_ENTRY])
         place = management.intermediate_device()
         return mark_padding(text.float(), text_mask).to(place), None, {"attention_mask": text_mask.to(place)}
 

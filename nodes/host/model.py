@@ -237,7 +237,8 @@ class SanaModel(comfy.model_base.BaseModel):
             bias = bias.masked_fill(~context.mask, torch.finfo(dtype).min)
             return context._replace(mask=open_length(bias, 3))
 
-        # Conditions of a part of the picture give their id to the host's stand-in on the other side, with another text.
+        # The host gives every condition an id. Beside a prompt for an area it puts a negative prompt for the same area,
+        # with the id of the prompt and with another text: the key needs to tell on which side a condition is.
         ids = (tuple(options.get("uuids", ())), tuple(options.get("cond_or_uncond", ())))
         key = (id(network), ids, tuple(text.shape), device)
         return make() if run is None else run.context(key, make)
@@ -309,8 +310,8 @@ class SanaConfig(comfy.supported_models_base.BASE):
     def process_unet_state_dict_for_saving(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """With diffusers' names, and what the tensors cannot tell.
 
-        1x1 convolutions stay matrices: a tensor that the host still has to patch would not survive a change of shape. Our
-        loaders take both shapes, and `python -m sana convert` writes that of diffusers.
+        1x1 convolutions stay matrices: a tensor that the host still has to patch would not survive a change of shape.
+        Our loaders take both shapes, and `python -m sana convert` writes that of diffusers.
         """
         saved = {**state_dict, HEADER_TENSOR: header_tensor(self.unet_config["identity"])}
         return {f"model.diffusion_model.{name}": tensor for name, tensor in saved.items()}
