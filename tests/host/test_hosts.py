@@ -1,6 +1,7 @@
-"""What is said when a host cannot be had."""
+"""Which hosts are tested, and what is said when one cannot be had."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,12 @@ import pytest
 
 from tests.host import hosts
 from tests.host.server import Server
+
+
+def test_the_code_that_touches_the_host_names_the_tested_versions() -> None:
+    named = re.findall(r"\d+\.\d+\.\d+", (hosts.ROOT / "nodes" / "host" / "__init__.py").read_text(encoding="utf-8"))
+    oldest_first = sorted(hosts.HOSTS, key=lambda version: [int(number) for number in version.split(".")])
+    assert named == oldest_first and (named[0], named[-1]) == (hosts.OLDEST, hosts.NEWEST)
 
 
 def test_unknown_version_is_refused() -> None:
