@@ -9,7 +9,7 @@ from .host.clip import load_clip
 from .host.preview import fit_preview, show_previews
 from .host.report import report
 from .host.vae import load_vae
-from .models import AUTO, autoencoder_for, model_names, model_path, part_names, part_path, text_encoder_for
+from .model_files import AUTO, autoencoder_for, model_names, model_path, part_names, part_path, text_encoder_for
 
 CATEGORY = "SANA/loaders"
 DTYPES = {

@@ -67,7 +67,7 @@ def test_auto_passes_over_a_link_that_leads_nowhere(small: Small) -> None:
     link = small.host.base / "models" / "vae" / "it.safetensors"  # which is looked at first
     link.symlink_to("nowhere")
     try:
-        assert link.name in small.host.pack("nodes.models").part_names("vae")
+        assert link.name in small.host.pack("nodes.model_files").part_names("vae")
         load(small.host, small.path.name)
     finally:
         link.unlink()
@@ -75,7 +75,7 @@ def test_auto_passes_over_a_link_that_leads_nowhere(small: Small) -> None:
 
 def test_auto_takes_the_gemma_that_knows_instructions(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     """The host has the other one too, for Lumina, and its name comes first. Their tensors are alike."""
-    models, folder = small.host.pack("nodes.models"), small.host.base / "models" / "text_encoders" / TEXT_ENCODER
+    models, folder = small.host.pack("nodes.model_files"), small.host.base / "models" / "text_encoders" / TEXT_ENCODER
     names = ["gemma_2_2b_fp16.safetensors", "gemma_2_2b_it_elm_bf16.safetensors"]
     monkeypatch.setattr(models, "part_names", lambda kind: names)
     monkeypatch.setattr(models, "_find_part", lambda kind, name: folder.with_name(name))
