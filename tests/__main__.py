@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "sana" / "demo")]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
 
 import downloads  # noqa: E402
 import environment  # noqa: E402

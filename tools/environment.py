@@ -1,4 +1,5 @@
-"""Virtual environments of this project, in .venv/ beside the sources: made, updated and repaired by the two commands.
+"""Virtual environments of this project, in .venv/ beside the sources: made, updated and repaired by the two commands,
+`python3 sana/demo` and `python3 tests`.
 
 Standard library only, and not part of the package `sana`: it runs before anything is installed, with the Python that
 the user has. Versions are written in pyproject.toml, never here.
@@ -13,9 +14,11 @@ import sys
 import time
 import venv
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 OLDEST_PYTHON = (3, 10)
 OLDEST_PIP = (22, 3)  # the first with --python, which installs into an environment that has no pip of its own
 RECORD = "installed.txt"  # what an environment holds; written last
@@ -30,6 +33,7 @@ def prepare(
     extras: Sequence[str],
     *,
     more: Sequence[str] = (),  # requirements that pyproject.toml cannot name
+    notice: str = "",  # said before an installation
     finish: Callable[[Path], None] | None = None,  # called with the new Python after an installation
 ) -> Path:
     """Returns the Python of .venv/`name`, which holds the dependencies, the `extras` of pyproject.toml and `more`.
@@ -47,11 +51,13 @@ def prepare(
         return python
     _check_pip()
     start = time.monotonic()
-    say(f"Installing {len(requirements)} requirements and what they need in .venv/{name} (once) ...")
+    if notice:
+        say(notice)
+    say(f"Installing {len(requirements)} requirements and what they need in {folder} (once) ...")
     if recorded[:1] != wanted[:1]:
         venv.create(folder, clear=True, symlinks=os.name != "nt")
     (folder / RECORD).unlink(missing_ok=True)
-    _install(python, requirements)
+    pip("--python", python, "install", "--no-compile", *requirements)  # most modules are never imported
     if finish:
         finish(python)
     (folder / RECORD).write_text("\n".join(wanted), encoding="utf-8")
@@ -70,14 +76,24 @@ def read_requirements(extras: Sequence[str]) -> list[str]:
 
     The groups come first: pip would fetch the newest torch for a plain "torch" before it sees the version of a group.
     """
+    project = read_project()
+    groups = [project["optional-dependencies"][extra] for extra in extras]
+    return [*(requirement for group in groups for requirement in group), *project["dependencies"]]
+
+
+def read_project() -> dict[str, Any]:
+    """The table "project" of pyproject.toml. Raises SetupError if nothing can read it."""
     try:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10
         _check_pip()
         from pip._vendor import tomli as tomllib
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    groups = [project["optional-dependencies"][extra] for extra in extras]
-    return [*(requirement for group in groups for requirement in group), *project["dependencies"]]
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def missing(requirements: Sequence[str]) -> list[str]:
+    """Those of `requirements`, each "name" or "name>=version", that the Python which runs this has not or only older."""
+    return [requirement for requirement in requirements if not _is_met(requirement)]
 
 
 def run(command: Sequence[str | Path], *, folder: Path | None = None, variables: dict[str, str] | None = None) -> int:
@@ -112,26 +128,31 @@ def say(message: str) -> None:
     sys.stderr.write(f"{message}\n")
 
 
-def _install(python: Path, requirements: Sequence[str]) -> None:
-    """Bytecode is left to the first import: most modules are never imported."""
-    pip("--python", python, "install", "--no-compile", *requirements)
-
-
 def _read_record(folder: Path) -> list[str]:
     record = folder / RECORD
     return record.read_text(encoding="utf-8").split("\n") if record.exists() else []
 
 
-def _check_pip() -> None:
-    from importlib import metadata
+def _is_met(requirement: str) -> bool:
+    name, _, oldest = requirement.partition(">=")
+    try:
+        return _numbers(metadata.version(name)) >= _numbers(oldest)
+    except metadata.PackageNotFoundError:
+        return False
 
+
+def _check_pip() -> None:
     try:
         version = metadata.version("pip")
     except metadata.PackageNotFoundError:
         hint = "apt install python3-pip, or python3 -m ensurepip"
         raise SetupError(f"{sys.executable} has no pip: install it ({hint}) and run the command again.") from None
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_PIP:
+    if _numbers(version) < OLDEST_PIP:
         raise SetupError(f"pip {version} is too old: update it to {_dotted(OLDEST_PIP)} or newer (pip install -U pip).")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)))
 
 
 def _dotted(version: Sequence[int]) -> str:

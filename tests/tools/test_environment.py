@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sana.demo import environment
-
-ROOT = Path(__file__).resolve().parents[2]
+from tools import environment
 
 
 def make_wheel(folder: Path, name: str) -> str:
@@ -68,6 +66,38 @@ def test_interrupted_installation_is_made_anew(project: Path) -> None:
     assert imports(python, "first") and not remains.exists()
 
 
+def test_an_installation_is_announced_and_nothing_else_is(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    environment.prepare("demo", ["none"], notice="It is large.")
+    folder = project / ".venv" / "demo"
+    assert capsys.readouterr().err.startswith(
+        f"It is large.\nInstalling 1 requirements and what they need in {folder} (once) ...\n"
+    )
+    environment.prepare("demo", ["none"], notice="It is large.")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("installed", "requirement"),
+    [
+        ("2.13.0", "torch"),
+        ("2.13.0+cpu", "torch>=2.5"),
+        ("2.5.0", "torch>=2.5"),
+        ("3.0", "torch>=2.5"),
+    ],
+)
+def test_requirement_is_met(installed: str, requirement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", {"torch": installed}.__getitem__)
+    assert environment.missing([requirement]) == []
+
+
+def test_older_and_absent_packages_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = "torch>=2.5"
+    monkeypatch.setattr(importlib.metadata, "version", {"torch": "2.4.1+cu121"}.__getitem__)
+    assert environment.missing([old]) == [old]
+    monkeypatch.undo()
+    assert environment.missing(["pytest", "no-such-package", "pytest>=999"]) == ["no-such-package", "pytest>=999"]
+
+
 def test_groups_come_before_dependencies(project: Path) -> None:
     names = [requirement.split()[0] for requirement in environment.read_requirements(["more"])]
     assert names == ["second", "first"]
@@ -96,9 +126,3 @@ def test_exit_code_folder_and_variables_pass_through(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 def test_signal_is_reported_as_shells_do() -> None:
     assert environment.run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]) == 128 + 9
-
-
-def test_help_needs_no_environment() -> None:
-    result = subprocess.run([sys.executable, ROOT / "sana" / "demo", "-h"], capture_output=True, text=True)
-    assert result.returncode == 0
-    assert result.stdout.startswith('Usage: python3 sana/demo "a red circle left of a blue square" [options of')
