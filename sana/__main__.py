@@ -4,9 +4,11 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +26,7 @@ from .pipeline import SanaPipeline, Settings, model_path
 from .sampling.solvers import SOLVERS
 from .text.prompt import INSTRUCTION
 
+PROJECT = "comfyui-sana"
 DTYPES = ("float32", "bfloat16", "float16")
 INTERRUPTED = 130  # exit code after Ctrl-C
 
@@ -52,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m sana", description="SANA text to image.")
+    top.add_argument("--version", action="version", version=version())
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     add_generate(commands.add_parser("generate", help="draw a prompt"))
     info = commands.add_parser("info", help="say what a checkpoint is")
@@ -64,6 +68,18 @@ def parser() -> argparse.ArgumentParser:
     conversion.add_argument("--dtype", choices=DTYPES, help="default: as in the source")
     conversion.set_defaults(run=run_convert)
     return top
+
+
+def version() -> str:
+    """Of the pyproject.toml beside this folder, as in a checkout or in a host, or else of the installed package."""
+    project = Path(__file__).parents[1] / "pyproject.toml"
+    text = project.read_text(encoding="utf-8") if project.exists() else ""
+    if found := re.search(rf'^name = "{PROJECT}".*?^version = "(.+?)"', text, re.DOTALL | re.MULTILINE):
+        return found[1]
+    try:
+        return metadata.version(PROJECT)
+    except metadata.PackageNotFoundError:  # a folder that was copied alone
+        return "unknown"
 
 
 def add_generate(command: argparse.ArgumentParser) -> None:
