@@ -1,14 +1,15 @@
-"""Run all tests: python3 tests [pytest arguments].
+"""Run the tests: python3 tests [--quick | --stage NAME ...] [paths and options of pytest].
 
-Makes the environment .venv/tests, fetches the hosts and a Chromium, then runs ruff, the tests, and the in-process tests once
-for each version of the host, whose state is global to a process. Standard library only.
+Makes the environment .venv/tests, and fetches hosts and a Chromium if a chosen stage needs them. Then runs the stages of
+stages.py: all of them, the quick ones, those that are named, or those that have the given paths. Standard library only.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,73 +17,78 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
 
 import downloads  # noqa: E402
 import environment  # noqa: E402
-from host.hosts import HOSTS, NEWEST  # noqa: E402
+from stages import QUICK, STAGES, Stage, choose  # noqa: E402
 
 OLDEST_PYTHON = (3, 11)  # of the packages that the tests compare with
-IN_PROCESS = "tests/host/inprocess"
 NO_TESTS = 5  # the exit code of pytest that found none
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One command of the whole run."""
-
-    title: str
-    arguments: list[str]  # of the environment's Python
-    variables: dict[str, str] = field(default_factory=dict)
-
-
-def main(arguments: list[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Returns the exit code of the first stage that failed, after running all."""
-    python = prepare()
+    stages = parse(arguments)
+    python = prepare(stages)
     codes: dict[str, int] = {}
-    for stage in list_stages(arguments):
-        environment.say(f"\n== {stage.title}")
+    for stage in stages:
+        environment.say(f"\n== {stage.name}")
         start = time.monotonic()
-        codes[stage.title] = environment.run([python, *stage.arguments], folder=ROOT, variables=stage.variables)
-        environment.say(f"== {stage.title}: exit code {codes[stage.title]} after {time.monotonic() - start:.0f} s")
-    return summarise(codes)
+        codes[stage.name] = environment.run([python, *stage.arguments], folder=ROOT, variables=stage.variables)
+        environment.say(f"== {stage.name}: exit code {codes[stage.name]} after {time.monotonic() - start:.0f} s")
+    return summarise(stages, codes)
 
 
-def prepare() -> Path:
-    """Makes everything the tests need and returns the Python to run them with. Raises SetupError."""
+def parse(arguments: Sequence[str]) -> list[Stage]:
+    """The stages to run."""
+    parser = argparse.ArgumentParser(
+        prog="python3 tests",
+        description="Run the tests. Without options all of them.",
+        epilog="All other arguments are pytest's: paths of tests, and options such as -k NAME.",
+        allow_abbrev=False,
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--quick", action="store_true", help="style, and all tests that need neither ComfyUI nor a browser"
+    )
+    which.add_argument(
+        "--stage", action="append", choices=STAGES, metavar="NAME", help=f"one of {', '.join(STAGES)}; may be repeated"
+    )
+    options, others = parser.parse_known_args(arguments)
+    names = [stage.name for stage in QUICK] if options.quick else options.stage or list(STAGES)
+    return choose(names, others)
+
+
+def prepare(stages: Sequence[Stage]) -> Path:
+    """Makes everything that the stages need and returns the Python to run them with. Raises SetupError.
+
+    There is one environment. Stages that need a host add their packages to it, and the others leave them there.
+    """
     environment.check_python(OLDEST_PYTHON)
+    versions = ROOT / "tests" / "versions.txt"
+    if any(stage.needs_browser for stage in stages):
+        downloads.fetch_chromium()
+    if not any(stage.needs_host for stage in stages):
+        return environment.prepare("tests", ["test"], constraints=versions)
     downloads.fetch_hosts()
-    more = [*downloads.read_requirements(ROOT / "tests" / "versions.txt"), *downloads.host_requirements()]
-    python = environment.prepare("tests", ["test"], more=more, finish=downloads.repair_torchvision)
-    downloads.fetch_chromium()
-    return python
+    return environment.prepare(
+        "tests",
+        ["test", "test-host"],
+        more=downloads.host_requirements(),
+        constraints=versions,
+        finish=downloads.repair_torchvision,
+    )
 
 
-def list_stages(arguments: list[str]) -> list[Stage]:
-    """Every stage gets the options among `arguments`; paths of tests choose the stages that have them."""
-    paths = [argument for argument in arguments if argument == "tests" or argument.startswith("tests/")]
-    options = [argument for argument in arguments if argument not in paths]
-    inside = [path for path in paths if path.startswith(IN_PROCESS)]
-    outside = [path for path in paths if path not in inside]
-    stages = [
-        Stage("ruff check", ["-m", "ruff", "check", "."]),
-        Stage("ruff format", ["-m", "ruff", "format", "--check", "."]),
-    ]
-    if outside or not paths:
-        stages.append(Stage("tests", ["-m", "pytest", f"--ignore={IN_PROCESS}", *options, *outside]))
-    if inside or not paths:
-        command = ["-m", "pytest", *options, *(inside or [IN_PROCESS])]
-        stages += [Stage(f"tests inside ComfyUI {version}", command, {"SANA_TEST_HOST": version}) for version in HOSTS]
-        second = {"SANA_TEST_HOST": NEWEST, "SANA_TEST_DEVICE": "second"}
-        stages.append(Stage(f"tests inside ComfyUI {NEWEST} on a second device", command, second))
-    return stages
-
-
-def summarise(codes: dict[str, int]) -> int:
+def summarise(stages: Sequence[Stage], codes: dict[str, int]) -> int:
     """A stage without a test that matches is not a failure, unless none matched anywhere."""
-    tests = [code for title, code in codes.items() if title.startswith("tests")]
-    if tests and all(code == NO_TESTS for code in tests):
+    tests = [codes[stage.name] for stage in stages if stage.runs_tests]
+    failed = {name: code for name, code in codes.items() if code not in (0, NO_TESTS)}
+    if failed:
+        environment.say(f"\nFailed: {', '.join(failed)}.")
+        return next(iter(failed.values()))
+    if all(code == NO_TESTS for code in tests) and tests:
         environment.say("No test matches these arguments.")
         return NO_TESTS
-    failed = {title: code for title, code in codes.items() if code not in (0, NO_TESTS)}
-    environment.say(f"\nFailed: {', '.join(failed)}." if failed else "\nEverything passed.")
-    return next(iter(failed.values()), 0)
+    environment.say("\nEverything passed.")
+    return 0
 
 
 if __name__ == "__main__":

@@ -33,21 +33,23 @@ def prepare(
     extras: Sequence[str],
     *,
     more: Sequence[str] = (),  # requirements that pyproject.toml cannot name
+    constraints: Path | None = None,  # a file of versions, for what is needed without being named
     notice: str = "",  # said before an installation
     finish: Callable[[Path], None] | None = None,  # called with the new Python after an installation
 ) -> Path:
     """Returns the Python of .venv/`name`, which holds the dependencies, the `extras` of pyproject.toml and `more`.
 
-    Installs only what the record of the environment lacks. No record means that an installation was interrupted:
-    the environment is made anew. Raises SetupError.
+    Installs only what the record of the environment lacks; what it has beside that stays. No record means that an
+    installation was interrupted: the environment is made anew. Raises SetupError.
     """
     check_python()
     folder = ROOT / ".venv" / name
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     requirements = [*read_requirements(extras), *more]
-    wanted = [f"python {_dotted(sys.version_info[:2])}", *requirements]
+    versions = constraints.read_text(encoding="utf-8").splitlines() if constraints else []
+    wanted = [f"python {_dotted(sys.version_info[:2])}", *requirements, *(f"constraint {line}" for line in versions)]
     recorded = _read_record(folder) if python.exists() else []
-    if recorded == wanted:
+    if {*wanted} <= {*recorded}:
         return python
     _check_pip()
     start = time.monotonic()
@@ -57,7 +59,8 @@ def prepare(
     if recorded[:1] != wanted[:1]:
         venv.create(folder, clear=True, symlinks=os.name != "nt")
     (folder / RECORD).unlink(missing_ok=True)
-    pip("--python", python, "install", "--no-compile", *requirements)  # most modules are never imported
+    limits = ("--constraint", constraints) if constraints else ()
+    pip("--python", python, "install", "--no-compile", *requirements, *limits)  # most modules are never imported
     if finish:
         finish(python)
     (folder / RECORD).write_text("\n".join(wanted), encoding="utf-8")

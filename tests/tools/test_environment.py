@@ -66,6 +66,24 @@ def test_interrupted_installation_is_made_anew(project: Path) -> None:
     assert imports(python, "first") and not remains.exists()
 
 
+def test_what_is_there_beside_the_requirements_stays(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the quick run of the tests and the whole one take turns in one environment without an installation."""
+    python = environment.prepare("tests", ["more"])
+    monkeypatch.setattr(environment, "pip", None)
+    assert environment.prepare("tests", ["none"]) == environment.prepare("tests", ["more"]) == python
+    assert imports(python, "second")
+
+
+def test_constraints_hold_and_another_version_is_installed_anew(project: Path, tmp_path: Path) -> None:
+    versions = tmp_path / "versions of all.txt"
+    versions.write_text("# none is needed\nthird==1.0\n")
+    python = environment.prepare("tests", ["none"], constraints=versions)
+    assert not imports(python, "third")
+    versions.write_text("first==2.0\n")
+    with pytest.raises(environment.SetupError, match="pip did not finish"):
+        environment.prepare("tests", ["none"], constraints=versions)
+
+
 def test_an_installation_is_announced_and_nothing_else_is(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     environment.prepare("demo", ["none"], notice="It is large.")
     folder = project / ".venv" / "demo"
