@@ -66,10 +66,12 @@ def parse() -> argparse.Namespace:
     top.add_argument("--steps", type=count, help="of whole pictures (default: 20 on a GPU, 2 on a CPU)")
     top.add_argument("--only", type=expression, help="cases whose title matches this regular expression; needs --out")
     top.add_argument("--compiled", action="store_true", help="torch.compile on a CPU too; takes minutes for each case")
-    top.add_argument("--out", type=Path, help="JSON file to write (default: the one in results/ that README shows)")
+    top.add_argument(
+        "--out", type=Path, help="JSON file to write (default: the one in results/ that docs/speed.md shows)"
+    )
     options = top.parse_args()
     if options.only and not options.out:
-        top.error("--only measures a part of the table in README; give --out, the file to write it to")
+        top.error("--only measures a part of the table in docs/speed.md; give --out, the file to write it to")
     return options
 
 

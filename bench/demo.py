@@ -227,7 +227,9 @@ def main() -> None:
     parser.add_argument("--model", default="demo", help="checkpoint folder (default: demo)")
     parser.add_argument("--brief", action="store_true", help="the autoencoder and the accuracy alone, in a few minutes")
     parser.add_argument("--sheet", type=Path, help="write a sheet of pictures here instead of measuring")
-    parser.add_argument("--out", type=Path, help="JSON file to write (default: the one in results/ that README shows)")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file to write (default: the one in results/ that docs/demo-model.md shows)"
+    )
     options = parser.parse_args()
     pipeline = SanaPipeline.load(options.model)
     if options.sheet:
@@ -238,7 +240,7 @@ def main() -> None:
         print(write_result("demo-brief", result, options.out))
         return
     result = measure(pipeline, Numbers(**{name: getattr(options, name) for name in vars(Numbers())}))
-    print(write_result("demo", result, options.out), "(python -m bench.readme writes its tables)", sep="\n")
+    print(write_result("demo", result, options.out), "(python -m bench.tables writes its tables)", sep="\n")
 
 
 if __name__ == "__main__":

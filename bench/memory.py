@@ -91,7 +91,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__.splitlines()[0])
     parser.add_argument("--variant", choices=tuple(VARIANTS), default="sana-1.6b-1024px", help="default: %(default)s")
     parser.add_argument("--measure", type=int, default=1024, help="largest side to run, px (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON file to write (default: the one in results/ that README names)")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file to write (default: the one in results/ that docs/speed.md names)"
+    )
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"{device_name()}, {DTYPE}, GiB\n\n| part | px | weights | model | measured | together |")

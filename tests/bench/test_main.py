@@ -72,7 +72,10 @@ def test_what_was_measured_is_written_before_the_next_case(tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only=decode"], "--only measures a part of the table in README; give --out, the file to write it to"),
+        (
+            ["--only=decode"],
+            "--only measures a part of the table in docs/speed.md; give --out, the file to write it to",
+        ),
         (["--only=("], "'(' is no regular expression: "),
         (["--repeats=0"], "0 is below 1"),
     ],

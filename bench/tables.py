@@ -1,4 +1,4 @@
-"""The tables of README, from the files in results/: python -m bench.readme. Run it after a measurement is renewed."""
+"""The tables of the documents, from the files in results/: python -m bench.tables. Run it after a measurement is renewed."""
 
 import argparse
 import json
@@ -9,7 +9,8 @@ from pathlib import Path
 from .machine import RESULTS
 from .race import counterpart
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PLACE = re.compile(r"(?<=<!-- bench: )(?P<kind>\S+) (?P<file>\S+) -->\n.*?(?=<!-- end -->)", re.DOTALL)
 Result = dict[str, object]
 
@@ -92,7 +93,11 @@ KINDS: dict[str, Callable[[Result], Iterator[str]]] = {
 
 def main() -> None:
     argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__).parse_args()
-    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        if with_tables(text) != text:
+            document.write_text(with_tables(text), encoding="utf-8")
+            print(document.relative_to(ROOT))
 
 
 if __name__ == "__main__":
