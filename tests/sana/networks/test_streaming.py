@@ -12,13 +12,76 @@ from torch.utils._pytree import tree_leaves
 
 from sana.config import AUTOENCODERS
 from sana.networks.autoencoder import DCAutoencoder
-from sana.networks.streaming import RowOp, RowStream, even_bands
+from sana.networks.streaming import (
+    RowOp,
+    RowStream,
+    even_bands,
+    fitting_band,
+    least_bytes,
+    stretches,
+    whole_bytes,
+)
 from tests.sana.measures import peak_bytes, relative_error
 from tests.sana.twins import FAMILIES, randomise, tiny_autoencoder_config
 
 TOLERANCE = 1e-5  # relative L2 in float32; sums over positions are taken in parts. Measured: 1e-6
 SIDES = ("decode", "encode")
 Call = Callable[..., Tensor]
+# Of the released networks, per latents of 1 x 1 and of 16 x 48: the least bytes and those of the whole, in float32 and in
+# bfloat16. Then the bands of every sweep for the latter in float32 within twice the least. All from this memory model itself,
+# whose bounds other tests measure: a change of it shows here, and is to be made on purpose.
+BOUNDS = {
+    ("dc-ae-f32c32-sana-1.1", "decode"): (
+        (136_390_656, 136_390_656, 69_243_904, 69_243_904),
+        (406_716_416, 2_099_275_364, 204_406_784, 1_050_686_258),
+        (16, 16, 16, 16, 32, 32, 32, 64, 64, 13),
+    ),
+    ("dc-ae-f32c32-sana-1.1", "encode"): (
+        (77_717_504, 77_717_504, 39_907_328, 39_907_328),
+        (124_649_472, 2_085_138_020, 84_485_120, 1_043_617_586),
+        (43, 22, 22, 22, 16, 16, 16, 16, 16, 16),
+    ),
+    ("dc-ae-lite-f32c32-sana-1.1", "decode"): (
+        (304_154_624, 304_154_624, 153_125_888, 153_125_888),
+        (332_300_288, 1_072_509_744, 167_198_720, 537_303_448),
+        (16, 16, 32, 22),
+    ),
+    ("dc-ae-lite-f32c32-sana-1.1", "encode"): (
+        (77_717_504, 77_717_504, 39_907_328, 39_907_328),
+        (124_649_472, 2_085_138_020, 84_485_120, 1_043_617_586),
+        (43, 22, 22, 22, 16, 16, 16, 16, 16, 16),
+    ),
+    ("dc-ae-f32c32-in-1.0", "decode"): (
+        (304_158_720, 304_158_720, 153_127_936, 153_127_936),
+        (328_269_824, 1_083_913_008, 165_183_488, 543_005_080),
+        (16, 16, 16, 32, 32, 64, 22),
+    ),
+    ("dc-ae-f32c32-in-1.0", "encode"): (
+        (69_527_960, 69_536_152, 35_812_556, 35_816_652),
+        (164_453_580, 1_065_075_504, 83_275_366, 533_586_328),
+        (103, 32, 32, 32, 32, 16, 16),
+    ),
+    ("dc-ae-f64c128-in-1.0", "decode"): (
+        (606_169_088, 606_169_088, 304_133_120, 304_133_120),
+        (687_236_708, 4_264_873_164, 344_666_930, 2_133_485_158),
+        (16, 16, 16, 32, 32, 64, 64, 64, 22),
+    ),
+    ("dc-ae-f64c128-in-1.0", "encode"): (
+        (270_699_724, 270_699_724, 136_398_438, 136_398_438),
+        (358_267_288, 4_227_198_156, 180_182_220, 2_114_647_654),
+        (103, 32, 32, 32, 32, 32, 32, 16, 16),
+    ),
+    ("dc-ae-f32c128-1.5", "decode"): (
+        (304_154_624, 304_154_624, 153_125_888, 153_125_888),
+        (332_300_288, 1_083_519_792, 167_198_720, 542_808_472),
+        (16, 16, 32, 22),
+    ),
+    ("dc-ae-f32c128-1.5", "encode"): (
+        (78_383_460, 78_383_460, 40_240_306, 40_240_306),
+        (182_541_516, 1_041_482_544, 92_319_334, 521_789_848),
+        (103,),
+    ),
+}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -120,6 +183,20 @@ def test_bound_is_far_below_the_whole(side: str) -> None:
     smallest = smallest_bound(call, x)
     assert smallest < (peak - whole.nbytes) / 4
     assert relative_error(call(x, max_bytes=smallest), whole) < TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "side"), BOUNDS)
+def test_bounds_of_the_released_networks(name: str, side: str) -> None:
+    whole = DCAutoencoder(AUTOENCODERS[name], device="meta")
+    network = whole.decoder if side == "decode" else whole.encoder
+    *expected, expected_bands = BOUNDS[name, side]
+    for (rows, columns), bounds in zip(((1, 1), (16, 48)), expected, strict=True):
+        shape = call_and_input(whole, side, 1, rows, columns)[1].shape
+        dtypes = (torch.float32, torch.bfloat16)
+        assert bounds == tuple(of(network, shape, dtype) for dtype in dtypes for of in (least_bytes, whole_bytes))
+    bound = 2 * least_bytes(network, shape, torch.float32)
+    bands = [fitting_band(stretch, 4, bound) for stretch in stretches(network, shape, torch.float32)]
+    assert bands == [*expected_bands]
 
 
 def test_a_batch_takes_no_more_than_one_image() -> None:
