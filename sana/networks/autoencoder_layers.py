@@ -1,8 +1,12 @@
 """The layers, encoder and decoder of the deep-compression autoencoder (DC-AE, arXiv 2410.10733).
 
-Attribute names are those of diffusers checkpoints. Activations are (B, C, H, W) with channels last in memory, so that a norm
-over channels reads one run of memory and convolutions take their fastest layout. Modules here process a whole image at once;
-`streaming.py` computes the same from the same modules a few rows at a time.
+Attribute names are those of diffusers checkpoints. Activations are (B, C, H, W) with channels last in memory, so that a
+norm over channels reads one run of memory and convolutions take their fastest layout. Modules here process an image at
+once; `streaming.py` computes the same from the same modules a few rows at a time.
+
+For that, each says right below its `forward`, in a method named `*_op`, how far its rows reach and how many numbers are
+alive at its worst moment, as counted from the `forward`. Who edits the one has to count the other again; tests compare
+it with measured peaks.
 """
 
 from functools import cache
@@ -15,6 +19,7 @@ from torch.nn import functional as F
 
 from ..config import HEAD_WIDTH, AutoencoderConfig, StageConfig
 from .layers import Build
+from .rows import RowOp
 
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu}
 NORM_EPS = 1e-5
@@ -23,7 +28,10 @@ EXPANSION = 4  # inner width of a GLUMBConv over its width
 
 
 class ChannelNorm(nn.Module):
-    """RMSNorm over the channels of each pixel, with weight and bias (mit-han-lab/efficientvit, models/nn/norm.py, "trms2d")."""
+    """RMSNorm over the channels of each pixel, with weight and bias.
+
+    Source: mit-han-lab/efficientvit, models/nn/norm.py, "trms2d".
+    """
 
     def __init__(self, width: int, build: Build) -> None:
         super().__init__()
@@ -61,9 +69,14 @@ class ResBlock(nn.Module):
         out = self.conv2(self.activation(self.conv1(x), inplace=not torch.is_grad_enabled()))
         return self.norm(out, x) if isinstance(self.norm, ChannelNorm) else self.norm(out) + x
 
+    def row_op(self) -> RowOp:
+        """Two 3x3 convolutions. Alive: what the norm takes, its product and its sum; a tenth for its statistics."""
+        width = self.conv1.in_channels
+        return RowOp(self, width, width, radius=2, live=3.1 * width, fixed=weight_copies(self))
+
 
 class MultiscaleProjection(nn.Module):
-    """One scale of the attention: neighbouring queries, keys and values are mixed per channel, then within each head."""
+    """One scale of the attention: neighbouring queries, keys and values mixed per channel, then within each head."""
 
     def __init__(self, width: int, kernel: int, build: Build) -> None:
         super().__init__()
@@ -83,7 +96,7 @@ class MultiscaleLinearAttention(nn.Module):
     def __init__(self, stage: StageConfig, build: Build) -> None:
         super().__init__()
         width, branches = stage.width, 1 + len(stage.scales)
-        # Not queries, keys and values: consecutive thirds of one projection whose channels go head by head, 32 each of q, k, v
+        # Not queries, keys and values: consecutive thirds of one projection, per head 32 channels each of q, k and v
         self.to_q = build.linear(width, width, bias=False)
         self.to_k = build.linear(width, width, bias=False)
         self.to_v = build.linear(width, width, bias=False)
@@ -108,7 +121,7 @@ class MultiscaleLinearAttention(nn.Module):
 
     @staticmethod
     def state(qkv: Tensor) -> Tensor:
-        """Sum over the positions of qkv (B, H, W, h, 96) of k^T [v, 1], in float32: (B, h, 32, 33). States of parts add up."""
+        """Sum over positions of qkv (B, H, W, h, 96) of k^T [v, 1], float32: (B, h, 32, 33). Those of parts add up."""
         _, k, v = qkv.flatten(1, 2).chunk(3, dim=-1)
         v_and_one = F.pad(v.float(), (0, 1), value=1.0)
         return k.float().relu().permute(0, 2, 3, 1) @ v_and_one.transpose(1, 2)
@@ -120,6 +133,36 @@ class MultiscaleLinearAttention(nn.Module):
         out = (sums[..., :-1] / (sums[..., -1:] + ATTENTION_EPS)).to(x.dtype)
         out = out.transpose(1, 2).flatten(2).unflatten(1, x.shape[-2:])
         return self.norm_out(self.to_out(out).permute(0, 3, 1, 2), x)
+
+    def projection_op(self, itemsize: int) -> RowOp:
+        """`project`, with planes (1, h * 96, rows, W) as output rows, and room to form their `state`.
+
+        itemsize: bytes of a number. Alive, in widths of a scale: the parts and their concatenation, 3 + 3; then that
+        and, for the state, keys and values in float32 with copies, 3 + 6.
+        """
+        width, scales = self.to_q.in_features, 1 + len(self.to_qkv_multiscale)
+        radius = max((scale.proj_in.kernel_size[0] // 2 for scale in self.to_qkv_multiscale), default=0)
+        return RowOp(
+            lambda rows: self.project(rows).flatten(3).permute(0, 3, 1, 2),
+            width,
+            3 * scales * width,
+            radius=radius,
+            live=scales * width * max(6, 3 + 6 * 4 / itemsize),
+        )
+
+    def attention_op(self, state: Tensor | None, itemsize: int) -> RowOp:
+        """`project` and `attend` with the state of all positions; None: to count memory only.
+
+        itemsize: bytes of a number. Alive, in widths of a scale: queries, keys and values, 3; in float32 queries, sums
+        and quotients, 3.1 with the denominators; and with several scales the result in two layouts, 2.
+        """
+        projection, width, scales = self.projection_op(itemsize), self.to_q.in_features, 1 + len(self.to_qkv_multiscale)
+        live = scales * width * ((5 if scales > 1 else 3) + 3.1 * 4 / itemsize)
+        return projection._replace(
+            apply=lambda rows: self.attend(rows, self.project(rows), state),
+            outputs=width,
+            live=max(live, projection.live),
+        )
 
 
 class GLUMBConv(nn.Module):
@@ -138,6 +181,11 @@ class GLUMBConv(nn.Module):
         inner = self.conv_depth(inner)
         value, gate = inner.chunk(2, dim=1)
         return self.norm(self.conv_point(value * F.silu(gate)), x)
+
+    def row_op(self) -> RowOp:
+        """One 3x3 convolution. Alive: value and gate before and after it, each of the inner width; a tenth more."""
+        width = self.conv_inverted.in_channels
+        return RowOp(self, width, width, radius=1, live=4.1 * EXPANSION * width, fixed=weight_copies(self))
 
 
 class EfficientViTBlock(nn.Module):
@@ -166,6 +214,12 @@ class Down(nn.Module):
         out = self.conv(x) if self.strided else pixel_unshuffle(self.conv(x))
         return out + average_unshuffle(x, out.shape[1]) if self.shortcut else out
 
+    def row_op(self) -> RowOp:
+        """One 3x3 convolution. Alive: x rearranged; out, the shortcut and their sum, of a quarter of the pixels."""
+        inputs, outputs = self.conv.in_channels, self.conv.out_channels * (1 if self.strided else 4)
+        live = inputs + 0.75 * outputs
+        return RowOp(self, inputs, outputs, radius=1, down=2, live=live, fixed=weight_copies(self))
+
 
 class Up(nn.Module):
     """Twice the size per side: a convolution, and a shortcut that repeats and rearranges channels."""
@@ -182,6 +236,15 @@ class Up(nn.Module):
         """x: (B, C, H, W). Returns (B, outputs, 2H, 2W)."""
         out = self.conv(x) if self.nearest else pixel_shuffle(self.conv(x))
         return add_shuffled(out, x) if self.shortcut else out
+
+    def row_op(self) -> RowOp:
+        """One 3x3 convolution. Alive: its result and that rearranged, of four times the pixels, and some for the rim.
+
+        The convolution of nearest neighbours has weights of its own: four of 2x2, which are copied once.
+        """
+        inputs, outputs = self.conv.in_channels, self.conv.out_channels // (1 if self.nearest else 4)
+        fixed = max(weight_copies(self), 2 * 16 * inputs * outputs if self.nearest else 0)
+        return RowOp(self, inputs, outputs, radius=1, up=2, live=8.5 * outputs, fixed=fixed)
 
 
 class Encoder(nn.Module):
@@ -214,6 +277,11 @@ class Encoder(nn.Module):
         """Features of the deepest stage to a latent. The shortcut averages consecutive channels."""
         out = self.conv_out(x)
         return out + x.unflatten(1, (out.shape[1], -1)).mean(dim=2) if self.shortcut else out
+
+    def head_op(self) -> RowOp:
+        """One 3x3 convolution. Alive: the latent and its shortcut, which are narrower than x; twice x is ample."""
+        width, latent = self.conv_out.in_channels, self.conv_out.out_channels
+        return RowOp(self.head, width, latent, radius=1, live=2 * width, fixed=weight_copies(self.conv_out))
 
 
 class Decoder(nn.Module):
@@ -251,13 +319,36 @@ class Decoder(nn.Module):
         repeats = out.shape[1] // ae_latent.shape[1]
         return out + ae_latent.repeat_interleave(repeats, dim=1) if self.shortcut else out
 
+    def stem_op(self) -> RowOp:
+        """One 3x3 convolution. Alive: its result, the shortcut and their sum."""
+        latent, width = self.conv_in.in_channels, self.conv_in.out_channels
+        return RowOp(self.stem, latent, width, radius=1, live=3 * width, fixed=weight_copies(self.conv_in))
+
     def head(self, x: Tensor) -> Tensor:
         """Features of the shallowest stage to an image."""
         return self.conv_out(self.activation(self.norm_out(x)))
 
+    def head_op(self) -> RowOp:
+        """That of `conv_out`, a convolution or an Up. Alive beside it: the norm's result and the activation's."""
+        out = row_op(self.conv_out)
+        return out._replace(apply=self.head, live=2 * out.inputs + out.live)
+
 
 def block(stage: StageConfig, build: Build) -> nn.Module:
     return EfficientViTBlock(stage, build) if stage.attention else ResBlock(stage, build)
+
+
+def row_op(module: nn.Module) -> RowOp:
+    """A module without attention as a row operation: as it says itself, or a 3x3 convolution with its result alive."""
+    if not isinstance(module, nn.Conv2d):
+        return module.row_op()
+    inputs, outputs = module.in_channels, module.out_channels
+    return RowOp(module, inputs, outputs, radius=1, live=outputs, fixed=weight_copies(module))
+
+
+def weight_copies(module: nn.Module) -> int:
+    """Numbers that a convolution may take to copy its weights into other layouts: two copies of a module's largest."""
+    return 2 * max(parameter.numel() for parameter in module.parameters())
 
 
 def pixel_shuffle(x: Tensor) -> Tensor:
@@ -271,9 +362,10 @@ def pixel_unshuffle(x: Tensor) -> Tensor:
 
 
 def add_shuffled(out: Tensor, x: Tensor) -> Tensor:
-    """Add to out (B, C', 2H, 2W), in place, the channels of x (B, C, H, W), each repeated 4C' / C times and pixel-shuffled.
+    """Add to out (B, C', 2H, 2W), in place, the channels of x (B, C, H, W), each 4C' / C times, pixel-shuffled.
 
-    The repetition is a broadcast: of the four pixels of a patch, 4, 2 or 1 share a channel of x, when C' is C, C / 2 or C / 4.
+    The repetition is a broadcast: of the four pixels of a patch, 4, 2 or 1 share a channel of x, when C' is C, C / 2 or
+    C / 4.
     """
     channels = out.shape[1]
     patches = rearrange(out, "b c (h dy) (w dx) -> b h w c dy dx", dy=2, dx=2)
@@ -299,7 +391,7 @@ def nearest_operations(operations: type | ModuleType) -> type:
     It happens where the layer applies its weights, so that a host may still cast or patch them on the way.
     """
 
-    class NearestConv2d(operations.Conv2d):  # type: ignore[name-defined]
+    class NearestConv2d(operations.Conv2d):
         def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return nearest_conv(x, weight, bias)
 
@@ -309,14 +401,13 @@ def nearest_operations(operations: type | ModuleType) -> type:
 def nearest_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """3x3 convolution of x (B, C, H, W) doubled by nearest neighbour: (B, outputs, 2H, 2W).
 
-    Every 2x2 patch of the result sees only 2x2 values, so one 2x2 convolution to four times the channels, with sums of the
-    weights, gives all of it at 4/9 of the work.
+    Every 2x2 patch of the result sees only 2x2 values, so one 2x2 convolution to four times the channels, with sums of
+    the weights, gives all of it at 4/9 of the work.
     """
     batch, _, height, width = x.shape
     outputs = weight.shape[0]
-    phases = F.conv2d(
-        x, phase_weights(weight), None if bias is None else bias.repeat(4), padding=1
-    )  # (B, 4C', H+1, W+1)
+    biases = None if bias is None else bias.repeat(4)
+    phases = F.conv2d(x, phase_weights(weight), biases, padding=1)  # (B, 4C', H+1, W+1)
     out = x.new_empty(batch, 2 * height, 2 * width, outputs).permute(0, 3, 1, 2)
     for dy in (0, 1):
         for dx in (0, 1):
@@ -326,7 +417,7 @@ def nearest_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def phase_weights(weight: Tensor) -> Tensor:
-    """Weights of a 3x3 convolution after doubling (C', C, 3, 3) to those of four 2x2 convolutions before it: (4C', C, 2, 2)."""
+    """Weights of a 3x3 convolution after doubling, (C', C, 3, 3), to four of 2x2 before it, (4C', C, 2, 2)."""
     # Which of three rows (columns) after doubling fall on which of two before it, for the first and the second phase.
     above, middle, below = torch.eye(3, dtype=weight.dtype, device=weight.device)
     shares = torch.stack([above, middle + below, above + middle, below]).unflatten(0, (2, 2))

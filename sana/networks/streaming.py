@@ -1,13 +1,13 @@
 """A DC-AE in bounded memory: the same image or latent, a few rows at a time.
 
 Everything in the networks of `autoencoder_layers.py` either looks at nearby rows (convolutions, norms) or, in linear
-attention, at a sum over all positions. So a network is a series of sweeps over the rows of a feature map. Each sweep applies
-one attention, whose sum the sweep before has formed, then everything up to the next one, whose sum it forms. Only the maps
-between sweeps are whole, and they are small, because only the deepest stages have attention. No tile is blended, nothing is
-approximated.
+attention, at a sum over all positions. So a network is a series of sweeps over the rows of a feature map. Each sweep
+applies one attention, whose sum the sweep before has formed, then everything up to the next one, whose sum it forms.
+Only the maps between sweeps are whole, and they are small, because only the deepest stages have attention. No tile is
+blended, nothing is approximated.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..config import HEAD_WIDTH
 from . import autoencoder_layers as layers
+from .rows import RowCursor, RowOp, RowStream, push
 
 LIBRARY_BYTES = 2**21  # left for what libraries take inside an operation
 # Kernels of some libraries end at tensors of 2^31 numbers. Within this many in all, beside each there is another one.
@@ -23,73 +24,11 @@ MOST_NUMBERS = 2**32
 WHOLE_MAPS_FROM = 3  # decoder stages from this index on are shallow enough in pixels to keep their map between sweeps
 
 
-class RowOp(NamedTuple):
-    """A part of a network whose output rows depend on nearby input rows only. Tensors are (1, C, rows, W)."""
-
-    apply: Callable[[Tensor], Tensor]
-    inputs: int  # channels
-    outputs: int
-    radius: int  # input rows needed on either side
-    up: int = 1  # output rows per input row
-    down: int = 1  # input rows per output row
-    live: float = 0.0  # numbers alive at the peak inside apply, per input pixel
-    fixed: int = 0  # numbers alive then, whatever the input
-
-
-class Advance(NamedTuple):
-    """What a RowOp has to do when rows of its input arrive. The held rows and the new ones together are its window."""
-
-    window: int  # rows
-    whole: int  # rows at the beginning of the window to apply the operation to
-    first: int  # output rows of that which are new and right: from this one ...
-    last: int  # ... to the one before this
-    kept: int  # rows at the end of the window to hold
-
-
-class RowCursor:
-    """Where a RowOp is in its input."""
-
-    def __init__(self, op: RowOp, rows: int) -> None:
-        self.op = op
-        self.rows = rows  # of the whole input
-        self.start = 0  # of the held rows in the input, a multiple of op.down
-        self.end = 0
-        self.done = 0  # output rows given so far
-
-    def advance(self, count: int) -> Advance:
-        op, start = self.op, self.start
-        self.end += count
-        whole = self.end // op.down * op.down
-        # Near the end of what is there, zero padding is right only if the image ends there.
-        complete = self.end if self.end == self.rows else max(0, whole - op.radius) // op.down * op.down
-        offset, ready = start * op.up // op.down, complete * op.up // op.down
-        first, self.done = self.done - offset, max(self.done, ready)
-        self.start = max(start, (complete - op.radius) // op.down * op.down)
-        return Advance(self.end - start, whole - start, first, self.done - offset, self.end - self.start)
-
-
-class RowStream:
-    """Takes the rows of an input as they come, and gives the rows of a RowOp's output that they complete."""
-
-    def __init__(self, op: RowOp, rows: int) -> None:
-        self.cursor = RowCursor(op, rows)
-        self.held: Tensor | None = None
-
-    def push(self, rows: Tensor) -> Tensor | None:
-        """The next input rows. Returns the next output rows, or None if none is complete yet."""
-        step = self.cursor.advance(rows.shape[2])
-        x = rows if self.held is None else torch.cat([self.held, rows], dim=2)
-        self.held = x[:, :, step.window - step.kept :].clone()
-        if step.last == step.first:
-            return None
-        return self.cursor.op.apply(x[:, :, : step.whole])[:, :, step.first : step.last]
-
-
 class RowSum:
     """Forms the state of an attention from the rows of its input as they come."""
 
     def __init__(self, attention: layers.MultiscaleLinearAttention, rows: int, itemsize: int) -> None:
-        self.stream = RowStream(projection_op(attention, itemsize), rows)
+        self.stream = RowStream(attention.projection_op(itemsize), rows)
         self.state: Tensor | None = None
 
     def push(self, rows: Tensor) -> None:
@@ -110,7 +49,7 @@ class Sweep:
 
     def chain(self, state: Tensor | None, itemsize: int) -> tuple[RowOp, ...]:
         """All row operations; state: of the applied attention."""
-        return self.ops if self.applied is None else (attention_op(self.applied, state, itemsize), *self.ops)
+        return self.ops if self.applied is None else (self.applied.attention_op(state, itemsize), *self.ops)
 
     @property
     def in_place(self) -> bool:
@@ -145,7 +84,7 @@ class Stretch(NamedTuple):
 
 
 def stream(network: layers.Encoder | layers.Decoder, x: Tensor, dtype: torch.dtype, max_bytes: int) -> Tensor:
-    """`network(x)` computed in dtype, for x (B, C, H, W), with max_bytes of memory beyond x, the result and the weights.
+    """`network(x)` in dtype, for x (B, C, H, W), with max_bytes of memory beyond x, the result and the weights.
 
     Images of a batch are processed one by one. The result has the dtype of x.
     Raises ValueError if max_bytes is less than processing one row at a time takes.
@@ -183,7 +122,7 @@ def suitable_bound(
 ) -> int | None:
     """max_bytes for an input of this shape (B, C, H, W); None: all at once.
 
-    free: bytes that may be taken; None: not known. An input with tensors of 2^31 numbers is never processed all at once.
+    free: bytes that may be taken; None: not known. An input with tensors of 2^31 numbers is never processed at once.
     """
     most = dtype.itemsize * MOST_NUMBERS
     bound = most if free is None else min(free, most)
@@ -195,7 +134,7 @@ def suitable_bound(
 def smaller_bound(
     network: layers.Encoder | layers.Decoder, shape: torch.Size, dtype: torch.dtype, max_bytes: int | None
 ) -> int | None:
-    """Half of max_bytes, or of what the whole takes, for another try after running out of memory; None: there is no less."""
+    """Half of max_bytes, or of what it all takes, to try again after running out of memory; None: there is no less."""
     taken, least = max_bytes or whole_bytes(network, shape, dtype), least_bytes(network, shape, dtype)
     return max(least, taken // 2) if taken > least else None
 
@@ -232,15 +171,6 @@ def run(
     return out, None if total is None else total.state
 
 
-def push(streams: list[RowStream], rows: Tensor) -> Tensor | None:
-    """Rows through a chain of operations. Returns the rows that come out at the end, None if none does yet."""
-    for operation in streams:
-        rows = operation.push(rows)
-        if rows is None:
-            return None
-    return rows
-
-
 def stretches(network: layers.Encoder | layers.Decoder, shape: torch.Size, dtype: torch.dtype) -> list[Stretch]:
     """The sweeps over an input of this shape (B, C, H, W)."""
     sweeps, size = plan(network, dtype.itemsize), Map(*shape[2:])
@@ -270,7 +200,7 @@ def working_numbers(sweep: Sweep, size: Map, band: int, itemsize: int) -> int:
     """Numbers alive at the peak of a sweep over a map of this size, `band` rows at a time, beside its whole maps."""
     ops = sweep.chain(None, itemsize)
     if sweep.summed is not None:
-        ops = (*ops, projection_op(sweep.summed, itemsize))
+        ops = (*ops, sweep.summed.projection_op(itemsize))
     sizes = [size]
     for op in ops:
         sizes.append(sizes[-1].after((op,)))
@@ -281,13 +211,12 @@ def working_numbers(sweep: Sweep, size: Map, band: int, itemsize: int) -> int:
         for k, (op, cursor) in enumerate(zip(ops, cursors, strict=True)):
             step = cursor.advance(count)
             columns = sizes[k].columns
-            held[k] = op.inputs * columns * step.kept
-            here = (op.inputs * (arriving + step.window) + op.live * step.whole) * columns + op.fixed
+            held[k] = op.inputs * columns * step.held.count
+            here = (op.inputs * (arriving + step.window.count) + op.live * step.used.count) * columns + op.fixed
             peak = max(peak, sum(held) + here)
-            count = step.last - step.first
+            count, arriving = step.given.count, step.made.count
             if count == 0:
                 break
-            arriving = step.whole * op.up // op.down
     return int(peak)
 
 
@@ -297,11 +226,11 @@ def plan(network: layers.Encoder | layers.Decoder, itemsize: int) -> list[Sweep]
     for part in _encoder_parts(network) if isinstance(network, layers.Encoder) else _decoder_parts(network):
         if isinstance(part, layers.EfficientViTBlock):
             sweeps[-1] = replace(sweeps[-1], summed=part.attn)
-            sweeps.append(Sweep(part.attn, (row_op(part.conv_out),)))
+            sweeps.append(Sweep(part.attn, (part.conv_out.row_op(),)))
         elif part is None:
             sweeps.append(Sweep(None, ()))
         else:
-            op = part if isinstance(part, RowOp) else row_op(part)
+            op = part if isinstance(part, RowOp) else layers.row_op(part)
             sweeps[-1] = replace(sweeps[-1], ops=(*sweeps[-1].ops, op))
     return [sweep for sweep in sweeps if sweep.ops]
 
@@ -310,85 +239,14 @@ def _encoder_parts(network: layers.Encoder) -> Iterator[nn.Module | RowOp]:
     yield network.conv_in
     for stage in network.down_blocks:
         yield from stage
-    width, latent = network.conv_out.in_channels, network.conv_out.out_channels
-    yield RowOp(network.head, width, latent, 1, live=2 * width, fixed=weight_copies(network.conv_out))
+    yield network.head_op()
 
 
 def _decoder_parts(network: layers.Decoder) -> Iterator[nn.Module | RowOp | None]:
     """None: a place to keep the whole map, which spares later bands the rows that deep convolutions share."""
-    latent, width = network.conv_in.in_channels, network.conv_in.out_channels
-    yield RowOp(network.stem, latent, width, 1, live=3 * width, fixed=weight_copies(network.conv_in))
+    yield network.stem_op()
     for i, stage in reversed(list(enumerate(network.up_blocks))):
         yield from stage
         if i >= WHOLE_MAPS_FROM and not any(isinstance(block, layers.EfficientViTBlock) for block in stage):
             yield None
-    yield head_op(network)
-
-
-# Live numbers are counted from each `forward`: what exists at once at its worst moment, beside its input. A convolution may
-# copy its weights into other layouts.
-
-
-def row_op(module: nn.Module) -> RowOp:
-    """A module without attention as a row operation."""
-    fixed = weight_copies(module)
-    if isinstance(module, layers.ResBlock):
-        width = module.conv1.in_channels
-        return RowOp(module, width, width, 2, live=3.1 * width, fixed=fixed)
-    if isinstance(module, layers.GLUMBConv):
-        width = module.conv_inverted.in_channels
-        return RowOp(module, width, width, 1, live=4.1 * layers.EXPANSION * width, fixed=fixed)
-    if isinstance(module, layers.Down):
-        inputs, outputs = module.conv.in_channels, module.conv.out_channels * (1 if module.strided else 4)
-        return RowOp(module, inputs, outputs, 1, down=2, live=inputs + 0.75 * outputs, fixed=fixed)
-    if isinstance(module, layers.Up):
-        inputs, outputs = module.conv.in_channels, module.conv.out_channels // (1 if module.nearest else 4)
-        return RowOp(
-            module,
-            inputs,
-            outputs,
-            1,
-            up=2,
-            live=8.5 * outputs,
-            fixed=max(fixed, 32 * inputs * outputs * module.nearest),
-        )
-    return RowOp(
-        module, module.in_channels, module.out_channels, 1, live=module.out_channels, fixed=fixed
-    )  # a convolution
-
-
-def head_op(network: layers.Decoder) -> RowOp:
-    """The end of a decoder: a norm, an activation, and a convolution or an `Up`."""
-    out = row_op(network.conv_out)
-    return out._replace(apply=network.head, live=2 * out.inputs + out.live)
-
-
-def weight_copies(module: nn.Module) -> int:
-    return 2 * max(parameter.numel() for parameter in module.parameters())
-
-
-def attention_op(attention: layers.MultiscaleLinearAttention, state: Tensor | None, itemsize: int) -> RowOp:
-    """An attention whose sum is known, as a row operation. Its sums are float32."""
-    projection = projection_op(attention, itemsize)
-    width, branches = projection.inputs, projection.outputs / (3 * projection.inputs)
-    live = branches * width * (5 + 3.1 * 4 / itemsize) if branches > 1 else width * (3 + 3.1 * 4 / itemsize)
-    return projection._replace(
-        apply=lambda rows: attention.attend(rows, attention.project(rows), state),
-        outputs=width,
-        live=max(live, projection.live),
-    )
-
-
-def projection_op(attention: layers.MultiscaleLinearAttention, itemsize: int) -> RowOp:
-    """Queries, keys and values as planes (1, h * 96, rows, W), with room to form the sum of an attention."""
-    width = attention.to_q.in_features
-    radius = max((scale.proj_in.kernel_size[0] // 2 for scale in attention.to_qkv_multiscale), default=0)
-    branches = 1 + len(attention.to_qkv_multiscale)
-    live = branches * width * max(6, 3 + 6 * 4 / itemsize)
-    return RowOp(
-        lambda rows: attention.project(rows).flatten(3).permute(0, 3, 1, 2),
-        width,
-        3 * branches * width,
-        radius,
-        live=live,
-    )
+    yield network.head_op()
