@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from sana.checkpoints.names import with_convolutions
 from sana.checkpoints.text_encoder import stored_companions
 from sana.config import VARIANTS
+from sana.networks.memory import GIB
 from sana.text.text_encoder import JsonTokenizer
 from tests.host import second_device
 from tests.host.boot import Host, boot
@@ -27,7 +28,7 @@ from tests.sana.models import tokenizer_json
 
 from .cases import AUTOENCODER
 from .machine import device_name, write_result
-from .memory import DTYPE, GIB, LONG_PROMPT, gibibytes
+from .memory import DTYPE, LONG_PROMPT, gibibytes
 from .networks import autoencoder_pair, gemma_pair, transformer_pair
 
 NAME = "random.safetensors"

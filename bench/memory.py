@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from sana.config import LATENT_CHANNELS, VARIANTS
+from sana.networks.memory import GIB
 from sana.networks.streaming import least_bytes
 from sana.networks.transformer import WORKING_BYTES
 
@@ -23,7 +24,6 @@ from .race import peak_memory
 
 DTYPE = torch.bfloat16
 SIDES = (1024, 2048, 4096)
-GIB = 2**30
 CARD = 8  # GiB
 LONG_PROMPT = " ".join(["word"] * 280)
 

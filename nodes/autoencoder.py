@@ -2,10 +2,10 @@
 
 from comfy_api.latest import io
 
+from ..sana.networks.memory import GIB
 from .host.vae import SanaVAE
 
 CATEGORY = "SANA/latent"
-GIB = 2**30
 
 
 def vae_input() -> io.Vae.Input:

@@ -2,7 +2,6 @@
 
 import logging
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -17,15 +16,13 @@ from ...sana.checkpoints.autoencoder import autoencoder_tensors, detect_autoenco
 from ...sana.checkpoints.files import CheckpointError, TensorFile, read_tensors
 from ...sana.checkpoints.filling import check_tensors
 from ...sana.config import LATENT_CHANNELS
-from ...sana.networks.autoencoder import DCAutoencoder, check_finite, is_out_of_memory
+from ...sana.networks.autoencoder import DCAutoencoder, check_finite
 from ...sana.networks.autoencoder_layers import Decoder, Encoder
-from ...sana.networks.streaming import least_bytes, smaller_bound, suitable_bound, whole_bytes
+from ...sana.networks.devices import FREE_SHARE
+from ...sana.networks.memory import GIB, Run, is_out_of_memory, run_within_memory
+from ...sana.networks.streaming import least_bytes, suitable_bound, whole_bytes
 
-log = logging.getLogger(__name__)
-
-SHARE = 0.8  # of the free memory that encoding or decoding may take
-GIB = 2**30
-SMALL_BYTES = GIB  # bound for the nodes that are called tiled, and after running out of memory
+SMALL_BYTES = GIB  # bound for the nodes that are called tiled; and the host is asked to free no more beforehand
 WORKING_DTYPES = [torch.bfloat16, torch.float32]  # float16 overflows: black pictures
 
 
@@ -106,10 +103,13 @@ class SanaVAE(comfy.sd.VAE):
     def _small(self, network: Encoder | Decoder, shape: torch.Size) -> int:
         return max(SMALL_BYTES, least_bytes(network, shape, self.vae_dtype))
 
-    def _run(
-        self, network: Encoder | Decoder, run: Callable[[Tensor, int | None], Tensor], x: Tensor, max_bytes: int | None
-    ) -> Tensor:
+    def _run(self, network: Encoder | Decoder, run: Run, x: Tensor, max_bytes: int | None) -> Tensor:
         """Encode or decode a batch, one image at a time. After running out of memory, go on within half as much."""
+
+        def run_one(part: Tensor, bound: int | None) -> Tensor:
+            out = check_finite(run(part.to(self.device, self.vae_dtype), bound), self.vae_dtype)
+            return out.to(self.output_device, self.vae_output_dtype())
+
         least = least_bytes(network, x.shape, self.vae_dtype)
         if max_bytes is not None and max_bytes < least:
             raise ValueError(
@@ -118,27 +118,22 @@ class SanaVAE(comfy.sd.VAE):
             )
         needed = max_bytes or self.working_bytes(network, x.shape)
         management.load_models_gpu([self.patcher], memory_required=needed)
-        bound, parts = max_bytes or self._free_bound(network, x.shape), []
+        bound = max_bytes or self._free_bound(network, x.shape)
         with _device_context(self.device):
-            while len(parts) < len(x):
-                part = x[len(parts) : len(parts) + 1].to(self.device, self.vae_dtype)
-                try:
-                    out = check_finite(run(part, bound), self.vae_dtype)
-                    parts.append(out.to(self.output_device, self.vae_output_dtype()))
-                    continue
-                except Exception as error:  # of several kinds, some of which the host has to clear away
-                    less = smaller_bound(network, x.shape, self.vae_dtype, bound)
-                    scarce = management.is_oom(error) or is_out_of_memory(error)
-                    if not scarce or less is None or management.is_device_cpu(self.device):
-                        raise
-                bound = less
-                log.warning("Out of memory in the autoencoder; going on within %.1f GiB.", bound / GIB)
-                management.soft_empty_cache()  # here, where no error holds on to what was computed
-        return torch.cat(parts)
+            parts = run_within_memory(
+                run_one,
+                network,
+                x.split(1),
+                self.vae_dtype,
+                bound,
+                is_scarce=_is_out_of_memory,
+                make_room=management.soft_empty_cache,
+            )
+            return torch.cat([*parts])
 
     def _free_bound(self, network: Encoder | Decoder, shape: torch.Size) -> int | None:
         """A bound that suits what is free now, or what the host would free of other models; None: all at once."""
-        free = int(SHARE * self.patcher.get_free_memory(self.device))
+        free = int(FREE_SHARE * self.patcher.get_free_memory(self.device))
         return suitable_bound(network, shape, self.vae_dtype, free)
 
 
@@ -173,6 +168,11 @@ def _set_host_attributes(vae: comfy.sd.VAE) -> None:
 
 def _is_not_about_empty_files(record: logging.LogRecord) -> bool:
     return "No VAE weights detected" not in record.getMessage()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """As the host says, which clears such an error away, or as a library below PyTorch does."""
+    return management.is_oom(error) or is_out_of_memory(error)
 
 
 def _device_context(device: torch.device) -> object:

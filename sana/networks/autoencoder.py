@@ -1,7 +1,5 @@
 """The deep-compression autoencoder (DC-AE, arXiv 2410.10733): images to latents 32 times smaller per side, and back."""
 
-import logging
-from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -11,23 +9,11 @@ from ..config import AutoencoderConfig
 from .autoencoder_layers import Decoder, Encoder
 from .devices import free_bytes
 from .layers import Build
+from .memory import Run, run_within_memory
 from .operations import Operations
-from .streaming import smaller_bound, stream, suitable_bound
+from .streaming import stream, suitable_bound
 
-# What PyTorch, cuDNN, cuBLAS and Metal say for want of memory, some of them in a plain RuntimeError.
-MEMORY_MESSAGES = (
-    "out of memory",
-    "unable to find an engine",
-    "cudnn_status_alloc_failed",
-    "cublas_status_alloc_failed",
-    "cublas_status_not_initialized",
-    "invalid buffer size",
-)
 LARGE_PIXELS = 2**23  # pictures with fewer have no tensor of 2^31 numbers
-
-log = logging.getLogger(__name__)
-
-Run = Callable[[Tensor, int | None], Tensor]  # (input, max_bytes) -> output
 
 
 class DCAutoencoder(nn.Module):
@@ -115,15 +101,7 @@ def _within_memory(
 ) -> Tensor:
     if max_bytes is None:  # not left to an error: drivers may take memory of the CPU instead, which is far slower
         max_bytes = suitable_bound(network, x.shape, dtype, free_bytes(next(network.parameters()).device))
-    while True:
-        try:
-            return check_finite(run(x, max_bytes), dtype)
-        except RuntimeError as error:
-            less = smaller_bound(network, x.shape, dtype, max_bytes) if is_out_of_memory(error) else None
-            if less is None:
-                raise
-        max_bytes = less
-        log.warning("Out of memory in the autoencoder; going on within %.1f GiB.", max_bytes / 2**30)
+    return check_finite(next(run_within_memory(run, network, [x], dtype, max_bytes)), dtype)
 
 
 def check_finite(result: Tensor, dtype: torch.dtype) -> Tensor:
@@ -134,8 +112,3 @@ def check_finite(result: Tensor, dtype: torch.dtype) -> Tensor:
             "given: try another file or picture"
         )
     return result
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether PyTorch or a library below it says that there is no memory left."""
-    return any(message in str(error).lower() for message in MEMORY_MESSAGES)
