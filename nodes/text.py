@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..sana.text.prompt import INSTRUCTION, window
-from .host.clip import ENCODER, SanaTextModel
+from ..sana.text.prompt import INSTRUCTION
+from .host.clip import SanaTextModel
 from .host.report import report
 
 CATEGORY = "SANA/conditioning"
@@ -48,12 +48,10 @@ class GemmaTextEncode(io.ComfyNode):
         if not isinstance(getattr(clip, "cond_stage_model", None), SanaTextModel):
             raise ValueError("this CLIP is not Gemma-2; connect the CLIP of Load SANA or Load SANA text encoder")
         before = {OFFICIAL: INSTRUCTION, NONE: None, CUSTOM: custom_instruction or None}[instruction]
-        tokens = clip.tokenize(text, instruction=before)
-        kept = window(len(clip.tokenize("", instruction=before)[ENCODER][0]) if before else 0)
-        length = len(tokens[ENCODER][0])
-        lost = f", {kept.lost(length)} cut off" if kept.lost(length) else ""
-        report(cls, f"{kept.rows(length)} of 300 tokens{lost}")
-        return io.NodeOutput(clip.encode_from_tokens_scheduled(tokens))
+        (count,) = clip.cond_stage_model.encoder.count([text], before)
+        lost = f", {count.lost} cut off" if count.lost else ""
+        report(cls, f"{count.used} of 300 tokens{lost}")
+        return io.NodeOutput(clip.encode_from_tokens_scheduled(clip.tokenize(text, instruction=before)))
 
 
 NODES = (GemmaTextEncode,)

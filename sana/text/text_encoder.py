@@ -81,9 +81,7 @@ class GemmaTextEncoder(nn.Module):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
-        self._prefixes: dict[
-            str, tuple[object, Prefix]
-        ] = {}  # by instruction, with the weights they were computed with
+        self._prefixes: dict[str, tuple[object, Prefix]] = {}  # by instruction, with the version of the weights
 
     @property
     def dtype(self) -> torch.dtype:
