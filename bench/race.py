@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from sana.networks.operations import ONEDNN_LINEAR, Operations
+from sana.networks.onednn import ONEDNN_LINEAR
+from sana.networks.operations import Operations
 
 Call = Callable[[], Tensor]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sana.networks import operations
+from sana.networks import onednn
 from sana.networks.operations import Operations
 
 INPUTS, OUTPUTS = 48, 80
@@ -22,8 +22,8 @@ def layer() -> Operations.Linear:
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """What oneDNN was given."""
-    found, onednn = [], operations.ONEDNN_LINEAR
-    monkeypatch.setattr(operations, "ONEDNN_LINEAR", lambda x, *others: found.append(x) or onednn(x, *others))
+    found, function = [], onednn.ONEDNN_LINEAR
+    monkeypatch.setattr(onednn, "ONEDNN_LINEAR", lambda x, *others: found.append(x) or function(x, *others))
     return found
 
 
@@ -71,10 +71,10 @@ def test_linear_in_bfloat16_with_a_bias_is_that_of_pytorch(layer: Operations.Lin
     x = torch.randn(2, 70, INPUTS, dtype=torch.bfloat16)
     expected = F.linear(x.float(), layer.weight.float(), layer.bias.float())
     torch.testing.assert_close(layer(x).float(), expected, rtol=2**-8, atol=1e-3)
-    assert len(taken) == operations.ONEDNN_HAS_BFLOAT16
+    assert len(taken) == onednn.ONEDNN_HAS_BFLOAT16
     layer.bias = None
     assert torch.equal(layer(x), F.linear(x, layer.weight))
-    assert len(taken) == operations.ONEDNN_HAS_BFLOAT16
+    assert len(taken) == onednn.ONEDNN_HAS_BFLOAT16
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
@@ -129,7 +129,7 @@ def test_whoever_watches_sees_the_linear_of_pytorch(
 
 @torch.no_grad()
 def test_without_onednn_linear_is_that_of_pytorch(layer: Operations.Linear, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operations, "ONEDNN_LINEAR", None)
+    monkeypatch.setattr(onednn, "ONEDNN_LINEAR", None)
     x = torch.randn(3, INPUTS)
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
 
