@@ -4,7 +4,7 @@ import torch
 from comfy_api.latest import io
 
 from ..sana.config import DEFAULT_GUIDANCE_SCALE
-from ..sana.sampling.schedule import MAX_ANGLE, PAPER_ANGLES, TWO_STEP_ANGLE, partial_sigmas, scm_angles
+from ..sana.sampling.schedule import MAX_ANGLE, PAPER_ANGLES, TWO_STEP_ANGLE, angle_sigmas, partial_sigmas, scm_angles
 from .host.perturbed import perturb_attention
 from .host.report import report
 from .host.sampler import (
@@ -327,8 +327,7 @@ class SCMScheduler(io.ComfyNode):
     @classmethod
     def execute(cls, steps: int, max_angle: float, intermediate_angle: float, paper_angles: bool) -> io.NodeOutput:
         angles = scm_angles(steps, max_angle=max_angle, intermediate_angle=intermediate_angle, paper=paper_angles)
-        sigmas = angles.sin() / (angles.sin() + angles.cos())
-        return io.NodeOutput(sigmas.clamp(max=1))  # 1.5708 is a little above pi / 2
+        return io.NodeOutput(angle_sigmas(angles).clamp(max=1))  # 1.5708 is a little above pi / 2
 
 
 class SCMSampler(io.ComfyNode):

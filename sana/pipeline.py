@@ -23,8 +23,8 @@ from .networks.streaming import check_bound
 from .networks.transformer import SanaTransformer
 from .sampling.guidance import Condition, Guidance, Reference, guided_denoiser, inpainting_denoiser, scm_denoiser
 from .sampling.resolution import check_size, nearest_bucket
-from .sampling.schedule import flow_euler_sigmas, partial_sigmas, scm_angles
-from .sampling.solvers import SCM_DEVIATION, SOLVERS, Step, scm_steps
+from .sampling.schedule import angle_sigmas, flow_euler_sigmas, partial_sigmas, scm_angles
+from .sampling.solvers import SOLVERS, Step, scm_start, scm_steps
 from .text.prompt import DIFFUSERS_INSTRUCTION, INSTRUCTION
 from .text.text_encoder import GemmaTextEncoder
 
@@ -200,7 +200,7 @@ class SanaPipeline:
 
     def step_count(self, settings: Settings) -> int:
         """How many steps `sample` takes. Raises ValueError for a schedule that cannot be."""
-        return len(self._angles(settings) if self.identity.config.guidance_embed else self._sigmas(settings)) - 1
+        return len(self._sprint_sigmas(settings) if self.identity.config.guidance_embed else self._sigmas(settings)) - 1
 
     def record(self, prompt: str, settings: Settings) -> dict[str, object]:
         """Everything needed to draw a picture again with the same model, as JSON values.
@@ -278,31 +278,30 @@ class SanaPipeline:
             raise ValueError(
                 f"Sprint models do not take {' and '.join(unused)}; leave that out, or use another SANA model"
             )
-        angles = self._angles(settings)
+        sigmas = self._sprint_sigmas(settings)
+        first = float(sigmas[0])
         generators = self._generators(len(prompts), settings)
-        noise = torch.cat([self._draw(generator, settings) for generator in generators]) * SCM_DEVIATION
-        x = noise
+
+        def draw(like: Tensor | None = None) -> Tensor:
+            return torch.cat([self._draw(generator, settings) for generator in generators])
+
+        noise = draw()
+        x = scm_start(noise, first)
         if settings.image is not None:
-            if angles[0] == scm_angles(1)[0]:
+            if first >= 1:
                 log.warning(
                     "With this strength and number of steps nothing of the image is kept; use less, or more steps."
                 )
-            clean = self._encode_image(settings) * SCM_DEVIATION
-            x = torch.cos(angles[0]).to(noise) * clean + torch.sin(angles[0]).to(noise) * noise
+            x = torch.lerp(self._encode_image(settings).expand_as(noise), noise, first)
         cond = self._encode_prompts(prompts, settings)
         denoise = scm_denoiser(self.transformer, cond, self._guidance(settings).scale, velocity=self.velocity)
+        yield from scm_steps(denoise, x, sigmas, draw)
 
-        def fresh(like: Tensor) -> Tensor:
-            return torch.cat([self._draw(generator, settings) for generator in generators]).to(like)
-
-        for step in scm_steps(denoise, x, angles, fresh):
-            yield step._replace(denoised=step.denoised / SCM_DEVIATION, next_x=step.next_x / SCM_DEVIATION)
-
-    def _angles(self, settings: Settings) -> Tensor:
-        """Angles for Sprint. With an image, the first ones are left out: pipeline_sana_sprint_img2img.py of diffusers."""
+    def _sprint_sigmas(self, settings: Settings) -> Tensor:
+        """The grid of Sprint. With an image, the first levels are left out: pipeline_sana_sprint_img2img.py of diffusers."""
         angles = scm_angles(SPRINT_STEPS if settings.steps is None else settings.steps)
         steps = len(angles) - 1
-        return angles[int(max(steps - steps * settings.noise_share, 0)) :]
+        return angle_sigmas(angles[int(max(steps - steps * settings.noise_share, 0)) :])
 
     def _sigmas(self, settings: Settings) -> Tensor:
         steps = DEFAULT_STEPS if settings.steps is None else settings.steps

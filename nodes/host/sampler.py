@@ -1,7 +1,7 @@
 """Our solvers as samplers of the host, its noise from seeds, and guidance within an interval."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import comfy.model_sampling
 import comfy.sample
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...sana.images import to_cells
 from ...sana.sampling.guidance import Guidance
-from ...sana.sampling.solvers import Denoiser, Step, flow_dpm_steps
+from ...sana.sampling.solvers import Denoiser, Step, flow_dpm_steps, scm_start, scm_steps
 from .model import SanaModel
 from .run import GUIDANCE_EMBED, REFERENCE, follow_runs
 
@@ -67,23 +67,9 @@ def flow_dpm_sampler() -> comfy.samplers.KSAMPLER:
     return comfy.samplers.KSAMPLER(sample_flow_dpm)
 
 
-def scm_sampler(shape: torch.Size, seeds: Sequence[int]) -> comfy.samplers.KSAMPLER:
-    """The consistency sampler of Sprint as a SAMPLER for a latent of this shape (B, C, H, W).
-
-    At an angle with sigma = sin / (sin + cos), Sprint's x and the flow's differ by a factor alone, so a step goes to the
-    denoised latent and puts fresh noise of the next sigma on it. seeds: of the noise of each image.
-    """
-    draw = noise_source(shape, seeds)
-
-    def steps(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
-        draw()  # what the latent started from
-        for i in range(len(sigmas) - 1):
-            denoised = denoise(x, sigmas[i])
-            next_x = torch.lerp(denoised, draw().to(x), float(sigmas[i + 1]))
-            yield Step(i, x, denoised, next_x)
-            x = next_x
-
-    return comfy.samplers.KSAMPLER(host_sampler(steps))
+def scm_sampler(draw: Callable[[], Tensor]) -> comfy.samplers.KSAMPLER:
+    """The consistency sampler of Sprint as a SAMPLER, which draws the noise of each step."""
+    return comfy.samplers.KSAMPLER(host_sampler(partial(scm_steps, noise=lambda like: draw().to(like))))
 
 
 def noise_source(shape: torch.Size, seeds: Sequence[int]) -> Callable[[], Tensor]:
@@ -180,16 +166,17 @@ def sample_seeded(
     places = latent.get("batch_index") or []
     numbers = places if len(places) == len(samples) else range(len(samples))
     seeds = [(seed + k) % 2**64 for k in numbers]
-    noise = noise_source(samples.shape, seeds)()
+    draw = noise_source(samples.shape, seeds)
+    noise = draw()
     first = float(sigmas[0]) if len(sigmas) else 0.0
     if whole and first and not samples.any():
-        # The host multiplies by the first sigma. SANA starts from noise as it is, Sprint so at its angle, see `scm_sampler`.
-        noise = noise / first if sampler else noise * (math.hypot(first, 1 - first) / first)
+        # The host multiplies by the first sigma. SANA starts from noise as it is, Sprint from `scm_start`.
+        noise = (noise if sampler else scm_start(noise, first)) / first
     steps = len(sigmas) - 1
     out = guider.sample(
         noise,
         samples,
-        sampler or scm_sampler(samples.shape, seeds),
+        sampler or scm_sampler(draw),
         sigmas,
         denoise_mask=latent_mask(latent, samples.shape),
         callback=latent_preview.prepare_callback(guider.model_patcher, steps),

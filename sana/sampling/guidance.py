@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..networks.transformer import Modulation, SanaTransformer, TextContext
-from .solvers import SCM_DEVIATION, AngleDenoiser, Denoiser
+from .solvers import Denoiser
 
 GUIDANCE_EMBED_SCALE = 0.1  # NVlabs/Sana diffusion/model/nets/sana_multi_scale.py, SanaMSCM, cfg_embed_scale
 
@@ -35,10 +35,7 @@ class Guidance:
     """
 
     scale: float = 4.5  # w in uncond + w * (cond - uncond); 1: no guidance, one evaluation a step
-    interval: tuple[float, float] = (
-        0.0,
-        1.0,
-    )  # guidance acts at noise levels strictly between these; 1 includes pure noise
+    interval: tuple[float, float] = (0.0, 1.0)  # it acts at noise levels strictly between; 1 includes pure noise
     perturbed_scale: float = 0.0  # of perturbed-attention guidance (arXiv 2403.17377); 0: off
     perturbed_blocks: frozenset[int] = frozenset({8})  # whose self-attention becomes the identity
     reference: Reference = "nvlabs"  # whose mask the unconditional branch gets: the prompt's, or (diffusers) its own
@@ -105,22 +102,18 @@ def guided_denoiser(
 
 def scm_denoiser(
     transformer: SanaTransformer, cond: Condition, guidance_scale: float, *, velocity: Velocity | None = None
-) -> AngleDenoiser:
-    """The denoiser of Sprint, whose network is one of the flow family, in its trigonometric flow.
+) -> Denoiser:
+    """The denoiser of Sprint, in the scale of a flow (arXiv 2503.09641, section 3.1).
 
-    arXiv 2503.09641, section 3.1: at an angle with sigma = sin / (sin + cos), x / 0.5 / (sin + cos) is the flow's x, and clean
-    latents agree. x has a standard deviation near 0.5. The guidance scale is an input of the network.
+    The network takes sigma itself as its time, and the guidance scale as an input.
     """
     velocity = velocity or transformer.velocity
     context = transformer.text_context(cond.text.to(transformer.dtype), cond.text_mask)
 
-    def denoise(x: Tensor, angle: Tensor) -> Tensor:
-        total = math.sin(angle) + math.cos(angle)
-        sigma, flow_x = math.sin(angle) / total, x / (SCM_DEVIATION * total)
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         ones = torch.ones(len(x), device=x.device)
-        modulation = transformer.modulation(sigma * ones, GUIDANCE_EMBED_SCALE * guidance_scale * ones)
-        v = velocity(flow_x.to(transformer.dtype), modulation, context).float()
-        return SCM_DEVIATION * (flow_x - sigma * v)
+        modulation = transformer.modulation(float(sigma) * ones, GUIDANCE_EMBED_SCALE * guidance_scale * ones)
+        return x - float(sigma) * velocity(x.to(transformer.dtype), modulation, context).float()
 
     return denoise
 

@@ -47,7 +47,7 @@ def flow_euler_sigmas(steps: int, flow_shift: float) -> Tensor:
 def scm_angles(
     steps: int, *, max_angle: float = MAX_ANGLE, intermediate_angle: float | None = TWO_STEP_ANGLE, paper: bool = False
 ) -> Tensor:
-    """Angles of Sprint's trigonometric flow, (steps + 1,) float32 falling to 0 radians; sigma is sin / (sin + cos).
+    """Angles of Sprint's trigonometric flow, (steps + 1,) float32 falling to 0 radians; see `angle_sigmas`.
 
     intermediate_angle: the middle of a two-step schedule; None, or any other number of steps: evenly spaced.
     paper: the angles of the paper's table 7 instead, for 1, 2 or 4 steps. Raises ValueError for other steps with `paper`,
@@ -74,6 +74,15 @@ def check_angles(angles: Sequence[float]) -> Tensor:
     if len(angles) < 2 or not falling or angles[0] > math.pi / 2 + 1e-4 or angles[-1] != 0:
         raise ValueError(f"angles are {list(angles)}; they must fall strictly, from at most 1.5708 to 0 radians")
     return torch.tensor(angles, dtype=torch.float32)
+
+
+def angle_sigmas(angles: Tensor) -> Tensor:
+    """The noise level of each angle of Sprint's flow, sin / (sin + cos), in the dtype of the angles.
+
+    There x / 0.5 / (sin + cos) is the x of a flow, and clean latents / 0.5 are those of the flow (arXiv 2503.09641,
+    section 3.1). MAX_ANGLE, which is a little above pi / 2, gives a little more than 1.
+    """
+    return angles.sin() / (angles.sin() + angles.cos())
 
 
 def partial_sigmas(steps: int, flow_shift: float, strength: float = 1.0) -> Tensor:

@@ -11,10 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .schedule import half_log_snr
+from .schedule import angle_sigmas, half_log_snr
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x (B, C, H, W), sigma ()) -> denoised (B, C, H, W)
-AngleDenoiser = Callable[[Tensor, Tensor], Tensor]  # the same at an angle () in radians
 OnStep = Callable[[int, Tensor, Tensor], None]  # (step, x before it, denoised)
 Noise = Callable[[Tensor], Tensor]  # a latent -> fresh standard normal noise of its shape
 
@@ -52,14 +51,25 @@ def flow_euler_steps(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[S
         x = next_x
 
 
-def scm_steps(denoise: AngleDenoiser, x: Tensor, angles: Tensor, noise: Noise) -> Iterator[Step]:
-    """`scm_solver`, step by step."""
-    for i in range(len(angles) - 1):
-        denoised = denoise(x, angles[i])
-        fresh = noise(x) * SCM_DEVIATION
-        next_x = math.cos(angles[i + 1]) * denoised + math.sin(angles[i + 1]) * fresh
+def scm_steps(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[Step]:
+    """`scm_solver` in the scale of a flow, step by step: each goes to the denoised latent and puts fresh noise on it.
+
+    x: (B, C, H, W) at sigmas[0]; `scm_start` makes it of noise alone. sigmas: (steps + 1,), falling to 0; those of
+    Sprint's angles are `schedule.angle_sigmas`.
+    """
+    for i in range(len(sigmas) - 1):
+        denoised = denoise(x, sigmas[i])
+        next_x = torch.lerp(denoised, noise(x), float(sigmas[i + 1]))
         yield Step(i, x, denoised, next_x)
         x = next_x
+
+
+def scm_start(noise: Tensor, sigma: float) -> Tensor:
+    """What Sprint samples from without an image: standard normal noise (B, C, H, W), in the scale of a flow at sigma.
+
+    In Sprint's own scale it is the same at every angle.
+    """
+    return noise * (SCM_DEVIATION / _scm_factor(sigma))
 
 
 def flow_dpm_solver(denoise: Denoiser, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:
@@ -78,14 +88,35 @@ def flow_euler(denoise: Denoiser, x: Tensor, sigmas: Tensor, on_step: OnStep | N
 
 
 def scm_solver(
-    denoise: AngleDenoiser, x: Tensor, angles: Tensor, on_step: OnStep | None = None, *, noise: Noise = torch.randn_like
+    denoise: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    angles: Tensor,
+    on_step: OnStep | None = None,
+    *,
+    noise: Noise = torch.randn_like,
 ) -> Tensor:
     """Multi-step sampling of a continuous-time consistency model, for Sprint (arXiv 2503.09641, algorithm 2).
 
-    x: (B, C, H, W), 0.5 times standard normal noise; angles: (steps + 1,), falling to 0; noise: called once a step, at the
-    last one too, as the references do. Returns the clean latent, still times 0.5.
+    denoise: (x, angle () in radians) -> denoised. x: (B, C, H, W), 0.5 times standard normal noise; angles:
+    (steps + 1,), falling to 0; noise: called once a step, at the last one too, as the references do. Returns the clean
+    latent, still times 0.5, which is also the scale of what denoise and on_step see.
     """
-    return _last(scm_steps(denoise, x, angles, noise), x, on_step)
+
+    def flow_denoise(flow_x: Tensor, sigma: Tensor) -> Tensor:
+        angle = torch.atan2(sigma, 1 - sigma).to(angles)
+        return denoise(flow_x * _scm_factor(float(sigma)), angle) / SCM_DEVIATION
+
+    sigmas = angle_sigmas(angles.double())
+    for step in scm_steps(flow_denoise, x / _scm_factor(float(sigmas[0])), sigmas, noise):
+        if on_step is not None:
+            on_step(step.index, step.x * _scm_factor(float(sigmas[step.index])), step.denoised * SCM_DEVIATION)
+        x = step.next_x * _scm_factor(float(sigmas[step.index + 1]))
+    return x
+
+
+def _scm_factor(sigma: float) -> float:
+    """Sprint's x as a multiple of the flow's, 0.5 * (sin + cos), where sigma is sin / (sin + cos) of an angle."""
+    return SCM_DEVIATION / math.hypot(sigma, 1 - sigma)
 
 
 # Solvers that take a flow schedule, by the name the shell and the host show.

@@ -177,13 +177,13 @@ def test_scm_denoiser_is_the_trigonometric_form_of_the_flow(angle: float, guidan
     """NVlabs/Sana diffusion/model/nets/sana_multi_scale.py, SanaMSCM: written out, in float64."""
     network = transformer(SPRINT)
     x = 0.5 * X
-    denoised = scm_denoiser(network, COND, guidance_scale)(x, torch.tensor(angle))
     a = math.sin(angle) / (math.sin(angle) + math.cos(angle))
     norm = math.sqrt(a**2 + (1 - a) ** 2)
     flow_x = x / 0.5 * norm
     guidance_embed = torch.full((2,), 0.1 * guidance_scale)
     v = network(flow_x, torch.full((2,), a), *COND, guidance_embed)
     f = ((1 - 2 * a) * flow_x + (1 - 2 * a + 2 * a**2) * v) / norm
+    denoised = 0.5 * scm_denoiser(network, COND, guidance_scale)(flow_x, torch.tensor(a))
     torch.testing.assert_close(denoised, math.cos(angle) * x - math.sin(angle) * 0.5 * f, **ROUNDING)
     assert GUIDANCE_EMBED_SCALE == 0.1
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SCMScheduler
 from torch import Tensor
 
-from sana.sampling.schedule import check_angles, flow_euler_sigmas, flow_sigmas, scm_angles
+from sana.sampling.schedule import angle_sigmas, check_angles, flow_euler_sigmas, flow_sigmas, scm_angles
 from sana.sampling.solvers import (
     SCM_DEVIATION,
     SOLVERS,
@@ -18,6 +18,7 @@ from sana.sampling.solvers import (
     flow_dpm_steps,
     flow_euler,
     scm_solver,
+    scm_start,
     scm_steps,
 )
 
@@ -78,7 +79,7 @@ def test_flow_euler_is_that_of_diffusers(steps: int, flow_shift: float) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
+ANGLES = pytest.mark.parametrize(
     "angles",
     [
         scm_angles(1),
@@ -91,6 +92,9 @@ def test_flow_euler_is_that_of_diffusers(steps: int, flow_shift: float) -> None:
     ],
     ids=lambda angles: "-".join(f"{angle:.2f}" for angle in angles),
 )
+
+
+@ANGLES
 def test_scm_solver_is_that_of_diffusers(angles: Tensor) -> None:
     scheduler = SCMScheduler()
     scheduler.set_timesteps(len(angles) - 1, timesteps=angles, max_timesteps=None, intermediate_timesteps=None)
@@ -100,15 +104,65 @@ def test_scm_solver_is_that_of_diffusers(angles: Tensor) -> None:
         out = velocity(x, 1000 * float(angle))
         x, denoised = scheduler.step(out, angle, x, generator=generator, return_dict=False)
 
-    def denoise(x: Tensor, angle: Tensor) -> Tensor:
-        return math.cos(angle) * x - math.sin(angle) * velocity(x, 1000 * float(angle))
-
     own = torch.Generator().manual_seed(3)
-    found = scm_solver(
-        denoise, noise() * SCM_DEVIATION, angles, noise=lambda like: torch.randn(like.shape, generator=own)
-    )
+    start = noise() * SCM_DEVIATION
+    found = scm_solver(toy_sprint_denoise, start, angles, noise=lambda like: torch.randn(like.shape, generator=own))
     torch.testing.assert_close(found, denoised, rtol=0, atol=2e-6)
     assert torch.equal(own.get_state(), generator.get_state())  # noise is drawn in the last step as well
+
+
+def toy_sprint_denoise(x: Tensor, angle: Tensor) -> Tensor:
+    """A denoiser as Sprint has it: at an angle, for x with a standard deviation of 0.5."""
+    return math.cos(angle) * x - math.sin(angle) * velocity(x, 1000 * float(angle))
+
+
+def drawn_noise(seed: int = 3) -> Callable[[Tensor], Tensor]:
+    """Fresh noise for each step, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda like: torch.randn(like.shape, generator=generator, dtype=torch.float64)
+
+
+@ANGLES
+def test_the_flow_form_of_sprint_is_its_form_in_angles(angles: Tensor) -> None:
+    """arXiv 2503.09641, algorithm 2, written out: x = cos * denoised + sin * fresh noise, all times 0.5."""
+    x = start = noise().double() * SCM_DEVIATION
+    fresh, seen = drawn_noise(), []
+    for angle, angle_next in pairwise(angles):
+        denoised = toy_sprint_denoise(x, angle)
+        seen.append((angle, x, denoised))
+        x = math.cos(angle_next) * denoised + math.sin(angle_next) * SCM_DEVIATION * fresh(x)
+
+    asked: list[tuple[Tensor, Tensor]] = []
+    reported: list[tuple[int, Tensor, Tensor]] = []
+
+    def denoise(x: Tensor, angle: Tensor) -> Tensor:
+        asked.append((angle, x))
+        return toy_sprint_denoise(x, angle)
+
+    exact = {"rtol": 0, "atol": 1e-12}
+    found = scm_solver(denoise, start, angles, lambda *step: reported.append(step), noise=drawn_noise())
+    torch.testing.assert_close(found, x, **exact)
+    assert [index for index, _, _ in reported] == list(range(len(angles) - 1))
+    for (angle, before, denoised), (own_angle, own_x), (_, shown_x, shown) in zip(seen, asked, reported, strict=True):
+        assert torch.equal(own_angle, angle)  # to the last bit, of the angles as they were given
+        torch.testing.assert_close([own_x, shown_x, shown], [before, before, denoised], **exact)
+
+
+def test_sprint_starts_from_the_same_noise_at_every_angle() -> None:
+    """In its own scale, which is 0.5 * (sin + cos) times that of a flow."""
+    for angle in (1.5708, 1.3, 0.4):
+        sigma = float(angle_sigmas(torch.tensor(angle, dtype=torch.float64)))
+        own = scm_start(noise().double(), sigma) * SCM_DEVIATION * (math.sin(angle) + math.cos(angle))
+        torch.testing.assert_close(own, SCM_DEVIATION * noise().double(), rtol=0, atol=1e-12)
+
+
+def test_a_step_of_sprint_is_the_denoised_latent_at_the_next_level() -> None:
+    sigmas = torch.tensor([0.9, 0.6, 0.0], dtype=torch.float64)
+    clean, fresh = noise(1).double(), noise(2).double()
+    steps = list(scm_steps(lambda x, sigma: clean, noise().double(), sigmas, lambda like: fresh))
+    assert [step.index for step in steps] == [0, 1]
+    torch.testing.assert_close(steps[0].next_x, 0.4 * clean + 0.6 * fresh)
+    assert torch.equal(steps[1].x, steps[0].next_x) and torch.equal(steps[1].next_x, clean)
 
 
 def errors(solver: Callable[[Denoiser, Tensor, Tensor], Tensor]) -> list[float]:
@@ -181,14 +235,11 @@ def test_on_step_sees_every_step_and_x_is_left_alone(solver: Callable[..., Tenso
     assert torch.equal(latent, seen[-1][2])
 
 
-def test_scm_solver_reports_steps_too() -> None:
-    seen: list[int] = []
+def test_scm_solver_draws_its_own_noise_unless_given() -> None:
     torch.manual_seed(0)
-    found = scm_solver(gaussian_denoise, noise(), scm_angles(4), lambda index, x, denoised: seen.append(index))
+    found = scm_solver(gaussian_denoise, noise(), scm_angles(4))
     torch.manual_seed(0)
-    *_, last = scm_steps(gaussian_denoise, noise(), scm_angles(4), torch.randn_like)
-    assert seen == [0, 1, 2, 3]
-    assert torch.equal(found, last.next_x)
+    assert torch.equal(found, scm_solver(gaussian_denoise, noise(), scm_angles(4), noise=torch.randn_like))
 
 
 def test_a_caller_may_stop_early() -> None:
