@@ -1,7 +1,7 @@
 """From a prompt to pictures: the parts of this package put together, without a host."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from .networks.devices import computes_bfloat16
 from .networks.streaming import check_bound
 from .networks.transformer import SanaTransformer
 from .sampling.guidance import Condition, Guidance, Reference, guided_denoiser, inpainting_denoiser, scm_denoiser
+from .sampling.noise import noise_source
 from .sampling.resolution import check_size, nearest_bucket
 from .sampling.schedule import angle_sigmas, flow_euler_sigmas, partial_sigmas, scm_angles
 from .sampling.solvers import SOLVERS, Step, scm_start, scm_steps
@@ -260,7 +261,7 @@ class SanaPipeline:
 
     def _flow_steps(self, prompts: list[str], settings: Settings) -> Iterator[Step]:
         guidance = self._guidance(settings)
-        noise = self._noise(len(prompts), settings)
+        noise = self._noise_source(len(prompts), settings)()
         sigmas = self._sigmas(settings)
         cond, uncond = self._encode(prompts, settings)
         denoise = guided_denoiser(self.transformer, cond, uncond, guidance, sigmas=sigmas, velocity=self.velocity)
@@ -280,11 +281,7 @@ class SanaPipeline:
             )
         sigmas = self._sprint_sigmas(settings)
         first = float(sigmas[0])
-        generators = self._generators(len(prompts), settings)
-
-        def draw(like: Tensor | None = None) -> Tensor:
-            return torch.cat([self._draw(generator, settings) for generator in generators])
-
+        draw = self._noise_source(len(prompts), settings)
         noise = draw()
         x = scm_start(noise, first)
         if settings.image is not None:
@@ -295,7 +292,7 @@ class SanaPipeline:
             x = torch.lerp(self._encode_image(settings).expand_as(noise), noise, first)
         cond = self._encode_prompts(prompts, settings)
         denoise = scm_denoiser(self.transformer, cond, self._guidance(settings).scale, velocity=self.velocity)
-        yield from scm_steps(denoise, x, sigmas, draw)
+        yield from scm_steps(denoise, x, sigmas, lambda like: draw())
 
     def _sprint_sigmas(self, settings: Settings) -> Tensor:
         """The grid of Sprint. With an image, the first levels are left out: pipeline_sana_sprint_img2img.py of diffusers."""
@@ -329,21 +326,13 @@ class SanaPipeline:
         rows = [distinct.index(prompt) for prompt in prompts]
         return Condition(text[rows], text_mask[rows])
 
-    def _noise(self, count: int, settings: Settings) -> Tensor:
-        return torch.cat([self._draw(generator, settings) for generator in self._generators(count, settings)])
-
-    def _generators(self, count: int, settings: Settings) -> list[torch.Generator]:
-        for seed in (settings.seed, settings.seed + count - 1):
-            if not -(2**63) <= seed < 2**64:
-                raise ValueError(f"seed {seed} does not fit into 64 bits; use a smaller one")
-        return [torch.Generator().manual_seed(settings.seed + k) for k in range(count)]
-
-    def _draw(self, generator: torch.Generator, settings: Settings) -> Tensor:
-        """Standard normal noise for one picture, drawn on the CPU so that a seed means the same everywhere."""
-        factor = self.autoencoder.config.downsample
+    def _noise_source(self, count: int, settings: Settings) -> Callable[[], Tensor]:
+        """Noise for so many pictures, on the device of the transformer."""
         height, width = self.size(settings)
-        shape = (1, self.transformer.config.channels, height // factor, width // factor)
-        return torch.randn(shape, generator=generator).to(self.transformer.scale_shift_table.device)
+        factor, device = self.autoencoder.config.downsample, self.transformer.scale_shift_table.device
+        shape = (self.transformer.config.channels, height // factor, width // factor)
+        draw = noise_source(shape, range(settings.seed, settings.seed + count))
+        return lambda: draw().to(device)
 
     def _encode_image(self, settings: Settings) -> Tensor:
         """The latent (1, 32, H, W) of the image to start from."""

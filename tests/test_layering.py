@@ -40,6 +40,7 @@ ROOMS = {
 STRANGERS = {
     "sampling.schedule": {"networks"},
     "sampling.solvers": {"networks"},
+    "sampling.noise": {"networks"},
     "sampling.resolution": {"networks"},
     "networks.transformer": {"networks.autoencoder", "networks.streaming"},
     "networks.autoencoder": {"networks.transformer"},

@@ -1,6 +1,6 @@
 """Our solvers as samplers of the host, its noise from seeds, and guidance within an interval."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import comfy.model_sampling
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...sana.images import to_cells
 from ...sana.sampling.guidance import Guidance
+from ...sana.sampling.noise import noise_source
 from ...sana.sampling.solvers import Denoiser, Step, flow_dpm_steps, scm_start, scm_steps
 from .model import SanaModel
 from .run import GUIDANCE_EMBED, REFERENCE, follow_runs
@@ -70,12 +71,6 @@ def flow_dpm_sampler() -> comfy.samplers.KSAMPLER:
 def scm_sampler(draw: Callable[[], Tensor]) -> comfy.samplers.KSAMPLER:
     """The consistency sampler of Sprint as a SAMPLER, which draws the noise of each step."""
     return comfy.samplers.KSAMPLER(host_sampler(partial(scm_steps, noise=lambda like: draw().to(like))))
-
-
-def noise_source(shape: torch.Size, seeds: Sequence[int]) -> Callable[[], Tensor]:
-    """A function that draws standard normal noise of this shape (B, C, H, W), each image's from a seed of its own."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return lambda: torch.cat([torch.randn((1, *shape[1:]), generator=generator) for generator in generators])
 
 
 class SanaGuidance(comfy.samplers.CFGGuider):
@@ -166,7 +161,7 @@ def sample_seeded(
     places = latent.get("batch_index") or []
     numbers = places if len(places) == len(samples) else range(len(samples))
     seeds = [(seed + k) % 2**64 for k in numbers]
-    draw = noise_source(samples.shape, seeds)
+    draw = noise_source(samples.shape[1:], seeds)
     noise = draw()
     first = float(sigmas[0]) if len(sigmas) else 0.0
     if whole and first and not samples.any():
