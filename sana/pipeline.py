@@ -24,7 +24,7 @@ from .networks.transformer import SanaTransformer
 from .sampling.guidance import Condition, Guidance, Reference, guided_denoiser, inpainting_denoiser, scm_denoiser
 from .sampling.noise import noise_source
 from .sampling.resolution import check_size, nearest_bucket
-from .sampling.schedule import angle_sigmas, flow_euler_sigmas, partial_sigmas, scm_angles
+from .sampling.schedule import angle_sigmas, partial_sigmas, scm_angles
 from .sampling.solvers import SOLVERS, Step, scm_start, scm_steps
 from .text.prompt import DIFFUSERS_INSTRUCTION, INSTRUCTION
 from .text.text_encoder import GemmaTextEncoder
@@ -271,7 +271,7 @@ class SanaPipeline:
             x = torch.lerp(clean, noise, float(sigmas[0]))
             if settings.mask is not None:
                 denoise = inpainting_denoiser(denoise, clean, noise, self._latent_mask(settings, noise))
-        yield from SOLVERS[settings.solver](denoise, x, sigmas)
+        yield from SOLVERS[settings.solver].steps(denoise, x, sigmas)
 
     def _sprint_steps(self, prompts: list[str], settings: Settings) -> Iterator[Step]:
         unused = [name for name in NOT_OF_SPRINT if name in settings.changed]
@@ -303,8 +303,8 @@ class SanaPipeline:
     def _sigmas(self, settings: Settings) -> Tensor:
         steps = DEFAULT_STEPS if settings.steps is None else settings.steps
         flow_shift = self.identity.flow_shift if settings.flow_shift is None else settings.flow_shift
-        if settings.solver == "flow_euler" and settings.noise_share == 1:
-            return flow_euler_sigmas(steps, flow_shift)
+        if settings.noise_share == 1:
+            return SOLVERS[settings.solver].sigmas(steps, flow_shift)
         return partial_sigmas(steps, flow_shift, settings.noise_share)
 
     def _encode(self, prompts: list[str], settings: Settings) -> tuple[Condition, Condition | None]:

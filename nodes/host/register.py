@@ -13,18 +13,19 @@ from .checkpoint import extend_loading
 from .extension import extend
 from .lora import extend_loras
 from .model import SanaConfig, detect
-from .sampler import FLOW_DPM, sample_flow_dpm
+from .sampler import SAMPLER_FUNCTIONS
 
 
 def register() -> None:
-    """Detection and loading of SANA transformers, LoRA files, and flow_dpm in the list of KSampler."""
+    """Detection and loading of SANA transformers, LoRA files, and our solvers in the list of KSampler."""
     _extend_detection()
     extend_loading()
     extend_loras()
-    if FLOW_DPM not in comfy.samplers.SAMPLER_NAMES:
-        setattr(comfy.k_diffusion.sampling, f"sample_{FLOW_DPM}", sample_flow_dpm)
-        comfy.samplers.SAMPLER_NAMES.append(FLOW_DPM)
-        comfy.samplers.KSAMPLER_NAMES.append(FLOW_DPM)
+    for name, sample in SAMPLER_FUNCTIONS.items():
+        if name not in comfy.samplers.SAMPLER_NAMES:
+            setattr(comfy.k_diffusion.sampling, f"sample_{name}", sample)
+            comfy.samplers.SAMPLER_NAMES.append(name)
+            comfy.samplers.KSAMPLER_NAMES.append(name)
 
 
 def _extend_detection() -> None:

@@ -15,11 +15,11 @@ from torch import Tensor
 from ...sana.images import to_cells
 from ...sana.sampling.guidance import Guidance
 from ...sana.sampling.noise import noise_source
-from ...sana.sampling.solvers import Denoiser, Step, flow_dpm_steps, scm_start, scm_steps
+from ...sana.sampling.solvers import SOLVERS, Denoiser, Step, scm_start, scm_steps
 from .model import SanaModel
 from .run import GUIDANCE_EMBED, REFERENCE, follow_runs
 
-FLOW_DPM = "flow_dpm"  # in the list of the host's KSampler
+IN_CORE = {"flow_euler": "euler"}  # solvers of ours that the host has already, and what it calls them
 
 HostModel = Callable[..., Tensor]  # (x, sigma (B,), **extra_args) -> denoised
 SamplerFunction = Callable[..., Tensor]
@@ -50,22 +50,23 @@ def host_sampler(steps: Callable[[Denoiser, Tensor, Tensor], Iterator[Step]]) ->
     return sample
 
 
-def _flow_dpm_of_flows(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
-    """Raises ValueError for the noise levels of other models, to all of which the host offers this sampler."""
+def _of_flows(name: str, denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
+    """The steps of a solver. Raises ValueError for noise levels of other models, to which the host offers it too."""
     if float(sigmas[0]) > 1:
         raise ValueError(
-            f"{FLOW_DPM} is for flow models, whose noise levels are at most 1, and these begin at {float(sigmas[0]):.3g}; "
+            f"{name} is for flow models, whose noise levels are at most 1, and these begin at {float(sigmas[0]):.3g}; "
             "choose another sampler, such as dpmpp_2m"
         )
-    return flow_dpm_steps(denoise, x, sigmas)
+    return SOLVERS[name].steps(denoise, x, sigmas)
 
 
-sample_flow_dpm = host_sampler(_flow_dpm_of_flows)
+# What we add to the list of the host's KSampler.
+SAMPLER_FUNCTIONS = {name: host_sampler(partial(_of_flows, name)) for name in SOLVERS if name not in IN_CORE}
 
 
 def flow_dpm_sampler() -> comfy.samplers.KSAMPLER:
     """Flow-DPM-Solver as a SAMPLER."""
-    return comfy.samplers.KSAMPLER(sample_flow_dpm)
+    return comfy.samplers.KSAMPLER(SAMPLER_FUNCTIONS["flow_dpm"])
 
 
 def scm_sampler(draw: Callable[[], Tensor]) -> comfy.samplers.KSAMPLER:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .schedule import angle_sigmas, half_log_snr
+from .schedule import angle_sigmas, flow_euler_sigmas, flow_sigmas, half_log_snr
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x (B, C, H, W), sigma ()) -> denoised (B, C, H, W)
 OnStep = Callable[[int, Tensor, Tensor], None]  # (step, x before it, denoised)
@@ -119,10 +119,17 @@ def _scm_factor(sigma: float) -> float:
     return SCM_DEVIATION / math.hypot(sigma, 1 - sigma)
 
 
-# Solvers that take a flow schedule, by the name the shell and the host show.
-SOLVERS: dict[str, Callable[[Denoiser, Tensor, Tensor], Iterator[Step]]] = {
-    "flow_dpm": flow_dpm_steps,
-    "flow_euler": flow_euler_steps,
+class Solver(NamedTuple):
+    """A solver for schedules of flows, with the noise levels that it was made for."""
+
+    steps: Callable[[Denoiser, Tensor, Tensor], Iterator[Step]]  # (denoise, x, sigmas)
+    sigmas: Callable[[int, float], Tensor]  # (steps, flow_shift) -> (steps + 1,), from noise to 0
+
+
+# By the name in `Settings` and in the shell.
+SOLVERS = {
+    "flow_dpm": Solver(flow_dpm_steps, flow_sigmas),
+    "flow_euler": Solver(flow_euler_steps, flow_euler_sigmas),
 }
 
 

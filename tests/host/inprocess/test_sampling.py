@@ -15,6 +15,7 @@ from torch import Tensor
 import sana
 from sana.config import LATENT_SCALE, VARIANTS
 from sana.sampling.schedule import angle_sigmas, flow_sigmas, scm_angles
+from sana.sampling.solvers import SOLVERS, flow_euler
 from sana.text.prompt import DIFFUSERS_INSTRUCTION
 from tests.host.boot import Host
 from tests.host.inprocess.small import (
@@ -132,6 +133,18 @@ def test_more_steps_than_levels(small: Small) -> None:
 def test_flow_dpm_is_in_the_list_of_ksampler(host: Host) -> None:
     (samplers,) = host.nodes["KSampler"].INPUT_TYPES()["required"]["sampler_name"][:1]
     assert samplers.count("flow_dpm") == 1 and "euler" in samplers
+
+
+def test_every_solver_is_in_the_list_of_ksampler_once(host: Host) -> None:
+    """Under our name, or under the host's if it has the solver already, which then takes the same steps."""
+    in_core = host.pack("nodes.host.sampler").IN_CORE
+    (samplers,) = host.nodes["KSampler"].INPUT_TYPES()["required"]["sampler_name"][:1]
+    assert all(samplers.count(in_core.get(name, name)) == 1 for name in SOLVERS)
+    assert not {*in_core} & {*samplers}
+    assert in_core == {"flow_euler": "euler"}
+    x, sigmas = torch.randn(1, 32, 3, 4, generator=torch.Generator().manual_seed(0)), flow_sigmas(5, 3.0)
+    theirs = comfy.k_diffusion.sampling.sample_euler(lambda x, sigma: torch.sin(3 * x) * sigma, x, sigmas, disable=True)
+    assert difference(flow_euler(lambda x, sigma: torch.sin(3 * x) * sigma, x, sigmas), theirs) <= EQUAL
 
 
 def test_sampler_custom_advanced_with_our_parts(small: Small) -> None:

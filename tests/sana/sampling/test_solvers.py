@@ -1,7 +1,7 @@
 """Solvers against the schedulers of diffusers, and against the exact solution for Gaussian data."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -14,6 +14,7 @@ from sana.sampling.solvers import (
     SCM_DEVIATION,
     SOLVERS,
     Denoiser,
+    Solver,
     flow_dpm_solver,
     flow_dpm_steps,
     flow_euler,
@@ -214,8 +215,8 @@ def test_flow_dpm_begins_anew_after_a_level_that_repeats(before: list[float], af
 
 
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
-def test_steps_connect_and_end_at_what_was_denoised_last(solver: Callable[..., Iterator]) -> None:
-    steps = list(solver(toy_denoise, noise(), flow_sigmas(5, 3.0)))
+def test_steps_connect_and_end_at_what_was_denoised_last(solver: Solver) -> None:
+    steps = list(solver.steps(toy_denoise, noise(), solver.sigmas(5, 3.0)))
     assert [step.index for step in steps] == list(range(5))
     assert torch.equal(steps[0].x, noise())
     assert all(torch.equal(step.next_x, following.x) for step, following in pairwise(steps))
