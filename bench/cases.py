@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from sana.config import VARIANTS, TransformerIdentity
 from sana.networks.streaming import least_bytes, whole_bytes
 from sana.networks.transformer import SanaTransformer
-from sana.pipeline import SanaPipeline, Settings
+from sana.pipeline import SanaPipeline
+from sana.plan import Settings
 from sana.text.prompt import INSTRUCTION
 from sana.text.text_encoder import GemmaTextEncoder
 

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from sana.config import DEFAULT_GUIDANCE_SCALE
 from sana.images import to_pixels, to_unit
-from sana.pipeline import DEFAULT_STEPS, SanaPipeline, Settings
+from sana.pipeline import SanaPipeline
+from sana.plan import DEFAULT_STEPS, Settings
 from sana.training.scenes import COLOURS, SHAPES, CaptionedScene, Scene, draw, held_out_scenes, plural_ending
 
 from .machine import write_result

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,8 @@ from .checkpoints.inspection import describe_file
 from .checkpoints.writing import convert
 from .config import VARIANTS
 from .images import read_picture
-from .pipeline import SanaPipeline, Settings, model_path
+from .pipeline import SanaPipeline, model_path
+from .plan import Settings
 from .sampling.solvers import SOLVERS
 from .text.prompt import INSTRUCTION
 
@@ -140,23 +141,7 @@ def run_generate(options: argparse.Namespace) -> int:
     if not jobs:
         print("Every picture exists already.")
         return 0
-    settings = Settings(
-        negative=options.negative,
-        height=options.height,
-        width=options.width,
-        steps=options.steps,
-        guidance_scale=options.guidance_scale,
-        guidance_interval=tuple(options.guidance_interval),
-        pag_scale=options.pag_scale,
-        reference=options.reference,
-        solver=options.solver,
-        flow_shift=options.flow_shift,
-        instruction=options.instruction or None,
-        image=read_picture(options.image) if options.image else None,
-        mask=read_picture(options.mask) if options.mask else None,
-        strength=options.strength,
-        max_bytes=options.max_bytes,
-    )
+    settings = read_settings(options)
     pipeline = SanaPipeline.load(
         options.model,
         autoencoder=options.autoencoder,
@@ -166,21 +151,32 @@ def run_generate(options: argparse.Namespace) -> int:
         device=options.device,
         compiled=options.compile,
     )
-    with tqdm(total=len(jobs) * pipeline.step_count(settings), unit="step") as bar:
+    with tqdm(total=len(jobs) * pipeline.plan("", settings).step_count, unit="step") as bar:
         for job in jobs:
             draw(pipeline, job, replace(settings, seed=job.seed), bar)
     return 0
 
 
+def read_settings(options: argparse.Namespace) -> Settings:
+    """The options that are settings, by their names. Raises ValueError as `Settings` and `read_picture` do."""
+    names = {field.name for field in fields(Settings)}
+    given = {name: value for name, value in vars(options).items() if name in names}
+    given["guidance_interval"] = tuple(options.guidance_interval)
+    given["instruction"] = options.instruction or None
+    given.update((name, read_picture(given[name])) for name in ("image", "mask") if given[name])
+    return Settings(**given)
+
+
 def draw(pipeline: SanaPipeline, job: Job, settings: Settings, bar: tqdm) -> None:
     """Sample the pictures of a job and write them, and show it on the bar of all jobs."""
     bar.set_description(job.prompt[:40])
-    for step in pipeline.sample(job.prompt, settings, batch_size=len(job.paths)):
+    plan = pipeline.plan(job.prompt, settings, batch_size=len(job.paths))
+    for step in pipeline.follow(plan):
         latent = step.next_x
         bar.update()
     pictures = pipeline.pictures(latent, settings.max_bytes)
     for k, (picture, path) in enumerate(zip(pictures, job.paths, strict=True)):
-        write_png(picture, path, pipeline.record(job.prompt, replace(settings, seed=settings.seed + k)))
+        write_png(picture, path, plan.record(k))
         bar.write(str(path))
 
 

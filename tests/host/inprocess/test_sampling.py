@@ -250,14 +250,12 @@ def test_sprint_gives_the_latents_of_the_pipeline_in_a_batch(small: Small, sprin
 
 
 @pytest.mark.parametrize("max_angle", [1.5458, 1.3])
-def test_sprint_starts_from_noise_at_every_angle(
-    small: Small, sprint: object, monkeypatch: pytest.MonkeyPatch, max_angle: float
-) -> None:
+def test_sprint_starts_from_noise_at_every_angle(small: Small, sprint: object, max_angle: float) -> None:
     pipeline = load_pipeline(write_variant(small.host, SPRINT))
     sigmas = angle_sigmas(scm_angles(2, max_angle=max_angle, intermediate_angle=1.0))
-    monkeypatch.setattr(pipeline, "_sprint_sigmas", lambda settings: sigmas)
-    found = sprint_latents(small.host, sprint, small, sigmas=sigmas)
-    assert difference(found, pipeline_latent(pipeline, PROMPT, steps=2)) <= EQUAL
+    settings = sana.Settings(height=HEIGHT, width=WIDTH, seed=SEED, steps=2)
+    *_, last = pipeline.follow(replace(pipeline.plan(PROMPT, settings), sigmas=sigmas))
+    assert difference(sprint_latents(small.host, sprint, small, sigmas=sigmas), last.next_x / LATENT_SCALE) <= EQUAL
 
 
 @pytest.mark.parametrize(("max_angle", "masked", "said"), [(1.5708, False, 1), (1.3, False, 0), (1.5708, True, 0)])

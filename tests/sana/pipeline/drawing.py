@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sana.pipeline import SanaPipeline, Settings
+from sana.pipeline import SanaPipeline
+from sana.plan import Settings
 
 HEIGHT, WIDTH = 64, 96
 SIZE = {"height": HEIGHT, "width": WIDTH}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from sana.pipeline import SamplingError, SanaPipeline, Settings
+from sana.pipeline import SamplingError, SanaPipeline
+from sana.plan import Settings
 from sana.sampling.solvers import Step
 from tests.sana.models import PROMPTS
 from tests.sana.pipeline.drawing import HEIGHT, SIZE, STARTS, WIDTH, count_evaluations, picture, sample
@@ -95,7 +96,7 @@ def test_sampling_leaves_the_gradient_mode_of_the_caller_alone(pipeline: SanaPip
 )
 def test_step_count_is_that_of_sampling(pipeline: SanaPipeline, options: dict[str, object], count: int) -> None:
     settings = Settings(**SIZE, **options)
-    assert pipeline.step_count(settings) == len(list(pipeline.sample("", settings))) == count
+    assert pipeline.plan("", settings).step_count == len(list(pipeline.sample("", settings))) == count
 
 
 @pytest.mark.parametrize(
@@ -104,19 +105,43 @@ def test_step_count_is_that_of_sampling(pipeline: SanaPipeline, options: dict[st
 )
 def test_step_count_of_sprint(sprint: SanaPipeline, options: dict[str, object], count: int) -> None:
     settings = Settings(**SIZE, **options)
-    assert sprint.step_count(settings) == len(list(sprint.sample("", settings))) == count
+    assert sprint.plan("", settings).step_count == len(list(sprint.sample("", settings))) == count
 
 
 def test_a_record_draws_the_same_picture_again(pipeline: SanaPipeline) -> None:
     settings = Settings(
         negative="blurry", steps=3, seed=9, guidance_scale=2.0, pag_scale=1.5, pag_blocks=[1], flow_shift=4.0, **SIZE
     )
-    record = pipeline.record("a cat", settings)
-    names = {field.name for field in fields(Settings)}
-    again = Settings(**{name: value for name, value in record.items() if name in names})
+    record = pipeline.plan("a cat", settings).record()
+    again = recorded(record)
     assert record["prompt"] == "a cat"
     assert record["model"] == "custom"
     assert torch.equal(latent_of(pipeline.sample("a cat", again)), latent_of(pipeline.sample("a cat", settings)))
+
+
+def test_the_record_of_picture_k_draws_it_alone(pipeline: SanaPipeline) -> None:
+    prompts = [*PROMPTS[:2]]
+    plan = pipeline.plan(prompts, Settings(steps=2, seed=9, reference="diffusers", **SIZE))
+    batch = latent_of(pipeline.follow(plan))
+    for k, prompt in enumerate(prompts):
+        record = plan.record(k)
+        assert (record["prompt"], record["seed"]) == (prompt, 9 + k)
+        alone = latent_of(pipeline.sample(record["prompt"], recorded(record)))
+        torch.testing.assert_close(batch[k : k + 1], alone, rtol=0, atol=1e-4)
+
+
+def test_a_record_of_sprint_from_a_picture_draws_it_again(sprint: SanaPipeline) -> None:
+    """Its steps are those of the whole schedule, of which a picture needs a part."""
+    settings = Settings(image=picture(), **SIZE)
+    record = sprint.plan("a cat", settings).record()
+    assert (record["image"], record["steps"]) == ("given", 2)
+    again = recorded({**record, "image": picture()})
+    assert torch.equal(latent_of(sprint.sample("a cat", again)), latent_of(sprint.sample("a cat", settings)))
+
+
+def recorded(record: dict[str, object]) -> Settings:
+    names = {field.name for field in fields(Settings)}
+    return Settings(**{name: value for name, value in record.items() if name in names})
 
 
 def test_guidance_is_that_of_the_model_unless_given(pipeline: SanaPipeline) -> None:
@@ -125,7 +150,7 @@ def test_guidance_is_that_of_the_model_unless_given(pipeline: SanaPipeline) -> N
     drawn = latent_of(other.sample("a cat", Settings(steps=2, **SIZE)))
     assert torch.equal(drawn, latent_of(pipeline.sample("a cat", Settings(steps=2, guidance_scale=3.0, **SIZE))))
     assert not torch.equal(drawn, latent_of(pipeline.sample("a cat", Settings(steps=2, **SIZE))))
-    assert [each.record("", Settings())["guidance_scale"] for each in (pipeline, other)] == [4.5, 3.0]
+    assert [each.plan("", Settings()).record()["guidance_scale"] for each in (pipeline, other)] == [4.5, 3.0]
 
 
 def latent_of(steps: Iterator[Step]) -> Tensor:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from sana.pipeline import SanaPipeline, Settings
+from sana.pipeline import SanaPipeline
+from sana.plan import Settings
 from tests.sana.models import PROMPTS
 from tests.sana.pipeline.drawing import SIZE, half_mask, picture
 

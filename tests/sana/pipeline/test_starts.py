@@ -4,7 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sana.pipeline import SanaPipeline, Settings
+from sana.pipeline import SanaPipeline
+from sana.plan import Settings
 from sana.sampling.schedule import flow_sigmas, partial_sigmas
 from tests.sana.models import PROMPTS
 from tests.sana.pipeline.drawing import HEIGHT, SIZE, WIDTH, drawn, encoded, half_mask, picture, sample
@@ -48,16 +49,16 @@ def test_inpainting_keeps_the_latent_outside_the_mask(pipeline: SanaPipeline, st
 
 def test_a_picture_suggests_its_own_size_and_is_cut_to_the_one_asked_for(pipeline: SanaPipeline) -> None:
     wide = picture().resize((120, 65))
-    assert pipeline.size(Settings(image=wide)) == (64, 96)
-    assert pipeline.size(Settings(image=wide, height=32)) == (32, 96)
-    assert pipeline.size(Settings(image=picture().resize((5, 5)))) == (32, 32)
+    assert pipeline.plan("", Settings(image=wide)).size == (64, 96)
+    assert pipeline.plan("", Settings(image=wide, height=32)).size == (32, 96)
+    assert pipeline.plan("", Settings(image=picture().resize((5, 5)))).size == (32, 32)
     grey = wide.convert("LA")
     assert pipeline("", image=grey, mask=half_mask(), steps=1)[0].size == (96, 64)
 
 
 def test_a_photo_far_larger_than_the_model_suggests_a_size_of_the_model(pipeline: SanaPipeline) -> None:
-    assert pipeline.size(Settings(image=Image.new("RGB", (4000, 3000)))) == (64, 64)
-    assert pipeline.size(Settings(image=Image.new("RGB", (1000, 4000)))) == (128, 32)
+    assert pipeline.plan("", Settings(image=Image.new("RGB", (4000, 3000)))).size == (64, 64)
+    assert pipeline.plan("", Settings(image=Image.new("RGB", (1000, 4000)))).size == (128, 32)
 
 
 def test_a_picture_without_a_mask_is_kept_in_part(pipeline: SanaPipeline) -> None:

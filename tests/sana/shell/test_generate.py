@@ -1,10 +1,13 @@
 """What generate writes."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from sana.__main__ import parser, read_settings
+from sana.plan import Settings
 from tests.sana.shell.commands import Outcome, Shell, pixels, record
 
 
@@ -147,3 +150,14 @@ def test_progress_is_that_of_all_prompts(shell: Shell) -> None:
     outcome = shell.generate("--prompts", prompts, "--steps", 3)
     assert "a cat:  50%" in outcome.err
     assert "a dog: 100%" in outcome.err
+
+
+def test_every_setting_is_an_option_of_its_name(photo: Path) -> None:
+    """But for the blocks of perturbed attention, which are for those who know the network."""
+    command = "generate x --negative a --height 64 --width 96 --steps 3 --seed 5 --guidance-scale 2 --max-bytes 9"
+    more = "--pag-scale 1 --guidance-interval 0.1 0.9 --reference diffusers --solver flow_euler --flow-shift 4"
+    pictures = ["--strength", "0.7", "--image", str(photo), "--mask", str(photo), "--instruction", ""]
+    settings = read_settings(parser().parse_args([*command.split(), *more.split(), *pictures]))
+    assert {field.name for field in fields(Settings)} - {*settings.changed} == {"pag_blocks"}
+    assert settings.guidance_interval == (0.1, 0.9) and settings.instruction is None
+    assert read_settings(parser().parse_args(["generate", "x"])) == Settings()
