@@ -7,19 +7,17 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
-from ..checkpoints.autoencoder import check_autoencoder, load_autoencoder
 from ..checkpoints.files import TensorFile, read_tensors
-from ..checkpoints.text_encoder import check_text_encoder, load_text_encoder
-from ..checkpoints.transformer import FoundTransformer, build_transformer, find_transformer
+from ..checkpoints.transformer import identify_transformer
 from ..checkpoints.writing import write_transformer
 from ..config import TransformerIdentity
-from ..images import read_picture, to_picture
-from ..networks.autoencoder import DCAutoencoder, decode_within_memory
-from ..pipeline import check_parts, model_path
-from ..sampling.guidance import Condition, Guidance, guided_denoiser
-from ..sampling.schedule import flow_sigmas
-from ..sampling.solvers import flow_dpm_solver
+from ..images import read_picture
+from ..networks.autoencoder import DCAutoencoder
+from ..pipeline import SanaPipeline, model_path
+from ..plan import Settings
+from ..sampling.guidance import Condition
 from ..text.text_encoder import GemmaTextEncoder
 from .flow import FlowObjective
 from .loop import TrainingConfig, check_counts, claim, process_state, train
@@ -66,25 +64,28 @@ def finetune(
     """
     model = model_path(model)
     autoencoder, text_encoder = (part and model_path(part) for part in (autoencoder, text_encoder))
-    file = read_tensors(model, "transformer")
-    found = _trainable(file, variant)
-    identity = found.identity
-    check_parts(model, file, autoencoder, text_encoder)
+    identity = _trainable(read_tensors(model, "transformer"), variant)
     pictures = read_pictures(data, identity.base_size, besides=folder)
     machine = process_state()
-    frozen = load_autoencoder(autoencoder or model, device=machine.device)
-    gemma = load_text_encoder(text_encoder or model, device=machine.device)
-    check_autoencoder(frozen.config, identity.config)
-    check_text_encoder(gemma.model.config, identity.config)
+    pipeline = SanaPipeline.load(
+        model,
+        autoencoder=autoencoder,
+        text_encoder=text_encoder,
+        variant=variant,
+        dtype=torch.float32,
+        device=machine.device,
+    )
     given = {"variant": variant} if variant else {}
     claim(folder, {"model": str(model.resolve()), "data": str(data.resolve()), **given})
     encoders = f"{autoencoder or model}, {text_encoder or model}"
-    states = _encode(folder / "states", pictures, encoders, frozen, gemma)
-    del gemma  # it is the largest part, and no longer needed
-    transformer = build_transformer(found).train().requires_grad_(True)
+    states = _encode(folder / "states", pictures, encoders, pipeline.autoencoder, pipeline.text_encoder)
+    pipeline.text_encoder = None  # it is the largest part, and no longer needed
+    transformer = pipeline.transformer.train().requires_grad_(True)
     transformer.recompute = config.recompute
     objective = FlowObjective(transformer, flow_shift=identity.flow_shift, null=states.null)
-    sheet = partial(caption_sheet, pictures=pictures, states=states, autoencoder=frozen, identity=identity)
+    sheet = partial(
+        caption_sheet, pictures=pictures, states=states, autoencoder=pipeline.autoencoder, identity=identity
+    )
     warmup, sheet_every = min(100, config.steps // 10), config.sheet_every or config.steps
     objective = train(
         objective,
@@ -99,15 +100,14 @@ def finetune(
     return folder / "transformer"
 
 
-def _trainable(file: TensorFile, variant: str | None) -> FoundTransformer:
-    """The transformer in a file. Raises ValueError for one that cannot be trained, by its kind or by its tensors."""
-    found = find_transformer(file, variant)
-    if found.identity.config.guidance_embed:
+def _trainable(file: TensorFile, variant: str | None) -> TransformerIdentity:
+    """What a transformer is. Raises ValueError for one of a kind that cannot be trained."""
+    identity = identify_transformer(file, variant)
+    if identity.config.guidance_embed:
         raise ValueError(
             f"{file.path.name} is a Sprint model, which learns from a teacher; fine-tune a SANA or SANA-1.5 model"
         )
-    build_transformer(found, device="meta")  # refuses now what would be refused hours later
-    return found
+    return identity
 
 
 def _encode(
@@ -123,7 +123,6 @@ def _encode(
     return PictureStates.read(folder, pictures, encoders, null)
 
 
-@torch.no_grad()
 def caption_sheet(
     objective: FlowObjective,
     pictures: Sequence[Picture],
@@ -132,10 +131,11 @@ def caption_sheet(
     identity: TransformerIdentity,
 ) -> Image.Image:
     """Up to six of the pictures above, and below what the model makes of their captions at their sizes."""
+    pipeline = SanaPipeline(objective.transformer, autoencoder, None, identity)
     sheet = Image.new("RGB", (SHEET_COLUMNS * SHEET_SIDE, 2 * SHEET_SIDE))
     chosen = range(0, len(pictures), -(-len(pictures) // SHEET_COLUMNS))
     for column, i in enumerate(chosen):
-        drawn = _draw(objective, states, i, autoencoder, identity)
+        drawn = _draw(pipeline, pictures[i], states.texts[i].float(), objective.null, seed=i)
         given = ImageOps.fit(read_picture(pictures[i].path).convert("RGB"), drawn.size)
         for row, picture in enumerate((given, drawn)):
             fitted = ImageOps.contain(picture, (SHEET_SIDE, SHEET_SIDE))
@@ -143,17 +143,11 @@ def caption_sheet(
     return sheet
 
 
-def _draw(
-    objective: FlowObjective, states: PictureStates, i: int, autoencoder: DCAutoencoder, identity: TransformerIdentity
-) -> Image.Image:
-    """The i-th caption as the weights at hand draw it, always from the same noise."""
-    device = objective.transformer.scale_shift_table.device
-    text, text_mask = (part.to(device) for part in pad_texts([states.texts[i].float()]))
-    null = objective.null[: text.shape[1]].expand_as(text)
-    cond, uncond = Condition(text, text_mask), Condition(null, text_mask)
-    sigmas = flow_sigmas(SHEET_STEPS, identity.flow_shift)
-    guidance = Guidance(identity.guidance_scale)
-    denoise = guided_denoiser(objective.transformer, cond, uncond, guidance, sigmas=sigmas)
-    noise = torch.randn(states.latents[i].shape, generator=torch.Generator().manual_seed(i))
-    latent = flow_dpm_solver(denoise, noise[None].to(device), sigmas)
-    return to_picture(decode_within_memory(autoencoder, latent / autoencoder.config.latent_scale)[0])
+def _draw(pipeline: SanaPipeline, picture: Picture, text: Tensor, null: Tensor, seed: int) -> Image.Image:
+    """What the weights at hand make of a caption. text, null: (tokens, C), of the caption and of the empty prompt."""
+    height, width = picture.size
+    plan = pipeline.plan(picture.caption, Settings(height=height, width=width, steps=SHEET_STEPS, seed=seed))
+    padded, text_mask = (part.to(null.device) for part in pad_texts([text]))
+    cond = Condition(padded, text_mask)
+    *_, last = pipeline.follow(plan, (cond, Condition(null[: len(text)].expand_as(padded), text_mask)))
+    return pipeline.pictures(last.next_x)[0]
