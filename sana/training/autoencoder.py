@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ..config import DOWNSAMPLE
 from ..images import to_pixels, to_unit
 from ..networks.autoencoder import DCAutoencoder
-from .loop import step_generator
 from .scenes import RESOLUTIONS, draw, sample_scene
 
 
@@ -40,7 +39,7 @@ class ReconstructionObjective(nn.Module):
         scale = self.autoencoder.config.latent_scale
         images = batch.images.to(next(self.parameters()).device)
         latent = self.autoencoder.encoder(images).float() * scale
-        generator = step_generator(batch.seed, 0, 0, latent.device)
+        generator = torch.Generator(latent.device).manual_seed(batch.seed)
         strength = torch.rand(len(latent), 1, 1, 1, generator=generator, device=latent.device) * self.latent_noise
         noisy = latent + strength * torch.randn(latent.shape, generator=generator, device=latent.device)
         out = self.autoencoder.decoder(noisy / scale).float()

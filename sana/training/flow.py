@@ -12,7 +12,6 @@ from ..networks.transformer import SanaTransformer
 from ..sampling.schedule import shift_sigma
 from ..text.prompt import INSTRUCTION
 from ..text.text_encoder import GemmaTextEncoder
-from .loop import step_generator
 
 LAYOUT_SHIFT = 20.0  # most noise levels lie above 0.9, where a latent of 8 x 8 cells shows little more than places
 
@@ -59,7 +58,7 @@ class FlowObjective(nn.Module):
     def forward(self, batch: FlowBatch) -> Tensor:
         device = self.transformer.scale_shift_table.device
         clean = batch.latents.to(device, torch.float32)
-        generator = step_generator(batch.seed, 0, 0, device)
+        generator = torch.Generator(device).manual_seed(batch.seed)
         noise = torch.randn(clean.shape, generator=generator, device=device)
         sigma = self.noise_levels(len(clean), batch.layout_share, generator, device)
         dropped = torch.rand(len(clean), generator=generator, device=device) < self.dropout

@@ -213,8 +213,3 @@ def _progress(first: int, steps: int, visible: bool) -> Iterator[tuple[int, Mete
         meter = Meter(bar)
         for step in bar:
             yield step, meter
-
-
-def step_generator(seed: int, step: int, process: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Randomness of one step of one process."""
-    return torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 1009 + process)
