@@ -4,7 +4,7 @@ import comfy.samplers
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...sana.sampling.guidance import Guidance
+from ...sana.sampling.guidance import Guidance, check_blocks
 from .run import IDENTITY_BLOCKS
 
 
@@ -16,10 +16,7 @@ def perturb_attention(
     It acts at noise levels between low and high, as guidance does. Raises ValueError for a block that does not exist.
     """
     interval = Guidance(interval=(low, high))
-    depth = patcher.model.identity.config.depth
-    unknown = [block for block in blocks if not 0 <= block < depth]
-    if unknown:
-        raise ValueError(f"block {unknown[0]} does not exist; this model has blocks 0 to {depth - 1}")
+    check_blocks(blocks, patcher.model.identity.config.depth)
 
     def guide(arguments: dict[str, object]) -> Tensor:
         denoised, sigma = arguments["denoised"], arguments["sigma"]

@@ -4,7 +4,7 @@ A function here takes a transformer and what it is conditioned on, and returns t
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -55,6 +55,13 @@ class Guidance:
         return low < sigma and (sigma < high or high == 1)
 
 
+def check_blocks(blocks: Collection[int], depth: int) -> None:
+    """Raises ValueError for a number of a block that a transformer of this depth does not have."""
+    unknown = sorted(set(blocks) - set(range(depth)))
+    if unknown:
+        raise ValueError(f"block {unknown[0]} does not exist; the transformer has blocks 0 to {depth - 1}")
+
+
 def guided_denoiser(
     transformer: SanaTransformer,
     cond: Condition,
@@ -69,11 +76,8 @@ def guided_denoiser(
     uncond: needed unless the scale is 1. sigmas: noise levels that will be asked for, whose modulation is then computed at
     once. velocity: a compiled `transformer.velocity`. Raises ValueError for a missing uncond or an unknown block.
     """
-    unknown = sorted(guidance.perturbed_blocks - set(range(transformer.config.depth)))
-    if guidance.perturbed_scale and unknown:
-        raise ValueError(
-            f"block {unknown[0]} does not exist; the transformer has blocks 0 to {transformer.config.depth - 1}"
-        )
+    if guidance.perturbed_scale:
+        check_blocks(guidance.perturbed_blocks, transformer.config.depth)
     if guidance.scale != 1 and uncond is None:
         raise ValueError("guidance needs a negative prompt, which may be empty; or set guidance_scale to 1")
     velocity = velocity or transformer.velocity

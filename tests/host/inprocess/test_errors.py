@@ -257,7 +257,7 @@ def test_nodes_refuse_parts_of_other_models(small: Small) -> None:
         ValueError, match=r"^flow_dpm is for flow models, .* begin at 120; choose another sampler, such as"
     ):
         small.ksampler(model=other, sampler_name="flow_dpm")
-    with pytest.raises(ValueError, match=r"^block 7 does not exist; this model has blocks 0 to 2$"):
+    with pytest.raises(ValueError, match=r"^block 7 does not exist; the transformer has blocks 0 to 2$"):
         small.host.call("SanaPerturbedAttention", model=small.model, pag_scale=1.0, pag_block=7)
     with pytest.raises(ValueError, match=r"^this CLIP is not Gemma-2; connect the CLIP of Load SANA or"):
         small.host.call("GemmaTextEncode", clip=None, text="a", instruction="official")  # from CheckpointLoaderSimple
