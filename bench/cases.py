@@ -10,7 +10,7 @@ from diffusers import DPMSolverMultistepScheduler
 from diffusers import SanaPipeline as DiffusersPipeline
 from torch import Tensor, nn
 
-from sana.config import VARIANTS, TransformerIdentity
+from sana.config import AUTOENCODERS, VARIANTS, TransformerIdentity
 from sana.networks.streaming import least_bytes, whole_bytes
 from sana.networks.transformer import SanaTransformer
 from sana.pipeline import SanaPipeline
@@ -18,8 +18,8 @@ from sana.plan import Settings
 from sana.text.prompt import INSTRUCTION
 from sana.text.text_encoder import GemmaTextEncoder
 
-from .networks import PaddingTokenizer, autoencoder_pair, gemma_pair, transformer_pair
 from .race import Call
+from .twins import PaddingTokenizer, autoencoder_pair, gemma_pair, transformer_pair
 
 SIDES = (512, 1024, 2048, 4096)
 TRANSFORMERS = ("sana-0.6b-1024px", "sana-1.6b-1024px", "sana-1.5-4.8b-1024px", "sana-sprint-0.6b-1024px")
@@ -83,7 +83,7 @@ def transformer_calls(
     variant: str, side: int, batch: int, dtype: torch.dtype, device: str, compiled: bool
 ) -> dict[str, Call]:
     """One evaluation with guidance, as each step of a sampler makes it: text keys and modulation are there already."""
-    ours, theirs = transformer_pair(variant, dtype, device)
+    ours, theirs = transformer_pair(VARIANTS[variant].transformer, dtype, device)
     x = torch.randn(batch, 32, side // 32, side // 32, device=device).to(dtype)
     text, mask = random_text(ours, batch, dtype, device)
     timestep = torch.full((batch,), 0.5 if ours.config.continuous_time else 500.0, device=device)
@@ -112,7 +112,7 @@ def random_text(network: SanaTransformer, batch: int, dtype: torch.dtype, device
 
 def decode_calls(side: int, dtype: torch.dtype, device: str, compiled: bool) -> dict[str, Call]:
     """All at once, and within the bounds that a small card asks for."""
-    ours, theirs = autoencoder_pair(AUTOENCODER, dtype, device)
+    ours, theirs = autoencoder_pair(AUTOENCODERS[AUTOENCODER], dtype, device)
     ae_latent = torch.randn(1, 32, side // 32, side // 32, device=device).to(dtype)
     calls = {"ours": call(ours.decode, ae_latent)}
     calls["diffusers"] = call(lambda: theirs.decode(ae_latent, return_dict=False)[0])
@@ -127,7 +127,7 @@ def decode_calls(side: int, dtype: torch.dtype, device: str, compiled: bool) -> 
 
 
 def encode_calls(side: int, dtype: torch.dtype, device: str, compiled: bool) -> dict[str, Call]:
-    ours, theirs = autoencoder_pair(AUTOENCODER, dtype, device)
+    ours, theirs = autoencoder_pair(AUTOENCODERS[AUTOENCODER], dtype, device)
     image = torch.rand(1, 3, side, side, device=device).to(dtype) * 2 - 1
     return {
         "ours": call(ours.encode, image),
@@ -157,8 +157,8 @@ def picture_calls(
     variant: str, side: int, steps: int, dtype: torch.dtype, device: str, compiled: bool
 ) -> dict[str, Call]:
     """From the prompt to pixels, by both pipelines; ours also with the instruction not yet encoded, as for a first prompt."""
-    transformer, their_transformer = transformer_pair(variant, dtype, device)
-    autoencoder, their_autoencoder = autoencoder_pair(AUTOENCODER, dtype, device)
+    transformer, their_transformer = transformer_pair(VARIANTS[variant].transformer, dtype, device)
+    autoencoder, their_autoencoder = autoencoder_pair(AUTOENCODERS[AUTOENCODER], dtype, device)
     text_encoder, gemma = gemma_pair(dtype, device)
     row = VARIANTS[variant]
     identity = TransformerIdentity(row.transformer, variant, row.base_size, row.flow_shift, row.dtype, "the table")

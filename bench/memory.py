@@ -12,15 +12,15 @@ from pathlib import Path
 
 import torch
 
-from sana.config import LATENT_CHANNELS, VARIANTS
+from sana.config import AUTOENCODERS, LATENT_CHANNELS, VARIANTS
 from sana.networks.memory import GIB
 from sana.networks.streaming import least_bytes
 from sana.networks.transformer import WORKING_BYTES
 
 from .cases import AUTOENCODER, call, random_text
 from .machine import device_name, write_result
-from .networks import autoencoder_pair, gemma_pair, transformer_pair
 from .race import peak_memory
+from .twins import autoencoder_pair, gemma_pair, transformer_pair
 
 DTYPE = torch.bfloat16
 SIDES = (1024, 2048, 4096)
@@ -51,7 +51,7 @@ def prompt_phase(device: str) -> Phase:
 
 def step_phases(variant: str, device: str, largest: int) -> Iterator[Phase]:
     """A step with guidance, that is of a batch of two. largest: px; what is larger is not measured."""
-    network, _ = transformer_pair(variant, DTYPE, device)
+    network, _ = transformer_pair(VARIANTS[variant].transformer, DTYPE, device)
     text, mask = random_text(network, 2, DTYPE, device)
     context = call(network.text_context, text, mask.fill_(True))()
     modulation = call(network.modulation, torch.full((2,), 500.0, device=device))()
@@ -68,7 +68,7 @@ def step_phases(variant: str, device: str, largest: int) -> Iterator[Phase]:
 
 def decode_phases(device: str, largest: int) -> Iterator[Phase]:
     """In as little memory as the size allows; the picture, which is made meanwhile, included."""
-    network, _ = autoencoder_pair(AUTOENCODER, DTYPE, device)
+    network, _ = autoencoder_pair(AUTOENCODERS[AUTOENCODER], DTYPE, device)
     for side in SIDES:
         shape = torch.Size((1, LATENT_CHANNELS, side // 32, side // 32))
         picture = 3 * side**2 * DTYPE.itemsize

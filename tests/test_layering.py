@@ -17,6 +17,7 @@ import sana
 ROOT = Path(sana.__file__).parent.parent
 SANA = sorted((ROOT / "sana").rglob("*.py"))
 NODES = sorted((ROOT / "nodes").rglob("*.py"))
+BENCH = sorted((ROOT / "bench").rglob("*.py"))
 HOST = sorted((ROOT / "nodes" / "host").rglob("*.py"))
 PROGRAMS = {ROOT / "sana" / "training", ROOT / "sana" / "demo"}  # beside the library, which does not know them
 LIBRARY = [path for path in SANA if not PROGRAMS & {*path.parents}]
@@ -133,10 +134,15 @@ def test_nodes_use_what_the_host_offers_and_not_its_internals(path: Path) -> Non
 
 def test_only_nodes_import_the_host() -> None:
     """Of the files that are part of the pack or of its benchmarks."""
-    others = [ROOT / "__init__.py", *sorted((ROOT / "bench").rglob("*.py"))]
-    for path in others:
+    for path in (ROOT / "__init__.py", *BENCH):
         assert not foreign(path) & (HOST_PUBLIC | HOST_INTERNAL), path
     assert own(ROOT / "__init__.py") == {"nodes"}
+
+
+@pytest.mark.parametrize("path", [*SANA, *NODES, *BENCH, ROOT / "__init__.py"], ids=label)
+def test_nothing_needs_the_tests_and_the_pack_needs_no_benchmark(path: Path) -> None:
+    above = {"tests"} if path in BENCH else {"tests", "bench"}
+    assert not (foreign(path) | {name.split(".")[0] for name in own(path)}) & above
 
 
 def test_the_host_is_reached_in_one_folder() -> None:

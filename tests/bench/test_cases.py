@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from bench import cases, memory, networks
+from bench import cases, memory, twins
 from bench.race import Call, relative_error
 from sana.config import VARIANTS
 from tests.sana.models import GEMMA
@@ -29,10 +29,11 @@ BUILDS = {
 def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     configs = {name: replace(tiny_config(name), text_width=GEMMA.hidden_size) for name in VARIANTS}
     variants = {name: replace(row, transformer=configs[name]) for name, row in VARIANTS.items()}
-    for module in (cases, networks):
+    autoencoders = {cases.AUTOENCODER: tiny_autoencoder_config(cases.AUTOENCODER)}
+    for module in (cases, memory):
         monkeypatch.setattr(module, "VARIANTS", variants)
-    monkeypatch.setattr(networks, "AUTOENCODERS", {cases.AUTOENCODER: tiny_autoencoder_config(cases.AUTOENCODER)})
-    monkeypatch.setattr(networks, "GEMMA_2_2B", replace(GEMMA, vocab_size=256_000))
+        monkeypatch.setattr(module, "AUTOENCODERS", autoencoders)
+    monkeypatch.setattr(twins, "GEMMA_2_2B", replace(GEMMA, vocab_size=256_000))
     monkeypatch.setattr(memory, "SIDES", (64, 128))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from sana.checkpoints.text_encoder import gemma_json
 from sana.config import VARIANTS, TransformerConfig
 from tests.host.server import Server
-from tests.sana import dialects, models, networks
+from tests.sana import dialects, models, twins
 
 WIDTH = 224  # the smallest whose cross-attention heads can be told without a configuration: two of 112
 Tensors = dict[str, Tensor]
@@ -27,7 +27,7 @@ def transformer_config(variant: str) -> TransformerConfig:
 def official_transformer(variant: str) -> Tensors:
     """As in a `.pth` of Efficient-Large-Model."""
     torch.manual_seed(0)
-    network = networks.randomise(networks.diffusers_transformer(transformer_config(variant)))
+    network = twins.randomise(twins.diffusers_transformer(transformer_config(variant)))
     return dialects.official_transformer(network.state_dict(), (VARIANTS[variant].base_size // 32) ** 2)
 
 

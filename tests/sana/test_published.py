@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import Gemma2Config
 
-from sana.checkpoints.detection import autoencoder_tensors, detect_autoencoder, identify_transformer
+from sana.checkpoints.autoencoder import autoencoder_tensors, detect_autoencoder
 from sana.checkpoints.files import TensorFile
 from sana.checkpoints.text_encoder import gemma_config, gemma_json, gemma_tensors
+from sana.checkpoints.transformer import identify_transformer
 from sana.config import AUTOENCODERS, VARIANTS, GemmaConfig, StageConfig, TransformerConfig
 from sana.networks.layers import Build, CrossAttention, LinearAttention
 from sana.networks.transformer import SanaTransformer

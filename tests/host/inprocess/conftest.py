@@ -21,7 +21,7 @@ if VERSION not in HOSTS:
 SECOND = os.environ.get("SANA_TEST_DEVICE") == "second"
 FOLDER = tempfile.TemporaryDirectory(prefix="sana-host-")
 if SECOND:
-    import bench.card  # noqa: F401 - before the device is there, or diffusers would look for its kernels
+    import tests.host.card  # noqa: F401 - before the device is there, or diffusers would look for its kernels
 
     second_device.install()
 HOST = boot(VERSION, Path(FOLDER.name), *(ON_SECOND_DEVICE if SECOND else ON_CPU))

@@ -15,10 +15,11 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import sana
+from bench.weights import randomise
 from sana.checkpoints.header import transformer_header
 from sana.checkpoints.names import with_convolutions
 from sana.config import LATENT_SCALE, VARIANTS, TransformerIdentity
@@ -184,20 +185,6 @@ def write_variant(host: Host, variant: str, *, depth: int = 3, seed: int = 0) ->
         identity = TransformerIdentity(config, variant, row.base_size, row.flow_shift, row.dtype, "its header")
         save_file(with_convolutions(network.state_dict()), path, transformer_header(identity))
     return path
-
-
-def randomise(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Random numbers that keep activations near one and leave no parameter without effect."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in network.named_parameters():
-            if tensor.ndim > 1 and "table" not in name:
-                tensor.normal_(std=tensor[0].numel() ** -0.5, generator=generator)
-            elif "norm" in name and name.endswith("weight"):
-                tensor.uniform_(0.5, 1.5, generator=generator)
-            else:
-                tensor.normal_(std=0.2, generator=generator)
-    return network.eval().requires_grad_(False)
 
 
 def pipeline_latent(pipeline: sana.SanaPipeline, prompt: str, batch_size: int = 1, **options: object) -> Tensor:

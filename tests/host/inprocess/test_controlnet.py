@@ -11,10 +11,11 @@ from comfy.k_diffusion.sampling import sample_euler
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bench.weights import randomise
 from sana.config import LATENT_SCALE
 from sana.networks.controlnet import SanaControlNet
 from sana.networks.transformer import Modulation, SanaTransformer, TextContext
-from tests.host.inprocess.small import EQUAL, Small, difference, load, picture, randomise, write_variant
+from tests.host.inprocess.small import EQUAL, Small, difference, load, picture, write_variant
 
 NAME = "control.safetensors"
 Control = object

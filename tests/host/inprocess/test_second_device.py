@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import sana
-from bench.card import draw
 from tests.host.boot import Host
+from tests.host.card import draw
 from tests.host.inprocess.small import AUTOENCODER, EQUAL, PROMPT, TEXT_ENCODER, Small, difference, load, picture
 from tests.host.second_device import MEMORY, NAME
 

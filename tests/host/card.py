@@ -1,4 +1,5 @@
-"""A picture on a small card: .venv/tests/bin/python -m bench.card, after python3 tests. Writes results/card-SIDE.json.
+"""A picture on a small card: .venv/tests/bin/python -m tests.host.card, after python3 tests. Writes card-SIDE.json
+to bench/results/.
 
 The real ComfyUI with its offloading, our nodes, and random weights at the real sizes in bfloat16, on the tests' stand-in for a
 GPU: it computes on the CPU, but counts what PyTorch allocates and runs out of memory. Not counted, as on a GPU they would be:
@@ -15,9 +16,13 @@ from tempfile import TemporaryDirectory
 import torch
 from safetensors.torch import save_file
 
+from bench.cases import AUTOENCODER
+from bench.machine import device_name, write_result
+from bench.memory import DTYPE, LONG_PROMPT, gibibytes
+from bench.twins import autoencoder_pair, gemma_pair, transformer_pair
 from sana.checkpoints.names import with_convolutions
 from sana.checkpoints.text_encoder import stored_companions
-from sana.config import VARIANTS
+from sana.config import AUTOENCODERS, VARIANTS
 from sana.networks.memory import GIB
 from sana.text.text_encoder import JsonTokenizer
 from tests.host import second_device
@@ -25,11 +30,6 @@ from tests.host.boot import Host, boot
 from tests.host.hosts import NEWEST
 from tests.host.second_device import MEMORY
 from tests.sana.models import tokenizer_json
-
-from .cases import AUTOENCODER
-from .machine import device_name, write_result
-from .memory import DTYPE, LONG_PROMPT, gibibytes
-from .networks import autoencoder_pair, gemma_pair, transformer_pair
 
 NAME = "random.safetensors"
 
@@ -46,14 +46,14 @@ class Part:
 
 def write_models(folder: Path, variant: str) -> dict[str, str]:
     """Files of all three parts where the host looks for them. Returns the inputs of the node that loads them."""
-    transformer, _ = transformer_pair(variant, DTYPE, "cpu")
+    transformer, _ = transformer_pair(VARIANTS[variant].transformer, DTYPE, "cpu")
     save_file(with_convolutions(transformer.state_dict()), folder / "diffusion_models" / NAME)
     del transformer
     gemma, _ = gemma_pair(DTYPE, "cpu")
     companions = stored_companions(JsonTokenizer(tokenizer_json()), gemma.model.config)
     save_file({**gemma.model.state_dict(), **companions}, folder / "text_encoders" / NAME)
     del gemma
-    autoencoder, _ = autoencoder_pair(AUTOENCODER, DTYPE, "cpu")
+    autoencoder, _ = autoencoder_pair(AUTOENCODERS[AUTOENCODER], DTYPE, "cpu")
     save_file(autoencoder.state_dict(), folder / "vae" / NAME)
     return {"model": NAME, "text_encoder": NAME, "vae": NAME, "dtype": "auto", "variant": variant}
 
@@ -89,12 +89,12 @@ def draw(host: Host, models: dict[str, str], side: int, steps: int) -> list[Part
 
 
 def main() -> None:
-    top = argparse.ArgumentParser(prog="python -m bench.card", description=__doc__.splitlines()[0])
+    top = argparse.ArgumentParser(prog="python -m tests.host.card", description=__doc__.splitlines()[0])
     top.add_argument("--gib", type=float, default=7.0, help="that the card has to give (default: %(default)s)")
     top.add_argument("--side", type=int, default=1024, help="px (default: %(default)s)")
     top.add_argument("--steps", type=int, default=2, help="default: %(default)s")
     top.add_argument("--variant", choices=tuple(VARIANTS), default="sana-1.6b-1024px", help="default: %(default)s")
-    top.add_argument("--out", type=Path, help="JSON file to write (default: the one in results/ of this side)")
+    top.add_argument("--out", type=Path, help="JSON file to write (default: the one in bench/results/ of this side)")
     options = top.parse_args()
     out = vars(options).pop("out")
     second_device.install()
