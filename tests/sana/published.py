@@ -63,11 +63,8 @@ TEXT_WIDTH = 2304  # caption_channels of every yaml
 TEXT_TOKENS = 300  # text_encoder.model_max_length of every yaml
 CHANNELS = 32  # vae.vae_latent_dim of every yaml; linear_head_dim is 32, too
 CLAMP = 65504.0  # sana_blocks.py, LiteLA, before commit 92c7459: out.clip(-65504, 65504) after the projection
-NORMS = {
-    "self-attention": 1e-5,
-    "cross-attention": 1e-6,
-    "text": 1e-5,
-}  # eps of RMSNorm: sana_blocks.py, sana_multi_scale.py
+# eps of norms: sana_blocks.py and sana_multi_scale.py; of the autoencoder: mit-han-lab/efficientvit models/nn/norm.py
+NORMS = {"self-attention": 1e-5, "cross-attention": 1e-6, "text": 1e-5, "layer": 1e-6, "autoencoder": 1e-5}
 
 
 class Autoencoder(NamedTuple):

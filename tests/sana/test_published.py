@@ -13,6 +13,8 @@ from sana.checkpoints.files import TensorFile
 from sana.checkpoints.text_encoder import gemma_config, gemma_json, gemma_tensors
 from sana.checkpoints.transformer import identify_transformer
 from sana.config import AUTOENCODERS, VARIANTS, GemmaConfig, StageConfig, TransformerConfig
+from sana.networks.autoencoder_layers import ChannelNorm, MultiscaleLinearAttention, channel_norm
+from sana.networks.controlnet import SanaControlNet
 from sana.networks.layers import Build, CrossAttention, LinearAttention
 from sana.networks.transformer import SanaTransformer
 from sana.pipeline import SanaPipeline, Settings
@@ -25,7 +27,7 @@ from sana.text.text_encoder import BOS, EOS, PAD
 from tests.sana import published
 from tests.sana.models import SPRINT, TRANSFORMER, write_model
 from tests.sana.released import names, released
-from tests.sana.twins import diffusers_transformer, tiny_config
+from tests.sana.twins import TEXT_WIDTH, diffusers_transformer, randomise, tiny_config, transformer_pair
 
 
 def test_there_is_a_row_for_every_release() -> None:
@@ -131,11 +133,46 @@ def test_norms_and_the_clamp_are_those_of_nvlabs() -> None:
     own, cross = LinearAttention(32, True, Build()), CrossAttention(32, 1, True, Build())
     assert own.norm_q.eps == own.norm_k.eps == published.NORMS["self-attention"]
     assert cross.norm_q.eps == cross.norm_k.eps == published.NORMS["cross-attention"]
-    assert SanaTransformer(tiny_config("sana-0.6b-1024px"), device="meta").caption_norm.eps == published.NORMS["text"]
+    config = tiny_config("sana-0.6b-1024px-controlnet-hed")
+    for network in (SanaTransformer(config, device="meta"), SanaControlNet(config, device="meta")):
+        assert network.caption_norm.eps == published.NORMS["text"]
     torch.nn.init.eye_(own.to_out[0].weight)
     torch.nn.init.zeros_(own.to_out[0].bias)
     for sign in (1, -1):
         assert own.project(torch.full((1, 1, 32), sign * 1e6)).unique().tolist() == [sign * published.CLAMP]
+
+
+@torch.no_grad()
+def test_small_tokens_are_normalised_as_by_diffusers() -> None:
+    """Their variance is that of the eps: with another one they would be several times as large."""
+    ours, theirs = transformer_pair(tiny_config("sana-0.6b-1024px", depth=1))
+    for parameter in theirs.patch_embed.parameters():
+        parameter.mul_(published.NORMS["layer"] ** 0.5)  # of both networks, which share it
+    x, text, time = torch.randn(1, 32, 4, 4), torch.randn(1, 5, TEXT_WIDTH), torch.tensor([500])
+    expected = theirs(x, encoder_hidden_states=text, timestep=time, return_dict=False)[0]
+    torch.testing.assert_close(ours(x, time, text), expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_small_features_are_normalised_as_published() -> None:
+    eps = published.NORMS["autoencoder"]
+    x, norm = torch.randn(1, 8, 4, 4) * eps**0.5, ChannelNorm(8, Build())
+    norm.weight.fill_(1.0), norm.bias.zero_()
+    torch.testing.assert_close(norm(x), x / (x.square().mean(1, keepdim=True) + eps).sqrt(), rtol=1e-4, atol=1e-6)
+    assert channel_norm(8, True, Build()).eps == eps
+
+
+@torch.no_grad()
+def test_attention_of_the_autoencoder_divides_by_all_of_its_sum() -> None:
+    """The eps, 1e-15 in efficientvit models/nn/ops.py, is too small to show where queries and keys are small."""
+    attention, x = (
+        randomise(MultiscaleLinearAttention(StageConfig(32, 1, attention=True), Build())),
+        torch.randn(1, 32, 4, 4),
+    )
+    expected = attention(x)
+    for part in (attention.to_q, attention.to_k):  # of one head of 32 channels these are the queries and the keys
+        part.weight.mul_(1e-5)
+    torch.testing.assert_close(attention(x), expected, rtol=0, atol=1e-4)
 
 
 def test_the_instruction_is_the_published_one() -> None:
