@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Collection
+from pathlib import Path
 
 import pytest
 import requests
@@ -15,6 +17,7 @@ PUBLIC = (
     "SanaCheckpointLoader SanaTextEncoderLoader DCAELoader GemmaTextEncode DCAEEncode DCAEDecode EmptySanaLatentImage "
     "FlowDPMSampler FlowDPMScheduler FlowDPMSolver SanaGuider SanaPerturbedAttention SCMSampler SCMScheduler SanaControlNetLoader"
 ).split()
+DOCS = ROOT / "js" / "docs"
 LANGUAGES = sorted(path.name for path in (ROOT / "locales").iterdir())
 
 
@@ -51,24 +54,52 @@ def test_every_node_has_a_help_page(ours: dict[str, dict], server: Server) -> No
 
 
 def check_page(page: str, node: dict) -> None:
+    """A page in English."""
     assert page.startswith(f"# {node['display_name']}\n")
     assert re.findall("^## (.*)$", page, re.M) == ["Inputs", "Outputs", "Example"]
+    for name, unit in check_inputs(page, node).items():
+        assert UNITS.get(name, "") in unit, name
+
+
+def check_inputs(page: str, node: dict) -> dict[str, str]:
+    """A page in any language: every input with its range, and every output. Returns what stands behind each input."""
     rows = {}
     for names, unit in re.findall(r"^\| ([\w, ]+) \| ([^|]+) \|", page, re.M):
         rows |= dict.fromkeys(names.split(", "), unit)
-    rows.pop("input", None)
+    rows.pop(next(iter(rows), ""), None)  # the head of the table
     assert rows.keys() == inputs(node).keys()
     for name, (kind, options, *_) in ((name, [*spec, {}]) for name, spec in inputs(node).items()):
         if kind in ("INT", "FLOAT") and name != "seed":
             for end in (options["min"], options["max"]):
                 assert re.search(rf"(?<![\d.]){end:g}(?![\d.]*\d)", rows[name]), f"{name} {end:g}: {rows[name]}"
-        assert UNITS.get(name, "") in rows[name], name
     for output in node["output"]:
         assert f"**{output}**" in page
+    return rows
+
+
+def strays(folder: Path, nodes: Collection[str]) -> list[str]:
+    """Files that the user interface never asks for. It takes Node.md, and for a language Node/zh.md."""
+    asked = re.compile(rf"({'|'.join(nodes)})(/[a-z]{{2}}(-[A-Z]{{2}})?)?\.md")
+    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in files if not asked.fullmatch(name))
 
 
 def test_no_page_without_a_node(ours: dict[str, dict]) -> None:
-    assert {path.stem for path in (ROOT / "js" / "docs").rglob("*.md")} == set(ours)
+    assert not strays(DOCS, ours)
+
+
+def test_a_translated_page_has_its_place(tmp_path: Path) -> None:
+    wrong = ["DCAEDecode/zh.txt", "DCAEDecode/zh/page.md", "DCAEDecode_zh.md", "Gone.md", "Gone/ja.md"]
+    for name in ("DCAEDecode.md", "DCAEDecode/ja.md", "DCAEDecode/zh-TW.md", *wrong):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert strays(tmp_path, ["DCAEDecode", "DCAEEncode"]) == wrong
+
+
+def test_translated_pages_name_every_input(ours: dict[str, dict]) -> None:
+    for page in DOCS.glob("*/*.md"):
+        check_inputs(page.read_text(encoding="utf-8"), ours[page.parent.name])
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
