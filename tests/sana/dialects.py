@@ -1,4 +1,4 @@
-"""Checkpoints in the names they are published in, made from diffusers' names. Reading them is what `sana.key_map` does.
+"""Checkpoints in the names they are published in, made from diffusers' names. Reading them is what `sana.checkpoints.names` does.
 
 Sources: the modules of NVlabs/Sana diffusion/model/nets and mit-han-lab/efficientvit, as listed in tests/data.
 """

@@ -1,6 +1,7 @@
 """Boots the host that SANA_TEST_HOST names before any module here is imported: they can `import comfy` at the top.
 
-With SANA_TEST_DEVICE=second the host computes on a stand-in for a GPU, and the tests marked `cpu` are left out.
+With SANA_TEST_DEVICE=second the host computes on a stand-in for a GPU, and the tests marked `cpu` are left out. Tests marked
+`newest` run inside the newest host alone, without that stand-in: what they read does not come from the host.
 """
 
 import os
@@ -13,12 +14,13 @@ import torch
 
 from tests.host import second_device
 from tests.host.boot import ON_CPU, ON_SECOND_DEVICE, Host, boot
-from tests.host.hosts import HOSTS
+from tests.host.hosts import HOSTS, NEWEST
 
 VERSION = os.environ.get("SANA_TEST_HOST", "")
 if VERSION not in HOSTS:
     raise pytest.UsageError(f"set SANA_TEST_HOST to one of {', '.join(HOSTS)} to run tests inside that version")
 SECOND = os.environ.get("SANA_TEST_DEVICE") == "second"
+torch.set_num_threads(1)  # the networks are so small that threads wait for one another longer than they compute
 FOLDER = tempfile.TemporaryDirectory(prefix="sana-host-")
 if SECOND:
     import tests.host.card  # noqa: F401 - before the device is there, or diffusers would look for its kernels
@@ -37,7 +39,9 @@ collect_ignore = [] if SECOND else ["test_second_device.py"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left_out = [item for item in items if SECOND and item.get_closest_marker("cpu")]
+    marks = {"cpu"} if SECOND else set()
+    marks |= {"newest"} if SECOND or VERSION != NEWEST else set()
+    left_out = [item for item in items if marks & {mark.name for mark in item.iter_markers()}]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
 

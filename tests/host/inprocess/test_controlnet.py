@@ -120,6 +120,7 @@ def test_sprint_is_refused(small: Small, control: Control) -> None:
         small.ksampler(model=sprint, cfg=1.0, **apply(small, control, 1.0))
 
 
+@pytest.mark.newest
 def test_another_generation_is_refused(small: Small, control: Control) -> None:
     """SANA and SANA-1.5 of the same width: the tensors fit, and the corrections do not."""
     model = load(small.host, write_variant(small.host, "sana-1.5-1.6b-1024px").name)[0]
@@ -149,6 +150,7 @@ def test_two_controls_add_up(small: Small, control: Control) -> None:
     assert difference(found, small.ksampler(**apply(small, control, 1.0))) < EQUAL
 
 
+@pytest.mark.newest
 def test_wrong_file_says_what_it_is(small: Small) -> None:
     shutil.copy(small.path, small.host.base / "models" / "controlnet" / "transformer.safetensors")
     with pytest.raises(Exception, match="give a ControlNet for SANA"):

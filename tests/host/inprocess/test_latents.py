@@ -21,7 +21,7 @@ def latent(small: Small) -> Tensor:
 
 
 def test_every_way_to_decode_gives_the_same_pixels(small: Small, latent: Tensor) -> None:
-    """Defect 5 of the official nodes: tiled decoding crashed."""
+    """With older nodes for SANA tiled decoding crashed."""
     inputs = {"samples": {"samples": latent}, "vae": small.vae}
     (ours,) = small.host.call("DCAEDecode", **inputs, max_memory=0.0)
     assert ours.shape == (2, HEIGHT, WIDTH, 3) and 0 <= float(ours.min()) < float(ours.max()) <= 1
@@ -44,6 +44,7 @@ def test_every_way_to_encode_gives_the_same_latent(small: Small) -> None:
     assert difference(ours, theirs) <= EQUAL
 
 
+@pytest.mark.newest
 def test_too_little_memory_is_refused(small: Small) -> None:
     with pytest.raises(
         ValueError, match=r"^0\.001 GiB of working memory are too little for this size; it takes at least"
@@ -52,7 +53,7 @@ def test_too_little_memory_is_refused(small: Small) -> None:
 
 
 def test_pictures_are_cut_to_multiples_of_32(small: Small) -> None:
-    """Defect 5 of the official nodes: other sizes crashed. The middle is kept, as by every VAE of the host."""
+    """With older nodes for SANA other sizes crashed. The middle is kept, as by every VAE of the host."""
     image = picture(HEIGHT + 20, WIDTH + 14)
     middle = image[:, 10 : 10 + HEIGHT, 7 : 7 + WIDTH]
     for node in ("VAEEncode", "VAEEncodeTiled", "DCAEEncode"):
@@ -76,7 +77,7 @@ def test_mask_for_inpainting_is_cut_with_the_picture(small: Small) -> None:
 
 
 def test_memory_that_decoding_asks_for_is_bounded(small: Small) -> None:
-    """Defect 6 of the official nodes: the estimate was that of another VAE, so decoding 4K always ran out of memory."""
+    """With the estimate of another VAE, as in older nodes for SANA, decoding 4K always runs out of memory."""
     working = [
         small.vae.memory_used_decode((1, 32, side // 32, side // 32), torch.float32) for side in (256, 512, 4096)
     ]
@@ -86,6 +87,7 @@ def test_memory_that_decoding_asks_for_is_bounded(small: Small) -> None:
     assert working[0] < working[1] < working[2] <= 2**30
 
 
+@pytest.mark.newest
 def test_empty_latent_has_a_trained_size(host: Host) -> None:
     sizes = host.pack("nodes.latent").sizes()
     assert len(sizes) == 4 * 9
@@ -116,7 +118,7 @@ def test_model_that_is_loaded_anew_has_previews(small: Small) -> None:
 
 
 def test_preview_looks_like_the_picture(small: Small) -> None:
-    """Defect 15 of the official nodes: there were no previews. Fitted to the autoencoder at hand, on other pictures."""
+    """People asked for previews. They are fitted to the autoencoder at hand, and tried on other pictures."""
     latent_format = small.model.model.latent_format
     previewer = latent_preview.Latent2RGBPreviewer(
         latent_format.latent_rgb_factors,

@@ -157,7 +157,7 @@ def test_lora_acts_as_the_merged_weights(
     trainer: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Defect 15 of the official nodes: LoRAs did not load."""
+    """People could not load LoRAs of SANA (NVlabs/Sana issue 145)."""
     tensors, has_alpha = {}, False
     for path, (down, up) in matrices.items():
         down_name, up_name, alpha = TRAINERS[trainer](path)

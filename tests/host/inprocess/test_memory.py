@@ -16,7 +16,7 @@ VARIANTS = (VARIANT, "sana-1.5-1.6b-1024px", "sana-1.6b-4096px", "sana-0.6b-512p
 
 
 def test_every_matrix_is_in_a_layer_of_the_host(small: Small) -> None:
-    """Defect 8 of the official nodes: none was, so low memory, fp8 and offloading did nothing."""
+    """In older nodes for SANA none is, so that low memory, fp8 and offloading do nothing."""
     for model in (small.model.model, small.vae.first_stage_model, small.clip.cond_stage_model):
         outside = [
             f"{name}.{key}"

@@ -82,7 +82,7 @@ def functions(module: ModuleType) -> Iterator[tuple[str, object]]:
 
 
 def test_pack_replaces_nothing_else_in_the_host(host: Host, small: Small) -> None:
-    """Defect 7 of the official nodes: loading a model replaced the sampling of all models until a restart."""
+    """With older nodes for SANA loading SANA replaced the sampling of all models until a restart."""
     small.sample()
     modules = [
         module for name, module in list(sys.modules.items()) if name.split(".")[0] in ("comfy", "nodes", "execution")

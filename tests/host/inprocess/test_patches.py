@@ -29,7 +29,7 @@ CHANGED = 1e-2
 
 
 def test_core_perturbed_attention_guidance(small: Small) -> None:
-    """Defect 15 of the official nodes: it had no effect."""
+    """On SANA people found this node without effect (NVlabs/Sana issue 176)."""
     (core,) = small.host.call("PerturbedAttentionGuidance", model=small.model, scale=2.0)
     (ours,) = small.host.call("SanaPerturbedAttention", model=small.model, pag_scale=2.0, pag_block=-1)
     theirs = pipeline_latent(small.pipeline, PROMPT, negative=OTHER_PROMPT, pag_scale=2.0)

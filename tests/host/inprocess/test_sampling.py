@@ -65,7 +65,7 @@ def test_flow_dpm_sampler_gives_the_latent_of_the_pipeline(
 
 
 def test_pictures_of_a_batch_are_those_of_the_pipeline_and_of_their_own_seeds(small: Small) -> None:
-    """Defect 2 of the official nodes: a batch cut the prompt to the length of the negative prompt."""
+    """With older nodes for SANA a batch cut the prompt to the length of the negative prompt."""
     latents = small.sample(latent=small.empty(3))
     assert difference(latents, pipeline_latent(small.pipeline, PROMPT, 3, negative=OTHER_PROMPT)) <= EQUAL
     assert difference(latents[2:], small.sample(seed=SEED + 2)) <= EQUAL
@@ -86,7 +86,7 @@ def test_picture_taken_out_of_a_batch_keeps_its_seed(small: Small, sprint: objec
 
 
 def test_mask_convention_of_diffusers(small: Small) -> None:
-    """Defect 4 of the official nodes: their masks followed neither NVlabs, which all other tests follow, nor diffusers."""
+    """People compare with diffusers, whose unconditional branch has its own mask; all other tests follow NVlabs."""
     positive = small.encode(PROMPT, "custom", DIFFUSERS_INSTRUCTION)
     ours = small.sample(positive=positive, mask_convention="diffusers")
     theirs = pipeline_latent(small.pipeline, PROMPT, negative=OTHER_PROMPT, reference="diffusers")
@@ -218,7 +218,7 @@ def test_a_mask_smaller_than_a_cell_is_followed(small: Small) -> None:
 
 
 def test_vae_encode_for_inpaint_and_sampling(small: Small) -> None:
-    """Defect 5 of the official nodes: tiled encoding and encoding for inpainting crashed."""
+    """With older nodes for SANA tiled encoding and encoding for inpainting crashed."""
     mask = torch.zeros(1, HEIGHT, WIDTH)
     mask[:, : HEIGHT // 3] = 1
     (latent,) = small.host.call("VAEEncodeForInpaint", pixels=picture(), vae=small.vae, mask=mask, grow_mask_by=0)
@@ -242,7 +242,7 @@ def sprint(small: Small) -> object:
 
 
 def test_sprint_gives_the_latents_of_the_pipeline_in_a_batch(small: Small, sprint: object) -> None:
-    """Defect 3 of the official nodes: Sprint crashed for a batch of two."""
+    """With older nodes for SANA Sprint crashed for a batch of two."""
     pipeline = load_pipeline(write_variant(small.host, SPRINT))
     latents = sprint_latents(small.host, sprint, small, 2)
     assert difference(latents, pipeline_latent(pipeline, PROMPT, 2, steps=2)) <= EQUAL
@@ -258,6 +258,7 @@ def test_sprint_starts_from_noise_at_every_angle(small: Small, sprint: object, m
     assert difference(sprint_latents(small.host, sprint, small, sigmas=sigmas), last.next_x / LATENT_SCALE) <= EQUAL
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(("max_angle", "masked", "said"), [(1.5708, False, 1), (1.3, False, 0), (1.5708, True, 0)])
 def test_sprint_says_when_it_keeps_nothing_of_a_picture(
     small: Small, sprint: object, caplog: pytest.LogCaptureFixture, max_angle: float, masked: bool, said: int
@@ -305,7 +306,7 @@ def test_no_steps_leave_a_latent_as_it_is(small: Small, sprint: object) -> None:
 
 
 def test_sprint_follows_its_sigmas(small: Small, sprint: object) -> None:
-    """Defect 9 of the official nodes: their sampler ran its own schedule, whatever it was given."""
+    """The Sprint sampler of older nodes ran its own schedule, whatever it was given."""
     seen: list[float] = []
     network = sprint.model.diffusion_model
     handle = network.register_forward_pre_hook(lambda module, arguments: seen.append(float(arguments[1][0])))
@@ -316,7 +317,7 @@ def test_sprint_follows_its_sigmas(small: Small, sprint: object) -> None:
 
 
 def test_previews_get_the_denoised_latent(small: Small) -> None:
-    """Defect 9 of the official nodes: previews showed the raw prediction. The last estimate is the result."""
+    """People saw previews of the raw prediction, which looked like noise. The last estimate is the result."""
     seen: list[Tensor] = []
     sigmas = flow_sigmas(STEPS, 3.0)
     model = small.host.pack("nodes.host.sampler")
@@ -338,7 +339,7 @@ def test_previews_get_the_denoised_latent(small: Small) -> None:
 
 @pytest.mark.parametrize("variant", ["sana-1.5-1.6b-1024px", "sana-1.6b-2048px", "sana-1.6b-4096px"])
 def test_every_structure_gives_the_latents_of_our_network(small: Small, variant: str) -> None:
-    """Defect 1 of the official nodes: SANA-1.5 ran without the norms of its cross-attention."""
+    """With older nodes for SANA SANA-1.5 ran without the norms of its cross-attention."""
     path = write_variant(small.host, variant)
     model = load(small.host, path.name)[0]
     (sigmas,) = small.host.call("FlowDPMScheduler", model=model, steps=STEPS, denoise=1.0, flow_shift=0.0)

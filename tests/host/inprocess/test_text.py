@@ -64,7 +64,7 @@ def test_text_without_its_mask_does_not_count_padding(small: Small, cfg: float, 
 def test_tokens_are_reported_and_the_prompt_is_not(
     small: Small, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Defect 16 of the official nodes: the prompt was printed."""
+    """Others print the prompt into the log, which people show when they ask for help."""
     with caplog.at_level(logging.INFO):
         small.encode(PROMPT)
         small.encode(LONG)
@@ -76,7 +76,7 @@ def test_tokens_are_reported_and_the_prompt_is_not(
 
 
 def test_nothing_is_downloaded(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Defect 11 of the official nodes: the text encoder was downloaded again, and the network used in every run."""
+    """With other nodes the text encoder was downloaded again, and the network was used in every run."""
 
     def refuse(*unused: object) -> None:
         raise AssertionError("a connection was opened")

@@ -124,10 +124,6 @@ def simple_tuner(tensors: Tensors) -> Tensors:
     return early_diffusers_transformer(tensors)
 
 
-def official(tensors: Tensors) -> Tensors:
-    return official_transformer(tensors)
-
-
 def unmarked(tensors: Tensors) -> Tensors:
     """Without the buffers and the tensors that only training needs."""
     dropped = ("pos_embed", "y_embedder.y_embedding")
@@ -135,7 +131,7 @@ def unmarked(tensors: Tensors) -> Tensors:
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model.", "transformer.", "net."])
-@pytest.mark.parametrize("layout", [one_trainer, simple_tuner, official, unmarked])
+@pytest.mark.parametrize("layout", [one_trainer, simple_tuner, official_transformer, unmarked])
 def test_a_single_file_in_any_layout(
     tmp_path: Path, diffusers: Tensors, layout: Callable[[Tensors], Tensors], prefix: str
 ) -> None:
