@@ -82,3 +82,12 @@ def test_a_thin_stroke_of_a_mask_is_painted(pipeline: SanaPipeline) -> None:
     latent = sample(pipeline, PROMPTS[0], image=picture(), mask=mask, steps=3)
     assert (latent - clean)[:, :, 0].abs().mean() > 0.5
     torch.testing.assert_close(latent[:, :, 1], clean[:, :, 1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("height", "width", "expected"), [(64, 128, (64, 128)), (96, 96, (64, 64))])
+def test_a_picture_of_more_than_twice_the_pixels_is_drawn_in_a_trained_size(
+    pipeline: SanaPipeline, height: int, width: int, expected: tuple[int, int]
+) -> None:
+    """The model is one of 64 px."""
+    record = pipeline.record(PROMPTS[0], Settings(image=Image.new("RGB", (width, height))))
+    assert (record["height"], record["width"]) == expected
