@@ -51,7 +51,7 @@ def test_every_module_is_in_the_map() -> None:
 def messages() -> list[re.Pattern[str]]:
     """What the code can say: its strings, with anything in the places of their values."""
     found = []
-    for path in [*(ROOT / "sana").rglob("*.py"), *(ROOT / "nodes").rglob("*.py")]:
+    for path in (path for folder in ("sana", "nodes", "tools") for path in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
             texts = [part.value if isinstance(part, ast.Constant) else None for part in parts]

@@ -34,8 +34,8 @@ ROOMS = {
     "text": {"config", "networks"},
     "sampling": {"config", "networks"},
     "checkpoints": {"config", "networks", "text"},
-    "plan": {"text", "sampling", "checkpoints"},
-    "pipeline": {"images", "networks", "text", "sampling", "checkpoints", "plan"},
+    "plan": {"config", "text", "sampling"},
+    "pipeline": {"config", "images", "networks", "text", "sampling", "checkpoints", "plan"},
     "training": {"config", "images", "networks", "text", "sampling", "checkpoints", "plan", "pipeline"},
 }
 # What meets only where it is put together: each of these modules, and all that it uses, knows none of its strangers.
