@@ -1,24 +1,121 @@
-"""Names and shapes in LoRA files, as data: what trainers call the layers of a SANA transformer. A dialect is an entry here."""
+"""LoRA files: whose layers their names mean, which of ours these are, and how strong each change is.
 
-from collections.abc import Iterator
+A dialect is an entry in the tables here; the host and the shell read them. How strong a change is, is told by a tensor
+`alpha` beside its factors, or by PEFT outside the tensors: in the header of the file (diffusers' trainers), or in an
+`adapter_config.json` beside it (`PeftModel.save_pretrained`).
+"""
 
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
 from torch import Tensor
 
-# What stands before the path of a layer: PEFT in diffusers, PEFT alone, and nothing.
-DOTTED = ("transformer.", "base_model.model.", "")
+from .files import CheckpointError, read_json
+from .names import IN_BLOCK, OUTSIDE, OUTSIDE_SPRINT
+
+Settings = Mapping[str, object]  # what PEFT tells of an adapter, such as {"r": 4, "lora_alpha": 16}
+Lora = dict[str, Tensor]
+
+# What stands before the path of a layer of the transformer: PEFT in diffusers, PEFT alone, both, and nothing.
+DOTTED = ("transformer.base_model.model.", "transformer.", "base_model.model.", "")
 # The same where _ stands for every dot: LyCORIS, OneTrainer and kohya.
 UNDERSCORED = ("lycoris_", "lora_transformer_", "lora_unet_")
-# Ends of the names of what stands between two factors in a Tucker decomposition, which keeps all of its axes.
+# Before the path of a layer of the text encoder, such as layers.0.mlp.up_proj.
+TEXT_DOTTED = ("text_encoder.", "text_encoder.model.", "text_encoder.base_model.model.", "base_model.model.model.")
+TEXT_UNDERSCORED = ("lora_te1_", "lora_te_")
+
+# Ends of names behind the path of a layer. For one of our layers that is a part of theirs, the first kind is the same,
+DOWN = (".lora_A.weight", ".lora_A.default.weight", ".lora_A", ".lora_down.weight", ".hada_w1_b")
+SHARED = (*DOWN, ".hada_w2_b", ".alpha")
+# and the second has rows of its own.
+MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".lora_magnitude_vector.default.weight")
+ROWS = (
+    *(".lora_B.weight", ".lora_B.default.weight", ".lora_B", ".lora_up.weight", ".hada_w1_a", ".hada_w2_a"),
+    *(".dora_scale", *MAGNITUDES, ".diff", ".diff_b", ".set_weight"),
+)
+# Of a Kronecker product, which has no rows of its own for a part of a layer.
+KRONECKER = (".lokr_w1_a", ".lokr_w1_b", ".lokr_w1", ".lokr_w2_a", ".lokr_w2_b", ".lokr_w2")
+# What stands between two factors in a Tucker decomposition, which keeps all of its axes.
 CORES = (".lora_mid.weight", ".hada_t1", ".hada_t2", ".lokr_t2")
+ENDS = tuple(sorted((*SHARED, *ROWS, *KRONECKER, *CORES), key=len, reverse=True))
+
+HEADER = "lora_adapter_metadata"  # entry of diffusers in a safetensors header: JSON of "transformer.r" and the like
+BESIDE = "adapter_config.json"
+RISKY = re.compile(r"\)[*+?{]")  # a repeated group, which may take for ever to match
+
+# Parts of names by which LoRAs for other models are known.
+OTHERS = (
+    (("single_blocks", "single_transformer_blocks", "double_blocks"), "a Flux model"),
+    (("joint_blocks", ".attn.add_k_proj", "_attn_add_k_proj"), "a Stable Diffusion 3 model"),
+    (("down_blocks", "input_blocks", "mid_block", "up_blocks"), "a Stable Diffusion model"),
+    (("text_model", "lora_te2_"), "the text encoder of another model"),
+    (("self_attn.", "self_attn_", "ffn.0", "cross_attn.k", "attention.to_"), "a model of another family"),
+)
 
 
 def layer_names(path: str) -> Iterator[str]:
-    """What LoRA files call the layer at a path such as "transformer_blocks.0.attn1.to_q", in every dialect."""
+    """What LoRA files call the layer of the transformer at a path such as "transformer_blocks.0.attn1.to_q"."""
     yield from (prefix + path for prefix in DOTTED)
     yield from (prefix + path.replace(".", "_") for prefix in UNDERSCORED)
 
 
-def with_matrices(lora: dict[str, Tensor], layers: tuple[str, ...]) -> dict[str, Tensor]:
+def text_layer_names(path: str) -> Iterator[str]:
+    """What they call the layer of the text encoder at a path such as "layers.0.self_attn.q_proj"."""
+    yield from (prefix + path for prefix in TEXT_DOTTED)
+    yield from (prefix + path.replace(".", "_") for prefix in TEXT_UNDERSCORED)
+
+
+def layers_of(names: Iterable[str]) -> set[str]:
+    """What a file calls the layers that it changes: its names without their ends."""
+    return {layer for name in names if (layer := _split(name)[0])}
+
+
+def describe_lora(names: Iterable[str]) -> str:
+    """Which model a LoRA is for, in words for an error message."""
+    found = list(names)
+    for marks, model in OTHERS:
+        if any(mark in name for mark in marks for name in found):
+            return model
+    return "a model of unknown kind"
+
+
+def read_settings(metadata: Mapping[str, str] | None, path: Path) -> Settings:
+    """What PEFT tells of the adapter in a file: in its header, else beside it. {}: nothing.
+
+    An `adapter_config.json` counts for `adapter_model.*`, and for a file that lies alone with it.
+    """
+    told = (metadata or {}).get(HEADER)
+    if told is not None:
+        try:
+            found = json.loads(told)
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
+    beside = path.parent / BESIDE
+    if not beside.is_file():
+        return {}
+    alone = sum(other.suffix == path.suffix for other in path.parent.iterdir()) == 1
+    if path.stem != "adapter_model" and not alone:
+        return {}
+    try:
+        return read_json(beside)
+    except CheckpointError:
+        return {}
+
+
+def prepare(lora: Lora, settings: Settings, *, sprint: bool = False) -> Lora:
+    """A LoRA file with our names for layers that have official ones, strengths as tensors, and DoRA's magnitudes as scales.
+
+    settings: as `read_settings` finds them. sprint: whether the model is Sprint, two layers of which are called otherwise.
+    """
+    return _with_scales(_with_our_names(_with_strengths(lora, settings), sprint))
+
+
+def with_matrices(lora: Lora, layers: tuple[str, ...]) -> Lora:
     """A LoRA file in which what changes a 1x1 convolution has two axes, as our weight of it has.
 
     layers: what the file calls the 1x1 convolutions.
@@ -29,3 +126,99 @@ def with_matrices(lora: dict[str, Tensor], layers: tuple[str, ...]) -> dict[str,
         if name.startswith(layers) and not name.endswith(CORES) and tensor.ndim == 4 and tensor.shape[2:] == (1, 1)
     }
     return {**lora, **matrices}
+
+
+def strength_of(settings: Settings, layer: str) -> float | None:
+    """The factor of a change as PEFT has it: alpha / r, with rsLoRA alpha / sqrt(r). None: the settings do not tell.
+
+    layer: what the file calls it. Sources: PEFT, tuners/lora/layer.py `update_layer` and utils/other.py `get_pattern_key`.
+    """
+    component = "text_encoder." if layer.startswith("text_encoder.") else "transformer."
+    own = {key.removeprefix(component): value for key, value in settings.items() if key.startswith(component)}
+    fields = own or settings
+    path = _path(layer)
+    rank = _by_pattern(fields.get("rank_pattern"), path, fields.get("r"))
+    alpha = _by_pattern(fields.get("alpha_pattern"), path, fields.get("lora_alpha", fields.get("alpha")))
+    numbers = all(type(value) in (int, float) and math.isfinite(value) for value in (rank, alpha))
+    if not numbers or rank <= 0:
+        return None
+    return alpha / math.sqrt(rank) if fields.get("use_rslora") is True else alpha / rank
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Layer and end of a name; two empty strings for one that changes no layer."""
+    end = next((end for end in ENDS if name.endswith(end)), "")
+    return (name.removesuffix(end), end) if end else ("", "")
+
+
+def _path(layer: str) -> str:
+    """A dotted layer without what stands before its path."""
+    return layer.removeprefix(next(prefix for prefix in (*TEXT_DOTTED, *DOTTED) if layer.startswith(prefix)))
+
+
+def _by_pattern(patterns: object, path: str, default: object) -> object:
+    """The value of the first pattern that fits the end of a path."""
+    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+        try:
+            if not RISKY.search(pattern) and re.match(rf"(.*\.)?({pattern})$", path):
+                return value
+        except re.error:
+            continue
+    return default
+
+
+def _with_strengths(lora: Lora, settings: Settings) -> Lora:
+    """With a tensor alpha for every layer that has none, if the settings tell one: alpha / rank is the strength."""
+    found = dict(lora)
+    for layer in layers_of(lora):
+        strength = None if f"{layer}.alpha" in lora else strength_of(settings, layer)
+        if strength is None:
+            continue
+        factors = [lora[layer + end] for end in (*DOWN, ".lokr_w1_b", ".lokr_w2_b") if layer + end in lora]
+        if factors:
+            found[f"{layer}.alpha"] = torch.tensor(strength * len(factors[-1]))
+        elif f"{layer}.lokr_w1" in lora:  # two whole factors, which have no rank
+            found[f"{layer}.lokr_w1"] = lora[f"{layer}.lokr_w1"] * strength
+    return found
+
+
+def _with_our_names(lora: Lora, sprint: bool) -> Lora:
+    """Layers with official names under ours. One of theirs that is several of ours is cut as its weight would be."""
+    found = {}
+    for name, tensor in lora.items():
+        layer, end = _split(name)
+        targets = _our_layers(layer, sprint) if end else ()
+        if not targets or (len(targets) > 1 and end not in (*SHARED, *ROWS)):
+            found[name] = tensor
+            continue
+        parts = tensor.tensor_split(len(targets)) if len(targets) > 1 and end in ROWS else (tensor,) * len(targets)
+        found.update({target + end: part for target, part in zip(targets, parts, strict=True)})
+    return found
+
+
+def _our_layers(layer: str, sprint: bool) -> tuple[str, ...]:
+    """Our layers that an official one is; (): its name is not official."""
+    outside = OUTSIDE_SPRINT if sprint else OUTSIDE
+    for prefixes, dot in ((UNDERSCORED, "_"), (DOTTED, ".")):
+        prefix = next((prefix for prefix in prefixes if layer.startswith(prefix)), None)
+        if prefix is None:
+            continue
+        path = layer.removeprefix(prefix)
+        block = re.fullmatch(rf"blocks{re.escape(dot)}(\d+){re.escape(dot)}(.+)", path)
+        table = IN_BLOCK if block else outside
+        rest = block[2] if block else path
+        targets = next((new for old, new in table.items() if old.removesuffix(".*").replace(".", dot) == rest), ())
+        targets = (targets,) if isinstance(targets, str) else targets
+        stem = f"transformer_blocks.{block[1]}." if block else ""
+        return tuple(stem + target.removesuffix(".*") for target in targets)
+    return ()
+
+
+def _with_scales(lora: Lora) -> Lora:
+    """PEFT's magnitudes of DoRA, one a row, as the scales that LyCORIS and the host know."""
+    found = {}
+    for name, tensor in lora.items():
+        layer, end = _split(name)
+        scale = end in MAGNITUDES
+        found[f"{layer}.dora_scale" if scale else name] = tensor.reshape(-1, 1) if scale else tensor
+    return found

@@ -1,19 +1,24 @@
 """LoRAs of every trainer through the host's own loaders, and its own trainer on our model."""
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
 import comfy.lora
+import peft
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from diffusers import SanaPipeline
+from diffusers.training_utils import _collate_lora_metadata
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sana
 from tests.host.inprocess.small import DEMO, EQUAL, Small, difference, load, picture
+from tests.sana.twins import diffusers_transformer
 
 RANK, ALPHA, STRENGTH = 2, 4.0, 0.5
 CONVOLUTIONS = (  # 1x1, in files
@@ -29,6 +34,8 @@ LAYERS = (
 )
 CHANGED = 1e-2
 PART = "gemma2_2b.transformer.model.layers.0.self_attn.v_proj"
+# What the host and OneTrainer call it.
+TEXT_LAYERS = (f"text_encoders.{PART}", "text_encoder.layers.0.self_attn.v_proj", "lora_te1_layers_0_self_attn_v_proj")
 
 
 def dotted(prefix: str, down: str, up: str) -> Callable[[str], tuple[str, str, str | None]]:
@@ -47,6 +54,7 @@ def underscored(prefix: str) -> Callable[[str], tuple[str, str, str | None]]:
 TRAINERS = {
     "diffusers": dotted("transformer.", "lora_A.weight", "lora_B.weight"),
     "PEFT": dotted("base_model.model.", "lora_A.weight", "lora_B.weight"),
+    "PEFT in diffusers": dotted("transformer.base_model.model.", "lora_A.weight", "lora_B.weight"),
     "PEFT, named adapter": dotted("transformer.", "lora_A.default.weight", "lora_B.default.weight"),
     "kohya": underscored("lora_unet_"),
     "OneTrainer": underscored("lora_transformer_"),
@@ -62,10 +70,11 @@ def factors(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dora(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Magnitudes of the rows, by which the host multiplies what it has divided by those of the weight."""
+    """The lengths that DoRA gives the rows of the changed weight (arXiv 2402.09353, equation 5)."""
     down, up = factors(weight)
     scale = weight.norm(dim=1, keepdim=True) * torch.linspace(0.5, 1.5, len(weight))[:, None]
-    changed = (weight + up.flatten(1) @ down.flatten(1)) * scale / weight.norm(dim=1, keepdim=True)
+    changed = weight + up.flatten(1) @ down.flatten(1)
+    changed = changed * scale / changed.norm(dim=1, keepdim=True)
     return {"lora_down.weight": down, "lora_up.weight": up, "dora_scale": scale[..., None, None]}, changed
 
 
@@ -240,12 +249,13 @@ def test_lokr_of_lycoris(small: Small, weights: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("node", ["LoraLoader", "LoraLoaderBypass"])
-def test_lora_of_the_text_encoder(small: Small, node: str) -> None:
+@pytest.mark.parametrize("layer", TEXT_LAYERS)
+def test_lora_of_the_text_encoder(small: Small, node: str, layer: str) -> None:
     """Also with the instruction, whose keys and values are kept from one prompt to the next."""
     weight = small.clip.cond_stage_model.state_dict()[f"{PART}.weight"]
     torch.manual_seed(0)
     down, up = torch.randn(RANK, weight.shape[1]) / 4, torch.randn(weight.shape[0], RANK) / 4
-    names = (f"text_encoders.{PART}.lora_down.weight", f"text_encoders.{PART}.lora_up.weight")
+    names = (f"{layer}.lora_down.weight", f"{layer}.lora_up.weight")
     name = write_lora(small, "text", dict(zip(names, (down, up), strict=True)))
     before = small.encode("a red circle")[0][0]
     inputs = {"model": small.model, "clip": small.clip, "lora_name": name}
@@ -291,11 +301,90 @@ def train(small: Small) -> tuple[dict[str, Tensor], dict[str, list[float]], int]
     return small.host.call("TrainLoraNode", **inputs)
 
 
-def test_file_of_another_model_is_no_lora_of_ours(small: Small, caplog: pytest.LogCaptureFixture) -> None:
-    """Names that belong to nothing are listed in the log, and change nothing."""
+ADAPTERS = {
+    "diffusers": ({"r": 4, "lora_alpha": 16}, {}),
+    "single layers": ({"r": 4, "lora_alpha": 16, "use_rslora": True, "rank_pattern": {"to_k": 2}}, {}),
+    "DoRA": ({"r": 4, "lora_alpha": 8, "use_dora": True}, {}),
+}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("beside", [False, True], ids=["header", "adapter_config.json"])
+def test_an_adapter_of_peft_acts_as_peft_merges_it(
+    small: Small, weights: dict[str, Tensor], adapter: str, beside: bool
+) -> None:
+    """Rank and alpha are told outside the tensors, in the header by diffusers and in a file beside them by PEFT."""
+    torch.manual_seed(0)
+    network = diffusers_transformer(small.model.model.identity.config)
+    network.load_state_dict(weights)
+    network.add_adapter(peft.LoraConfig(target_modules=["to_q", "to_k", "conv_point"], **ADAPTERS[adapter][0]))
+    for name, parameter in network.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter).abs() / 4 if "magnitude" in name else parameter
+            parameter.data = torch.randn_like(parameter) / 10 if "lora_B" in name else parameter
+    tensors = peft.utils.get_peft_model_state_dict(network)
+    folder = small.host.base / "models" / "loras" / f"{adapter}-{beside}"
+    if beside:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {f"base_model.model.{key}": part for key, part in tensors.items()}, folder / "adapter_model.safetensors"
+        )
+        network.peft_config["default"].save_pretrained(folder)
+    else:
+        more = _collate_lora_metadata({"transformer": network})
+        SanaPipeline.save_lora_weights(folder, transformer_lora_layers=tensors, **more)
+    (file,) = folder.glob("*.safetensors")
+    name = f"{folder.name}/{file.name}"
+    (model,) = small.host.call("LoraLoaderModelOnly", model=small.model, lora_name=name, strength_model=1.0)
+    layers = {path: layer for path, layer in network.named_modules() if hasattr(layer, "base_layer")}
+    assert len(layers) >= 10
+    for path, layer in layers.items():
+        key = f"diffusion_model.{path}.weight"
+        found = comfy.lora.calculate_weight(model.patches[key], weights[f"{path}.weight"].flatten(1).clone(), key)
+        layer.merge()
+        expected = layer.base_layer.weight.flatten(1)
+        assert difference(found, expected) <= 1e-5, path
+        assert difference(found, weights[f"{path}.weight"].flatten(1)) > CHANGED
+
+
+def test_official_names_of_nvlabs_training(small: Small, weights: dict[str, Tensor]) -> None:
+    """One adapter for queries, keys and values, which are three layers here."""
+    down, up = torch.randn(RANK, 96) / 10, torch.randn(3 * 96, RANK)
+    layer = "base_model.model.blocks.1.attn.qkv"
+    name = write_lora(small, "official", {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up})
+    (model,) = small.host.call("LoraLoaderModelOnly", model=small.model, lora_name=name, strength_model=1.0)
+    parts = zip(("to_q", "to_k", "to_v"), (up @ down).split(96), strict=True)
+    changes = {f"transformer_blocks.1.attn1.{part}": change for part, change in parts}
+    assert difference(small.sample(model=model), small.sample(model=merged(small, weights, changes, "qkv"))) <= EQUAL
+
+
+def test_a_lora_of_which_nothing_fits_is_refused(small: Small) -> None:
     tensors = {"lora_unet_down_blocks_0_attn.lora_down.weight": torch.ones(2, 4)}
     name = write_lora(small, "other", tensors)
+    inputs = {"model": small.model, "clip": small.clip, "lora_name": name}
+    message = (
+        "nothing of this LoRA fits SANA: its names are those of a Stable Diffusion model, first "
+        "lora_unet_down_blocks_0_attn.lora_down.weight; use a LoRA made for this SANA model"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        small.host.call("LoraLoader", **inputs, strength_model=1.0, strength_clip=1.0)
+
+
+def test_a_lora_for_another_width_is_refused(small: Small) -> None:
+    layer = f"transformer.{LAYERS[0]}"
+    tensors = {f"{layer}.lora_A.weight": torch.ones(2, 1152), f"{layer}.lora_B.weight": torch.ones(1152, 2)}
+    name = write_lora(small, "wide", tensors)
+    message = f"it changes 1152 rows of diffusion_model.{LAYERS[0]}.weight, which has 96 in this model"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        small.host.call("LoraLoaderModelOnly", model=small.model, lora_name=name, strength_model=1.0)
+
+
+def test_a_lora_of_which_a_part_fits_says_how_much(small: Small, caplog: pytest.LogCaptureFixture) -> None:
+    fitting, other = f"transformer.{LAYERS[0]}", "transformer.transformer_blocks.40.attn1.to_q"
+    tensors = {
+        f"{layer}.{part}.weight": torch.ones(96, 96) for layer in (fitting, other) for part in ("lora_A", "lora_B")
+    }
+    name = write_lora(small, "part", tensors)
     with caplog.at_level(logging.WARNING):
-        (model,) = small.host.call("LoraLoaderModelOnly", model=small.model, lora_name=name, strength_model=1.0)
-    assert "lora key not loaded: lora_unet_down_blocks_0_attn.lora_down.weight" in caplog.text
-    assert not model.patches
+        small.host.call("LoraLoaderModelOnly", model=small.model, lora_name=name, strength_model=1.0)
+    assert "1 of the 2 layers of this LoRA fit the model; the rest has no effect" in caplog.messages

@@ -12,6 +12,7 @@ import comfy.samplers
 import comfy.sd
 import comfy.supported_models
 import comfy.taesd.taesd
+import comfy.utils
 import pytest
 import torch
 
@@ -23,7 +24,9 @@ from tests.host.inprocess.small import EQUAL, Small, difference
 ADDED = {
     "comfy.model_detection.detect_unet_config",
     "comfy.lora.load_lora",
+    "comfy.lora.model_lora_keys_clip",
     "comfy.lora.model_lora_keys_unet",
+    "comfy.utils.load_torch_file",
     "comfy.k_diffusion.sampling.sample_flow_dpm",
     "comfy.sd.load_diffusion_model_state_dict",
     "comfy.sd.load_state_dict_guess_config",
@@ -106,14 +109,18 @@ def test_registering_twice_changes_nothing(host: Host) -> None:
     before = (
         comfy.model_detection.detect_unet_config,
         comfy.lora.load_lora,
+        comfy.lora.model_lora_keys_clip,
         comfy.lora.model_lora_keys_unet,
+        comfy.utils.load_torch_file,
         len(comfy.supported_models.models),
     )
     host.pack("nodes.host.register").register()
     after = (
         comfy.model_detection.detect_unet_config,
         comfy.lora.load_lora,
+        comfy.lora.model_lora_keys_clip,
         comfy.lora.model_lora_keys_unet,
+        comfy.utils.load_torch_file,
         len(comfy.supported_models.models),
     )
     assert before == after and comfy.samplers.KSAMPLER_NAMES.count("flow_dpm") == 1
@@ -205,6 +212,8 @@ def without_pack(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         for module, name in (
             (comfy.model_detection, "detect_unet_config"),
             (comfy.lora, "load_lora"),
+            (comfy.lora, "model_lora_keys_clip"),
+            (comfy.utils, "load_torch_file"),
             (comfy.lora, "model_lora_keys_unet"),
         ):
             monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)

@@ -1,0 +1,290 @@
+"""LoRA files of every trainer: the layers they name, and how strong PEFT says they are. The right value is PEFT's own merge."""
+
+import json
+import math
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from diffusers import SanaPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoHaConfig, LoKrConfig, LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sana.checkpoints import adapters
+from sana.checkpoints.names import to_transformer_names
+from tests.sana.dialects import official_transformer
+from tests.sana.twins import diffusers_transformer, randomise, tiny_config
+
+CONFIG = tiny_config("sana-0.6b-1024px")
+FIRST, SECOND = "transformer_blocks.0.attn1.to_q", "transformer_blocks.2.attn2.to_k"
+TARGETS = ["attn1.to_q", "attn2.to_k", "attn1.to_out.0"]
+# What PEFT may be told of the strength of an adapter.
+STRENGTHS = {
+    "alpha above the rank": {"r": 4, "lora_alpha": 16},
+    "alpha below it": {"r": 8, "lora_alpha": 2},
+    "rsLoRA": {"r": 4, "lora_alpha": 6, "use_rslora": True},
+    "single layers": {
+        "r": 4,
+        "lora_alpha": 16,
+        "rank_pattern": {"to_k": 2},
+        "alpha_pattern": {"transformer_blocks.0.attn1.to_q": 3},
+    },
+    "single layers by pattern": {"r": 4, "lora_alpha": 8, "alpha_pattern": {r"transformer_blocks\.[02]\..*": 1}},
+    "rsLoRA of single layers": {"r": 4, "lora_alpha": 8, "use_rslora": True, "rank_pattern": {"attn1.to_q": 9}},
+}
+
+
+def adapted(config: peft.PeftConfig) -> tuple[nn.Module, dict[str, Tensor]]:
+    """diffusers' network with a random adapter, and its weights before."""
+    torch.manual_seed(0)
+    network = randomise(diffusers_transformer(CONFIG))
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    network.add_adapter(config)
+    for name, parameter in network.named_parameters():
+        if any(part in name for part in ("lora_", "lokr_", "hada_")):
+            nn.init.normal_(parameter.data, std=0.2)
+            if "magnitude" in name:
+                parameter.data = parameter.data.abs() + 0.5
+    return network, before
+
+
+def merged(network: nn.Module) -> dict[str, Tensor]:
+    """The weights of the adapted layers as PEFT merges them."""
+    layers = {name: layer for name, layer in network.named_modules() if hasattr(layer, "base_layer")}
+    for layer in layers.values():
+        layer.merge()
+    return {name: layer.base_layer.weight.detach().clone() for name, layer in layers.items() if hasattr(layer, "merge")}
+
+
+def save_as_diffusers(network: nn.Module, folder: Path) -> Path:
+    """As its training script for SANA writes it: rank and alpha in the header alone."""
+    SanaPipeline.save_lora_weights(
+        folder,
+        transformer_lora_layers=get_peft_model_state_dict(network),
+        **_collate_lora_metadata({"transformer": network}),
+    )
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+def save_as_peft(network: nn.Module, folder: Path, name: str = "adapter_model.safetensors") -> Path:
+    """As `PeftModel.save_pretrained` writes it: an adapter_config.json beside the tensors."""
+    tensors = {f"base_model.model.{key}": part for key, part in get_peft_model_state_dict(network).items()}
+    folder.mkdir(exist_ok=True)
+    save_file({key: part.contiguous() for key, part in tensors.items()}, folder / name)
+    network.peft_config["default"].save_pretrained(folder)
+    return folder / name
+
+
+def prepared(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        settings = adapters.read_settings(file.metadata(), path)
+    return adapters.prepare(load_file(path), settings)
+
+
+def changed(lora: dict[str, Tensor], layer: str, weight: Tensor) -> Tensor:
+    """A weight with what a file with strengths as tensors does to it, by the formulas of the papers."""
+    part = {
+        name.removeprefix(f"{layer}."): tensor.double() for name, tensor in lora.items() if name.startswith(f"{layer}.")
+    }
+    weight, alpha = weight.double(), part.get("alpha")
+    if "lokr_w1" in part:
+        return weight + torch.kron(part["lokr_w1"], part["lokr_w2"])
+    if "hada_w1_a" in part:
+        rank = len(part["hada_w1_b"])
+        product = (part["hada_w1_a"] @ part["hada_w1_b"]) * (part["hada_w2_a"] @ part["hada_w2_b"])
+        return weight + alpha / rank * product
+    down, up = part["lora_A.weight"], part["lora_B.weight"]
+    result = weight + (1.0 if alpha is None else alpha / len(down)) * up @ down
+    if "dora_scale" in part:
+        result = result * part["dora_scale"] / result.norm(dim=1, keepdim=True)
+    return result
+
+
+def assert_merged(lora: dict[str, Tensor], prefix: str, before: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert len(expected) == 3 * CONFIG.depth
+    for layer, weight in expected.items():
+        torch.testing.assert_close(
+            changed(lora, prefix + layer, before[f"{layer}.weight"]).float(), weight, rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("save", [save_as_diffusers, save_as_peft])
+@pytest.mark.parametrize("strength", STRENGTHS)
+def test_strength_is_what_peft_says(tmp_path: Path, strength: str, save: object) -> None:
+    network, before = adapted(LoraConfig(target_modules=TARGETS, **STRENGTHS[strength]))
+    lora = prepared(save(network, tmp_path))
+    prefix = "transformer." if save is save_as_diffusers else "base_model.model."
+    assert_merged(lora, prefix, before, merged(network))
+
+
+def test_a_header_tells_what_the_issue_of_alpha_was_about(tmp_path: Path) -> None:
+    """Rank 4 and alpha 16 once made a quarter of the strength."""
+    network, _ = adapted(LoraConfig(r=4, lora_alpha=16, target_modules=TARGETS))
+    path = save_as_diffusers(network, tmp_path)
+    with safe_open(path, framework="pt") as file:
+        told = json.loads(file.metadata()[LORA_ADAPTER_METADATA_KEY])
+    assert (told["transformer.r"], told["transformer.lora_alpha"]) == (4, 16)
+    assert adapters.strength_of(told, f"transformer.{FIRST}") == 4
+    assert prepared(path)[f"transformer.{FIRST}.alpha"] == 16
+
+
+def test_dora_of_peft(tmp_path: Path) -> None:
+    network, before = adapted(LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=TARGETS))
+    lora = prepared(save_as_peft(network, tmp_path))
+    assert not any("magnitude" in name for name in lora)
+    assert_merged(lora, "base_model.model.", before, merged(network))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoHaConfig(r=4, alpha=12, target_modules=TARGETS),
+        LoKrConfig(r=64, alpha=32, target_modules=TARGETS),  # so large that both factors are whole
+    ],
+    ids=["LoHa", "LoKr"],
+)
+def test_products_of_peft(tmp_path: Path, config: peft.PeftConfig) -> None:
+    network, before = adapted(config)
+    assert_merged(prepared(save_as_peft(network, tmp_path)), "base_model.model.", before, merged(network))
+
+
+def test_alpha_among_the_tensors_counts_more_than_what_is_told() -> None:
+    lora = {f"transformer.{FIRST}.lora_A.weight": torch.ones(4, 96), f"transformer.{FIRST}.alpha": torch.tensor(2.0)}
+    found = adapters.prepare(lora, {"transformer.r": 4, "transformer.lora_alpha": 16})
+    assert found[f"transformer.{FIRST}.alpha"] == 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"r": 0, "lora_alpha": 16},
+        {"r": 4},
+        {"r": "4", "lora_alpha": 16},
+        {"r": 4, "lora_alpha": math.nan},
+        {"r": 4, "lora_alpha": True},
+    ],
+)
+def test_settings_that_tell_no_strength(settings: dict[str, object]) -> None:
+    assert adapters.strength_of(settings, FIRST) is None
+
+
+def test_patterns_that_are_none_or_take_for_ever_are_left_out() -> None:
+    settings = {"r": 4, "lora_alpha": 8, "alpha_pattern": {"(": 1, "(a+)+$": 2, "to_q": 12}}
+    assert adapters.strength_of(settings, FIRST) == 3
+    assert adapters.strength_of(settings, "a" * 40 + "!") == 2
+
+
+def test_a_configuration_among_other_loras_is_for_the_adapter_it_was_written_with(tmp_path: Path) -> None:
+    network, _ = adapted(LoraConfig(r=4, lora_alpha=16, target_modules=TARGETS))
+    renamed = save_as_peft(network, tmp_path, "style.safetensors")
+    assert adapters.read_settings(None, renamed)["lora_alpha"] == 16
+    save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
+    assert adapters.read_settings(None, renamed) == {}
+    renamed.rename(own := tmp_path / "adapter_model.safetensors")
+    assert adapters.read_settings(None, own)["lora_alpha"] == 16
+
+
+@pytest.mark.parametrize("header", ["", "[]", "{", "null"])
+def test_a_header_that_is_nothing_tells_nothing(tmp_path: Path, header: str) -> None:
+    assert adapters.read_settings({LORA_ADAPTER_METADATA_KEY: header}, tmp_path / "a.safetensors") == {}
+
+
+# Names
+
+
+def official_layers() -> list[str]:
+    network = diffusers_transformer(CONFIG)
+    names = official_transformer(dict(randomise(network).state_dict()))
+    return [name.removesuffix(".weight") for name in names if name.endswith(".weight") and "norm" not in name]
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.", "transformer.", ""])
+def test_official_names_change_the_weights_that_are_cut_from_theirs(prefix: str) -> None:
+    """One adapter of NVlabs' own training for queries, keys and values, which are three layers here."""
+    torch.manual_seed(0)
+    theirs = official_transformer(dict(randomise(diffusers_transformer(CONFIG)).state_dict()))
+    layers = [layer for layer in official_layers() if theirs[f"{layer}.weight"].shape[1:] and "depth" not in layer]
+    lora, official = {}, dict(theirs)
+    for layer in layers:
+        weight = theirs[f"{layer}.weight"]
+        down, up = torch.randn(4, weight[0].numel()), torch.randn(len(weight), 4)
+        lora |= {f"{prefix}{layer}.lora_A.weight": down, f"{prefix}{layer}.lora_B.weight": up}
+        official[f"{layer}.weight"] = weight + 2 * (up @ down).view(weight.shape)
+    found = adapters.prepare(lora, {"r": 4, "lora_alpha": 8})
+    before, after = to_transformer_names(theirs), to_transformer_names(official)
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert len(layers) == 7 * CONFIG.depth + 7 and len(moved) > len(layers)
+    assert adapters.layers_of(found) == {name.removesuffix(".weight") for name in moved}
+    for name in moved:
+        torch.testing.assert_close(
+            changed(found, name.removesuffix(".weight"), before[name]).float(), after[name], rtol=1e-4, atol=1e-4
+        )
+
+
+def test_sprint_has_names_of_its_own_for_time() -> None:
+    lora = {"t_embedder.mlp.0.lora_A.weight": torch.ones(1, 2), "cfg_embedder.mlp.2.lora_A.weight": torch.ones(1, 2)}
+    assert [*adapters.prepare(lora, {}, sprint=True)] == [
+        "time_embed.timestep_embedder.linear_1.lora_A.weight",
+        "time_embed.guidance_embedder.linear_2.lora_A.weight",
+    ]
+
+
+def test_official_names_with_underscores() -> None:
+    lora = {"lora_unet_blocks_11_cross_attn_kv_linear.lora_up.weight": torch.arange(8.0).view(4, 2)}
+    found = adapters.prepare(lora, {})
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {
+        "transformer_blocks.11.attn2.to_k.lora_up.weight": [[0, 1], [2, 3]],
+        "transformer_blocks.11.attn2.to_v.lora_up.weight": [[4, 5], [6, 7]],
+    }
+
+
+def test_a_kronecker_product_for_a_fused_layer_keeps_its_name() -> None:
+    """It has no rows of its own for queries, so it is left for the loader to name as what does not fit."""
+    lora = {"blocks.0.attn.qkv.lokr_w1": torch.ones(2, 2)}
+    assert adapters.prepare(lora, {}).keys() == lora.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("lora_unet_single_blocks_0_linear1.lora_up.weight", "a Flux model"),
+        ("lora_unet_down_blocks_0_attentions_0.lora_up.weight", "a Stable Diffusion model"),
+        ("transformer.transformer_blocks.0.attn.add_k_proj.lora_A.weight", "a Stable Diffusion 3 model"),
+        ("lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha", "the text encoder of another model"),
+        ("diffusion_model.blocks.0.self_attn.q.lora_A.weight", "a model of another family"),
+        ("something", "a model of unknown kind"),
+    ],
+)
+def test_whose_names_these_are(name: str, model: str) -> None:
+    assert adapters.describe_lora([name]) == model
+
+
+def test_matrices_of_convolutions() -> None:
+    lora = {
+        "a.lora_A.weight": torch.ones(2, 3, 1, 1),
+        "a.lora_mid.weight": torch.ones(2, 2, 1, 1),
+        "b.lora_A.weight": torch.ones(2, 3, 1, 1),
+        "a.diff": torch.ones(4, 3, 3, 3),
+    }
+    shapes = {name: tuple(tensor.shape) for name, tensor in adapters.with_matrices(lora, ("a",)).items()}
+    assert shapes == {
+        "a.lora_A.weight": (2, 3),
+        "a.lora_mid.weight": (2, 2, 1, 1),
+        "b.lora_A.weight": (2, 3, 1, 1),
+        "a.diff": (4, 3, 3, 3),
+    }
+
+
+def test_every_dialect_names_a_layer() -> None:
+    names = [*adapters.layer_names(FIRST)]
+    assert len({*names}) == len(names) == 7
+    assert f"transformer.base_model.model.{FIRST}" in names and "lora_unet_" + FIRST.replace(".", "_") in names
+    text = [*adapters.text_layer_names("layers.3.mlp.up_proj")]
+    assert {"text_encoder.layers.3.mlp.up_proj", "lora_te1_layers_3_mlp_up_proj"} < {*text}
