@@ -9,7 +9,7 @@ from .host.clip import load_clip
 from .host.preview import fit_preview, show_previews
 from .host.report import report
 from .host.vae import load_vae
-from .model_files import AUTO, autoencoder_for, model_names, model_path, part_names, part_path, text_encoder_for
+from .model_files import AUTO, AUTOENCODER, TEXT_ENCODER, load_part, model_names, model_path, part_names, part_path
 
 CATEGORY = "SANA/loaders"
 DTYPES = {
@@ -67,10 +67,14 @@ class SanaCheckpointLoader(io.ComfyNode):
     def execute(cls, model: str, text_encoder: str, vae: str, dtype: str, variant: str = AUTO) -> io.NodeOutput:
         path = model_path(model)
         patcher = load_model(path, None if variant == AUTO else variant, DTYPES[dtype])
-        encoder_path, autoencoder_path = text_encoder_for(path, text_encoder), autoencoder_for(path, vae)
-        clip, autoencoder = load_clip(encoder_path), load_vae(autoencoder_path)
-        show_previews(patcher, fit_preview(autoencoder))
         identity = patcher.model.identity
+        encoder_path, clip = load_part(
+            TEXT_ENCODER, path, text_encoder, lambda found: load_clip(found, transformer=identity.config)
+        )
+        autoencoder_path, autoencoder = load_part(
+            AUTOENCODER, path, vae, lambda found: load_vae(found, transformer=identity.config)
+        )
+        show_previews(patcher, fit_preview(autoencoder))
         parts = (("text encoder", encoder_path), ("autoencoder", autoencoder_path))
         origins = [f"its own {part}" if found == path else f"{part} {found.name}" for part, found in parts]
         usual = identity.guidance_scale == DEFAULT_GUIDANCE_SCALE

@@ -1,117 +1,160 @@
-"""Which model files there are: what the lists of the loaders show, and where their entries are."""
+"""Which model files there are: what the lists of the loaders show, where their entries are, and which part fits a model."""
 
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import folder_paths
 
-from ..sana.checkpoints.files import CheckpointError, tensor_names
+from ..sana.checkpoints.files import SHARD, SUFFIXES, CheckpointError, tensor_names
+from ..sana.checkpoints.kinds import describe
 from ..sana.checkpoints.names import is_autoencoder
 from ..sana.checkpoints.text_encoder import is_gemma
-from ..sana.config import AUTOENCODER_SOURCE
-from ..sana.config import TEXT_ENCODER_SOURCE as GEMMA_SOURCE
+from ..sana.config import AUTOENCODER_SOURCE, TEXT_ENCODER_SOURCE
 from ..sana.pipeline import MODELS
 
 AUTO = "auto"
 INSTRUCTION_TUNED = re.compile(r"(?<![a-z])it(?![a-z])", re.IGNORECASE)  # in the name of a text encoder
 MODEL_FOLDERS = ("diffusion_models", "checkpoints")
+PIPELINE_FOLDERS = ("diffusers", *MODEL_FOLDERS)
+MOST_REASONS = 6  # of a message that nothing fits
+
+Loaded = TypeVar("Loaded")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part that comes with a model, or lies in a folder for its kind."""
+
+    folder: str  # below models/
+    component: str  # of a diffusers folder
+    what: str
+    source: str
+    matches: Callable[[Mapping[str, object]], bool]  # whether a file with tensors of these names may hold it
+
+
+TEXT_ENCODER = Part("text_encoders", "text_encoder", "a Gemma-2-2b-it text encoder", TEXT_ENCODER_SOURCE, is_gemma)
+AUTOENCODER = Part("vae", "vae", "a DC-AE f32c32 autoencoder", AUTOENCODER_SOURCE, is_autoencoder)
 
 
 def model_names() -> list[str]:
-    """Transformers and whole checkpoints: the demo, diffusers folders, and files."""
-    files = {name for folder in MODEL_FOLDERS for name in folder_paths.get_filename_list(folder)}
-    return [*MODELS, *sorted(_diffusers_folders()), *sorted(files)]
+    """Transformers and whole checkpoints: the demo, folders, and files."""
+    folders = {name for folder in PIPELINE_FOLDERS for name in _folders(folder)}
+    files = {name for folder in MODEL_FOLDERS for name in _files(folder)}
+    return [*MODELS, *sorted(folders), *sorted(files)]
 
 
 def model_path(name: str) -> Path:
     """The file or folder of an entry. Raises CheckpointError if it is gone."""
     if name in MODELS:
         return MODELS[name]
-    if name in _diffusers_folders():
-        return _diffusers_folders()[name]
-    for folder in MODEL_FOLDERS:
-        found = folder_paths.get_full_path(folder, name)
-        if found is not None:
-            return Path(found)
-    raise CheckpointError(
-        f"{name} is in none of the folders models/{', models/'.join(MODEL_FOLDERS)}; choose another, or press R"
-    )
+    found = next(filter(None, (_find(folder, name) for folder in PIPELINE_FOLDERS)), None)
+    if found is None:
+        raise CheckpointError(
+            f"{name} is in none of the folders models/{', models/'.join(MODEL_FOLDERS)}; choose another, or press R"
+        )
+    return found
 
 
 def part_names(folder: str) -> list[str]:
-    """Text encoders or autoencoders: files, and folders with a config.json."""
-    return [*sorted(_model_folders(folder)), *folder_paths.get_filename_list(folder)]
+    """Text encoders or autoencoders: folders that hold one, and files."""
+    return [*sorted(_folders(folder)), *_files(folder)]
 
 
 def part_path(folder: str, name: str) -> Path:
     """The file or folder of an entry. Raises CheckpointError if it is gone."""
-    found = _find_part(folder, name)
+    found = _find(folder, name)
     if found is None:
         raise CheckpointError(f"{name} is not in models/{folder}; choose another, or press R")
     return found
 
 
-def text_encoder_for(model: Path, chosen: str) -> Path:
-    """The text encoder of a model, or the chosen one. Raises CheckpointError if none is found."""
-    return _part_for(
-        model, chosen, "text_encoders", "text_encoder", is_gemma, "a Gemma-2-2b-it text encoder", GEMMA_SOURCE
-    )
+def load_part(part: Part, model: Path, chosen: str, load: Callable[[Path], Loaded]) -> tuple[Path, Loaded]:
+    """The chosen part of a model, or for AUTO its own or else the first that can be loaded, with where it is.
 
-
-def autoencoder_for(model: Path, chosen: str) -> Path:
-    """The autoencoder of a model, or the chosen one. Raises CheckpointError if none is found."""
-    return _part_for(model, chosen, "vae", "vae", is_autoencoder, "a DC-AE f32c32 autoencoder", AUTOENCODER_SOURCE)
-
-
-def _part_for(
-    model: Path,
-    chosen: str,
-    folder: str,
-    component: str,
-    matches: Callable[[Mapping[str, object]], bool],
-    what: str,
-    source: str,
-) -> Path:
+    load: raises CheckpointError for what does not fit the model. Raises CheckpointError if nothing fits; it says why.
+    """
     if chosen != AUTO:
-        return part_path(folder, chosen)
-    if model.is_dir() and (model / component).is_dir():
-        return model
-    if model.is_file() and matches(tensor_names(model)):
-        return model
+        path = part_path(part.folder, chosen)
+        return path, load(path)
+    if _comes_with(model, part):
+        return model, load(model)
+    reasons: list[str] = []
     # The tensors of Gemma-2-2b and Gemma-2-2b-it differ in their values alone, and only the second knows instructions.
-    for name in sorted(part_names(folder), key=lambda name: not INSTRUCTION_TUNED.search(name)):
-        path = _find_part(folder, name)
-        if path is not None and matches(tensor_names(path)):
-            return path
-    raise CheckpointError(
-        f"{model.name} comes without {what}, and models/{folder} holds none; download {source} and put it into models/{folder}"
+    for name in sorted(part_names(part.folder), key=lambda name: not INSTRUCTION_TUNED.search(name)):
+        path = _find(part.folder, name)
+        if path is None:  # a link that leads nowhere
+            continue
+        names = tensor_names(path)
+        if names and not part.matches(names):
+            reasons.append(f"{name} is {describe(names)}")
+            continue
+        try:
+            return path, load(path)
+        except (CheckpointError, FileNotFoundError) as error:
+            reasons.append(str(error).split(";")[0])
+    raise CheckpointError(_nothing_fits(part, model, reasons))
+
+
+def _nothing_fits(part: Part, model: Path, reasons: list[str]) -> str:
+    told = reasons[:MOST_REASONS] + ([f"{len(reasons) - MOST_REASONS} more"] if len(reasons) > MOST_REASONS else [])
+    there = (
+        f"nothing in models/{part.folder} fits ({', '.join(told)})" if reasons else f"models/{part.folder} holds none"
     )
+    return f"{model.name} comes without {part.what}, and {there}; download {part.source} and put it into models/{part.folder}"
 
 
-def _find_part(folder: str, name: str) -> Path | None:
+def _comes_with(model: Path, part: Part) -> bool:
+    if model.is_dir():
+        return (model / part.component).is_dir()
+    return part.matches(tensor_names(model))
+
+
+def _files(folder: str) -> list[str]:
+    """The host's list without shards, which stand in the list of folders together."""
+    names = folder_paths.get_filename_list(folder)
+    return [name for name in names if not _is_shard(name)]
+
+
+def _find(folder: str, name: str) -> Path | None:
     """None for an entry without a file, such as a link that leads nowhere."""
-    found = _model_folders(folder).get(name) or folder_paths.get_full_path(folder, name)
+    found = _folders(folder).get(name) or folder_paths.get_full_path(folder, name)
     return None if found is None else Path(found)
 
 
-def _diffusers_folders() -> dict[str, Path]:
-    """Folders of whole pipelines below models/diffusers, by their name."""
-    found = {}
-    for root in folder_paths.get_folder_paths("diffusers"):
-        for place, _, files in os.walk(root, followlinks=True):
-            if "model_index.json" in files:
-                found[os.path.relpath(place, root)] = Path(place)
+def _folders(folder: str) -> dict[str, Path]:
+    """Folders at any depth that hold one model or a pipeline, by their path below the root that has them.
+
+    Of two with the same path the one in the first root has it for its name, as everywhere in the host.
+    """
+    found: dict[str, Path] = {}
+    for root in folder_paths.get_folder_paths(folder) if folder in folder_paths.folder_names_and_paths else ():
+        for place in _model_folders(root):
+            name = os.path.relpath(place, root)
+            found[f"{name} [{root}]" if name in found else name] = place
     return found
 
 
-def _model_folders(folder: str) -> dict[str, Path]:
-    """Folders with one Hugging Face model each, directly below models/<folder>."""
-    roots = (Path(root) for root in folder_paths.get_folder_paths(folder))
-    places = (place for root in roots if root.is_dir() for place in _with_config(root))
-    return {place.name: place for place in places}
+def _model_folders(root: str) -> Iterator[Path]:
+    seen: set[str] = set()
+    for place, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # links may lead to a folder above them
+            folders.clear()
+        elif place != root and _is_model(files):
+            folders.clear()
+            yield Path(place)
+        seen.add(real)
 
 
-def _with_config(root: Path) -> Iterator[Path]:
-    return (place for place in sorted(root.iterdir()) if (place / "config.json").is_file())
+def _is_model(files: list[str]) -> bool:
+    weights = any(name.endswith(SUFFIXES) for name in files)
+    return "model_index.json" in files or ("config.json" in files and weights) or any(map(_is_shard, files))
+
+
+def _is_shard(name: str) -> bool:
+    shard = SHARD.search(Path(name).stem)
+    return name.endswith(SUFFIXES) and shard is not None and int(shard[1]) > 1

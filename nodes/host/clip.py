@@ -18,8 +18,14 @@ from torch import Tensor, nn
 
 from ...sana.checkpoints.files import TensorFile, read_tensors
 from ...sana.checkpoints.formats import COMFY_LAYER
-from ...sana.checkpoints.text_encoder import find_tokenizer, gemma_config, gemma_tensors, stored_companions
-from ...sana.config import GemmaConfig
+from ...sana.checkpoints.text_encoder import (
+    check_text_encoder,
+    find_tokenizer,
+    gemma_config,
+    gemma_tensors,
+    stored_companions,
+)
+from ...sana.config import GemmaConfig, TransformerConfig
 from ...sana.text.gemma import Gemma2
 from ...sana.text.text_encoder import GemmaTextEncoder, Tokenizer
 from .padding import mark_padding
@@ -113,12 +119,18 @@ class SanaTextModel(nn.Module):
         return [], []
 
 
-def load_clip(path: Path, dtype: torch.dtype | None = None) -> comfy.sd.CLIP:
+def load_clip(
+    path: Path, dtype: torch.dtype | None = None, transformer: TransformerConfig | None = None
+) -> comfy.sd.CLIP:
     """The Gemma-2 in a file or folder as a CLIP. dtype: of the weights; None: as in the file.
 
-    Raises CheckpointError as `sana.load_text_encoder` does.
+    transformer: for which its texts must have the right width; None: for any. Raises CheckpointError as
+    `sana.load_text_encoder` does, and for another width.
     """
-    return make_clip(read_tensors(path, "text_encoder"), dtype)
+    file = read_tensors(path, "text_encoder")
+    if transformer is not None:
+        check_text_encoder(gemma_config(gemma_tensors(file), file), transformer, file.path.name)
+    return make_clip(file, dtype)
 
 
 def make_clip(file: TensorFile, dtype: torch.dtype | None = None) -> comfy.sd.CLIP:

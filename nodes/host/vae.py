@@ -12,10 +12,10 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from ...sana.checkpoints.autoencoder import autoencoder_tensors, detect_autoencoder
+from ...sana.checkpoints.autoencoder import autoencoder_tensors, check_autoencoder, detect_autoencoder
 from ...sana.checkpoints.files import CheckpointError, TensorFile, read_tensors
 from ...sana.checkpoints.filling import check_tensors
-from ...sana.config import LATENT_CHANNELS
+from ...sana.config import AUTOENCODER_SOURCE, LATENT_CHANNELS, LATENT_SCALE, TransformerConfig
 from ...sana.networks.autoencoder import DCAutoencoder, check_finite
 from ...sana.networks.autoencoder_layers import Decoder, Encoder
 from ...sana.networks.devices import FREE_SHARE
@@ -137,9 +137,28 @@ class SanaVAE(comfy.sd.VAE):
         return suitable_bound(network, shape, self.vae_dtype, free)
 
 
-def load_vae(path: Path, dtype: torch.dtype | None = None, *, disable_dynamic: bool = False) -> SanaVAE:
-    """The DC-AE in a file or folder as a VAE. Raises CheckpointError if there is none."""
-    return SanaVAE(read_tensors(path, "vae"), dtype, disable_dynamic=disable_dynamic)
+def load_vae(
+    path: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    transformer: TransformerConfig | None = None,
+    disable_dynamic: bool = False,
+) -> SanaVAE:
+    """The DC-AE in a file or folder as a VAE.
+
+    transformer: for whose latents it must be made; None: for any. Raises CheckpointError if there is none, or for other
+    latents: DC-AEs of several families have the same shapes, and the scale of their latents tells them apart.
+    """
+    file = read_tensors(path, "vae")
+    if transformer is not None:
+        config = detect_autoencoder(autoencoder_tensors(file), file)
+        check_autoencoder(config, transformer, file.path.name)
+        if not math.isclose(config.latent_scale, LATENT_SCALE, rel_tol=1e-3):
+            raise CheckpointError(
+                f"{file.path.name} is a DC-AE of another family, with latents scaled by {config.latent_scale:g} instead of "
+                f"{LATENT_SCALE}; give one that SANA was trained with, such as {AUTOENCODER_SOURCE}"
+            )
+    return SanaVAE(file, dtype, disable_dynamic=disable_dynamic)
 
 
 def _load_patcher(

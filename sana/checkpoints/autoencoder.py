@@ -46,13 +46,15 @@ def load_autoencoder(
     )
 
 
-def check_autoencoder(autoencoder: AutoencoderConfig, transformer: TransformerConfig) -> None:
-    """Raises CheckpointError if the latents of an autoencoder are not those that a transformer takes."""
+def check_autoencoder(
+    autoencoder: AutoencoderConfig, transformer: TransformerConfig, name: str = "the autoencoder"
+) -> None:
+    """Raises CheckpointError if the latents of an autoencoder are not those that a transformer takes. name: for errors."""
     found = f"f{autoencoder.downsample}c{autoencoder.latent_channels}"
     taken = f"f{DOWNSAMPLE}c{transformer.channels}"
     if found != taken:
         raise CheckpointError(
-            f"the autoencoder is a DC-AE {found}, and the transformer takes latents of an {taken}; give one of these, such "
+            f"{name} is a DC-AE {found}, and the transformer takes latents of an {taken}; give one of these, such "
             f"as {AUTOENCODER_SOURCE}"
         )
 

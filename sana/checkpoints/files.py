@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
-SUFFIXES = (".safetensors", *PICKLES)
+SAFETENSORS = (".safetensors", ".sft")
+SUFFIXES = (*SAFETENSORS, *PICKLES)
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80")  # of the zip files of today, and of the format before PyTorch 1.6
 HEADER_PLACE = 8  # bytes before the header of safetensors, which is a JSON object
 # What people have in the place of a checkpoint, by how it begins in small letters.
@@ -129,7 +130,7 @@ def tensor_names(path: Path) -> dict[str, None]:
         files = _model_files(path) if path.is_dir() else [path]
         names: dict[str, None] = {}
         for file in files:
-            if file.suffix == ".safetensors":
+            if file.suffix in SAFETENSORS:
                 with safe_open(file, framework="pt") as opened:
                     names.update(dict.fromkeys(opened.keys()))
         return names
@@ -187,7 +188,7 @@ def _model_files(folder: Path) -> list[Path]:
 
     Folders may hold the same model several times: as `name.safetensors` and `name.fp16.safetensors`, or whole and in shards.
     """
-    for suffixes in ((".safetensors",), PICKLES):
+    for suffixes in (SAFETENSORS, PICKLES):
         groups: dict[tuple[str, int], list[Path]] = {}  # by name and number of shards, 0: whole
         for path in sorted(folder.iterdir()):
             if path.suffix in suffixes:
@@ -223,7 +224,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if start[HEADER_PLACE : HEADER_PLACE + 1] == b"{":
         return _read_safetensors(path)
     if start.startswith(PICKLE_STARTS):
-        if path.suffix == ".safetensors":  # by which PyTorch and the host choose how to read it
+        if path.suffix in SAFETENSORS:  # by which PyTorch and the host choose how to read it
             raise CheckpointError(f"{path.name} is a PyTorch file; rename it to {path.stem}.pth")
         return _read_pickle(path), {}
     for beginning, what in STAND_INS.items():
@@ -259,7 +260,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 def _unreadable(path: Path, detail: str = "") -> CheckpointError:
     kind = (
         "safetensors"
-        if path.suffix == ".safetensors"
+        if path.suffix in SAFETENSORS
         else "PyTorch"
         if path.suffix in PICKLES
         else "safetensors or PyTorch"

@@ -28,11 +28,13 @@ MODEL_TYPE = "gemma2"  # in a Hugging Face config.json
 SOURCE = "Efficient-Large-Model/gemma-2-2b-it"
 
 
-def check_text_encoder(text_encoder: GemmaConfig, transformer: TransformerConfig) -> None:
-    """Raises CheckpointError if the texts of an encoder are not as wide as a transformer takes them."""
+def check_text_encoder(
+    text_encoder: GemmaConfig, transformer: TransformerConfig, name: str = "the text encoder"
+) -> None:
+    """Raises CheckpointError if the texts of an encoder are not as wide as a transformer takes them. name: for errors."""
     if text_encoder.hidden_size != transformer.text_width:
         raise CheckpointError(
-            f"the text encoder is a Gemma-2 of width {text_encoder.hidden_size}, and the transformer takes texts of width "
+            f"{name} is a Gemma-2 of width {text_encoder.hidden_size}, and the transformer takes texts of width "
             f"{transformer.text_width}; for a released model give {SOURCE}"
         )
 
