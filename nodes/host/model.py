@@ -14,7 +14,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
-from ...sana.checkpoints.files import TensorFile
+from ...sana.checkpoints.files import TensorFile, unwrapped
 from ...sana.checkpoints.header import header_tensor
 from ...sana.checkpoints.names import HEADER_TENSOR, to_transformer_names
 from ...sana.checkpoints.transformer import identify_transformer
@@ -298,7 +298,7 @@ class SanaConfig(comfy.supported_models_base.BASE):
 
     def process_unet_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Any dialect to our names. Raises CheckpointError as `check_quantised` does."""
-        tensors = to_transformer_names(state_dict)
+        tensors = to_transformer_names(unwrapped(state_dict))
         expected = SanaTransformer(self.unet_config["identity"].config, device="meta").state_dict()
         check_quantised(expected, tensors, self.file_name)
         return tensors
@@ -319,7 +319,8 @@ class SanaConfig(comfy.supported_models_base.BASE):
 
 def detect(state_dict: Mapping[str, Tensor], prefix: str, metadata: Mapping[str, str] | None) -> dict[str, object]:
     """The host's configuration for the SANA transformer in a file."""
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+    found = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+    tensors = unwrapped(found)
     told = dict(metadata or {})
     name = told.get(FILE_NAME, UNNAMED)
     identity = identify_transformer(TensorFile(Path(name), tensors, told))

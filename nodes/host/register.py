@@ -8,6 +8,7 @@ import comfy.samplers
 import comfy.supported_models
 from torch import Tensor
 
+from ...sana.checkpoints.files import unwrapped
 from ...sana.checkpoints.names import is_transformer
 from .checkpoint import extend_loading
 from .extension import extend
@@ -40,7 +41,7 @@ def _detect_unet_config(
     key_prefix: str,
     metadata: Mapping[str, str] | None = None,
 ) -> dict[str, object] | None:
-    names = {name.removeprefix(key_prefix): None for name in state_dict if name.startswith(key_prefix)}
+    names = unwrapped({name.removeprefix(key_prefix): None for name in state_dict if name.startswith(key_prefix)})
     if is_transformer(names):
         return detect(state_dict, key_prefix, metadata)
     return original(state_dict, key_prefix, metadata=metadata)

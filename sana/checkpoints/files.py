@@ -47,6 +47,8 @@ WRAPPERS = (
     *("state_dict", "model", "module", "model_state_dict", "params", "net", "generator", "student", "weights"),
     *("state_dict_ema", "ema", "model_ema", "ema_model", "params_ema"),
 )
+# Parts of names that PyTorch writes for a network that was compiled, sharded or recomputed.
+NAME_PARTS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 # What numbers and arrays of NumPy are made of in a pickle. Training code keeps such beside tensors, as the state of its
 # random numbers.
 ARRAY_PARTS = (
@@ -121,7 +123,19 @@ def read_tensors(path: Path | str, component: str | None = None) -> TensorFile:
     if shard and int(shard[1]) > 1:
         raise CheckpointError(f"{path.name} is one of {int(shard[1])} shards; give the folder that holds all of them")
     tensors, metadata = _read_file(path)
+    tensors = unwrapped(tensors)
     return TensorFile(path, tensors, metadata, _read_config(path.parent), _siblings(path))
+
+
+def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors whose names are without NAME_PARTS."""
+    return {_unwrapped(name): tensor for name, tensor in tensors.items()}
+
+
+def _unwrapped(name: str) -> str:
+    for part in NAME_PARTS:
+        name = name.replace(part, "")
+    return name
 
 
 def tensor_names(path: Path) -> dict[str, None]:
@@ -132,7 +146,7 @@ def tensor_names(path: Path) -> dict[str, None]:
         for file in files:
             if file.suffix in SAFETENSORS:
                 with safe_open(file, framework="pt") as opened:
-                    names.update(dict.fromkeys(opened.keys()))
+                    names.update(dict.fromkeys(map(_unwrapped, opened.keys())))
         return names
     except (CheckpointError, SafetensorError, OSError):
         return {}
@@ -168,7 +182,7 @@ def _read_folder(folder: Path) -> TensorFile:
     paths = _model_files(folder)
     for path in paths:
         found, header = _read_file(path)
-        tensors.update(found)
+        tensors.update(unwrapped(found))
         metadata.update(header)
     return TensorFile(folder, tensors, metadata, _read_config(folder), _siblings(paths[0]))
 

@@ -21,8 +21,9 @@ COMFY = QuantisedFormat(
     in_host=True,
 )
 BITSANDBYTES = QuantisedFormat("bitsandbytes", (".absmax", ".quant_map", ".SCB"))
+QUANTO = QuantisedFormat("optimum-quanto", ("._data", "._scale", "._shift"))
 SVDQUANT = QuantisedFormat("nunchaku", ("ff.inverted_conv.qweight",))
-FORMATS = (COMFY, BITSANDBYTES, SVDQUANT)
+FORMATS = (COMFY, BITSANDBYTES, QUANTO, SVDQUANT)
 
 
 def companions(names: object) -> list[str]:

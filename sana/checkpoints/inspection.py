@@ -5,13 +5,15 @@ from pathlib import Path
 from ..config import TRANSFORMER_SOURCE, VARIANTS, AutoencoderConfig, GemmaConfig, TransformerIdentity
 from .autoencoder import autoencoder_name, autoencoder_tensors, detect_autoencoder
 from .files import TensorFile, read_tensors
-from .kinds import SVDQUANT, describe
+from .kinds import QUANTO, SVDQUANT, UNMERGED, describe
 from .names import is_autoencoder, is_transformer
 from .transformer import identify_transformer
 
 # What to do with some of what `kinds.describe` knows.
 USES = {
     "a Gemma text encoder": "give its path as the text encoder",
+    QUANTO: f"use {TRANSFORMER_SOURCE} instead",
+    UNMERGED: "merge the adapter and save the model again, or load the adapter as a LoRA beside the model it is for",
     SVDQUANT: f"use {TRANSFORMER_SOURCE} instead",
     "a ControlNet for SANA": "load it with the node Load SANA ControlNet, beside a SANA transformer",
 }

@@ -13,6 +13,7 @@ Tensors = dict[str, Tensor]
 
 # Names whose presence tells the dialect. What stands before them in a file is a prefix of all names.
 OFFICIAL_MARK = "blocks.0.mlp.inverted_conv.conv.weight"
+OFFICIAL_LINEAR_MARK = "blocks.0.mlp.inverted_conv.linear.weight"  # where the 1x1 convolutions are Linear
 DIFFUSERS_MARK = "transformer_blocks.0.ff.conv_inverted.weight"
 EARLY_DIFFUSERS_MARK = "transformer_blocks.0.ff.inverted_conv.conv.weight"  # of late 2024, and of ACE-Step
 EARLY_DIFFUSERS_EMBEDDING = "pos_embed.proj.weight"  # which ACE-Step lacks
@@ -21,6 +22,7 @@ OFFICIAL_CONTROL_MARK = "controlnet.0.copied_block.mlp.inverted_conv.conv.weight
 CONTROL_BLOCK = re.compile(r"(?:.+\.)?controlnet(?:_blocks)?\.(\d+)\.")  # what names in either dialect begin with
 # Of SANA-Video, which has the marks of a transformer too.
 VIDEO_MARKS = ("transformer_blocks.0.ff.conv_temp.weight", "blocks.0.mlp.t_conv.weight")
+UNMERGED_MARK = ".base_layer."  # of a network that PEFT has put adapters into
 MUSIC_MARK = "vocoder.backbone.channel_layers.0.0.bias"  # of ACE-Step's autoencoder, which has those of a DC-AE too
 AUTOENCODER_MARKS = ("encoder.down_blocks.1.0.conv1.weight", "encoder.stages.1.op_list.0.main.conv1.conv.weight")
 
@@ -58,8 +60,10 @@ IN_BLOCK = {
     "cross_attn.k_norm.*": "attn2.norm_k.*",
     "cross_attn.proj.*": "attn2.to_out.0.*",
     "mlp.inverted_conv.conv.*": "ff.conv_inverted.*",
+    "mlp.inverted_conv.linear.*": "ff.conv_inverted.*",
     "mlp.depth_conv.conv.*": "ff.conv_depth.*",
     "mlp.point_conv.conv.*": "ff.conv_point.*",
+    "mlp.point_conv.linear.*": "ff.conv_point.*",
 }
 HEADER_TENSOR = "sana_header"  # bytes that `header.header_tensor` wrote
 # Buffers and training-only tensors of official files.
@@ -123,9 +127,11 @@ def _prefixes(names: Mapping[str, object], mark: str) -> Iterator[str]:
 def is_transformer(names: Mapping[str, object]) -> bool:
     if any(dialect_prefix(names, mark) is not None for mark in VIDEO_MARKS):
         return False
+    if any(UNMERGED_MARK in name for name in names):
+        return False
     early = dialect_prefix(names, EARLY_DIFFUSERS_MARK)
     return (early is not None and early + EARLY_DIFFUSERS_EMBEDDING in names) or any(
-        _transformer_prefix(names, mark) is not None for mark in (OFFICIAL_MARK, DIFFUSERS_MARK)
+        _transformer_prefix(names, mark) is not None for mark in (OFFICIAL_MARK, OFFICIAL_LINEAR_MARK, DIFFUSERS_MARK)
     )
 
 
@@ -160,6 +166,7 @@ def to_transformer_names(tensors: Tensors) -> Tensors:
     """The transformer of a file in any dialect, in our names; a ControlNet's own part is left out."""
     for mark, rename in (
         (OFFICIAL_MARK, _from_official),
+        (OFFICIAL_LINEAR_MARK, _from_official),
         (DIFFUSERS_MARK, dict),
         (EARLY_DIFFUSERS_MARK, _from_early_diffusers),
     ):

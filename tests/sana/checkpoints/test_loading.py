@@ -214,6 +214,16 @@ OTHERS = {
         "transformer_blocks.0.ff.inverted_conv.qweight",
         "transformer_blocks.0.ff.inverted_conv.wscales",
     ),
+    "a SANA transformer quantised by quanto": (
+        "patch_embed.proj.weight",
+        "transformer_blocks.0.ff.conv_inverted.weight._data",
+        "transformer_blocks.0.ff.conv_inverted.weight._scale",
+    ),
+    "a SANA transformer with an adapter of PEFT that is not merged": (
+        "transformer_blocks.0.attn1.to_q.base_layer.weight",
+        "transformer_blocks.0.attn1.to_q.lora_A.default.weight",
+        "transformer_blocks.0.ff.conv_inverted.weight",
+    ),
     "SANA-Video, which makes videos and runs in diffusers": (
         "patch_embedding.weight",
         "transformer_blocks.0.ff.conv_inverted.weight",

@@ -1,5 +1,6 @@
 """Names of tensors: every released checkpoint loads, and all dialects lead to the same names and the same numbers."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -166,6 +167,16 @@ def test_every_dialect_of_an_autoencoder_leads_to_the_same_numbers(family: str, 
     diffusers = dict(randomise(diffusers_autoencoder(config)).state_dict())
     for written in (diffusers, original_autoencoder(diffusers, config)):
         assert_same(to_autoencoder_names(among_others(written, prefix)), diffusers)
+
+
+@pytest.mark.parametrize("variant", STRUCTURES)
+def test_official_names_of_linear_layers(variant: str) -> None:
+    """Some training code has Linear layers for the 1x1 convolutions."""
+    diffusers = as_linear(dict(randomise(diffusers_transformer(tiny_config(variant))).state_dict()))
+    official = official_transformer(diffusers)
+    written = {re.sub(r"(inverted|point)_conv\.conv", r"\1_conv.linear", name): part for name, part in official.items()}
+    assert written.keys() != official.keys() and is_transformer(written)
+    assert_same(to_transformer_names(written), diffusers)
 
 
 def among_others(tensors: Tensors, prefix: str) -> Tensors:
