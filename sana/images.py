@@ -10,11 +10,17 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
+# What is opened, by Pillow's names. Others may start a program to be read, as EPS does.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 SIDEWAYS = 5  # Exif orientations from this one on swap height and width
 
 
 def read_picture(path: Path) -> Image.Image:
-    """A picture from a file, upright as its camera says. Raises ValueError, with the path, if it is none or broken."""
+    """A picture from a file in one of FORMATS, upright as its camera says.
+
+    Raises ValueError, with the path, if it is none or broken.
+    """
     with _opened(path) as picture:
         return _in_8_bits(ImageOps.exif_transpose(picture))
 
@@ -35,8 +41,10 @@ def _in_8_bits(picture: Image.Image) -> Image.Image:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
+    Image.init()
+    known = [name for name in FORMATS if name in Image.OPEN]  # older versions of Pillow have no AVIF
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=known) as picture:
             yield picture
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is not a picture; give a PNG or JPEG file") from error
@@ -44,9 +52,26 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise ValueError(f"{path} cannot be read as a picture ({error}); give another file") from error
 
 
+def on_white(picture: Image.Image) -> Image.Image:
+    """A picture in RGB, with white below what is transparent: the colours that are stored there were never seen."""
+    return _above(picture, "white").convert("RGB")
+
+
+def to_mask(picture: Image.Image) -> Image.Image:
+    """A mask in grey, white where to paint. What is transparent is black: it is kept."""
+    return _above(picture, "black").convert("L")
+
+
+def _above(picture: Image.Image, ground: str) -> Image.Image:
+    if not picture.has_transparency_data:
+        return picture
+    layer = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, ground), layer)
+
+
 def to_tensor(picture: Image.Image, height: int, width: int) -> Tensor:
-    """A picture scaled, and cut at the middle, to a size in px: (1, 3, height, width) float32 in [-1, 1]."""
-    fitted = ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+    """A picture on white, scaled, and cut at the middle, to a size in px: (1, 3, height, width) float32 in [-1, 1]."""
+    fitted = ImageOps.fit(on_white(picture), (width, height), Image.Resampling.LANCZOS)
     return to_unit(np.array(fitted)[None])
 
 

@@ -16,7 +16,7 @@ from .checkpoints.names import is_autoencoder
 from .checkpoints.text_encoder import check_text_encoder, is_gemma, load_text_encoder
 from .checkpoints.transformer import build_transformer, find_transformer
 from .config import TransformerIdentity
-from .images import to_cells, to_picture, to_tensor
+from .images import to_cells, to_mask, to_picture, to_tensor
 from .networks.autoencoder import DCAutoencoder, decode_within_memory, encode_within_memory
 from .networks.devices import computes_bfloat16
 from .networks.streaming import check_bound
@@ -206,7 +206,7 @@ class SanaPipeline:
 
 def _latent_mask(plan: Plan, like: Tensor) -> Tensor:
     """The mask at the size of a latent: (1, 1, H, W) in [0, 1]."""
-    fitted = ImageOps.fit(plan.settings.mask.convert("L"), (plan.width, plan.height), Image.Resampling.NEAREST)
+    fitted = ImageOps.fit(to_mask(plan.settings.mask), (plan.width, plan.height), Image.Resampling.NEAREST)
     mask = torch.from_numpy(np.asarray(fitted).copy())[None, None].float().div(255)
     return to_cells(mask, *like.shape[-2:]).to(like)
 

@@ -13,7 +13,7 @@ from ..checkpoints.files import TensorFile, read_tensors
 from ..checkpoints.transformer import identify_transformer
 from ..checkpoints.writing import write_transformer
 from ..config import TransformerIdentity
-from ..images import read_picture
+from ..images import on_white, read_picture
 from ..networks.autoencoder import DCAutoencoder
 from ..pipeline import SanaPipeline, model_path
 from ..plan import Settings
@@ -136,7 +136,7 @@ def caption_sheet(
     chosen = range(0, len(pictures), -(-len(pictures) // SHEET_COLUMNS))
     for column, i in enumerate(chosen):
         drawn = _draw(pipeline, pictures[i], states.texts[i].float(), objective.null, seed=i)
-        given = ImageOps.fit(read_picture(pictures[i].path).convert("RGB"), drawn.size)
+        given = ImageOps.fit(on_white(read_picture(pictures[i].path)), drawn.size)
         for row, picture in enumerate((given, drawn)):
             fitted = ImageOps.contain(picture, (SHEET_SIDE, SHEET_SIDE))
             sheet.paste(fitted, (column * SHEET_SIDE, row * SHEET_SIDE))

@@ -13,14 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..checkpoints.files import replacing
-from ..images import read_picture, read_size, to_tensor
+from ..images import SUFFIXES, read_picture, read_size, to_tensor
 from ..networks.autoencoder import DCAutoencoder, encode_within_memory
 from ..sampling.resolution import nearest_bucket
 from ..text.prompt import INSTRUCTION
 from ..text.text_encoder import GemmaTextEncoder
 from .flow import FlowBatch
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
@@ -104,12 +102,14 @@ def write_states(
 ) -> None:
     """Latents as float16 and text states as bfloat16, a file for each picture; those that are there are left.
 
-    encoders: what tells one pair of encoders from another.
+    encoders: what tells one pair of encoders from another. Raises ValueError for a broken picture before any is encoded.
     """
     folder.mkdir(parents=True, exist_ok=True)
     device = next(autoencoder.parameters()).device
     places = [(picture, _states_path(folder, picture, encoders)) for picture in pictures]
     missing = [(picture, path) for picture, path in places if not path.exists()]
+    for picture, _ in tqdm(missing, desc="checking pictures", disable=not missing):
+        read_picture(picture.path)
     for picture, path in tqdm(missing, desc="encoding pictures", disable=not missing):
         image = to_tensor(read_picture(picture.path), *picture.size).to(device)
         latent = encode_within_memory(autoencoder, image)[0] * autoencoder.config.latent_scale

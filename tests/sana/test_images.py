@@ -1,5 +1,6 @@
 """Pictures from files and to tensors, and back."""
 
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from sana.images import read_picture, to_picture, to_tensor
+from sana.images import FORMATS, SUFFIXES, on_white, read_picture, to_mask, to_picture, to_tensor
 
 
 def test_a_photo_is_turned_upright(tmp_path: Path) -> None:
@@ -36,6 +37,51 @@ def test_what_is_no_picture_is_named(tmp_path: Path, content: bytes | None) -> N
         path.write_bytes(content)
     with pytest.raises(ValueError, match="file.png .*picture.*give "):
         read_picture(path)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_format_is_read(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"picture{suffix}"
+    Image.new("RGB", (8, 6), (255, 0, 0)).save(path, format="JPEG" if suffix == ".jfif" else None)
+    found = read_picture(path).convert("RGB")
+    assert found.size == (8, 6) and np.abs(np.array(found.getpixel((4, 3))) - (255, 0, 0)).max() <= 4
+
+
+def test_no_format_is_opened_that_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow reads EPS by Ghostscript, whatever its suffix."""
+    started: list[object] = []
+    monkeypatch.setattr(subprocess, "check_call", lambda *command, **more: started.append(command))
+    monkeypatch.setattr(subprocess, "Popen", lambda *command, **more: started.append(command))
+    path = tmp_path / "p.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n")
+    with Image.open(path) as picture:  # so Pillow would take it
+        assert picture.format == "EPS"
+    with pytest.raises(ValueError, match="p.png is not a picture; give a PNG or JPEG file"):
+        read_picture(path)
+    assert not started and not {*FORMATS} & {"EPS", "PDF", "WMF", "FPX", "MIC"}
+
+
+HIDDEN = (0, 200, 0)  # colours below what is transparent
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+def test_what_is_transparent_is_white_in_a_picture_and_black_in_a_mask(mode: str) -> None:
+    layer = Image.new("RGBA", (4, 4), (*HIDDEN, 0))
+    layer.paste((255, 255, 255, 255), (0, 0, 2, 4))
+    if mode == "P":
+        picture = layer.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE, colors=4)
+        picture.info["transparency"] = picture.getpixel((3, 0))
+    else:
+        picture = layer.convert(mode)
+    assert [on_white(picture).getpixel((x, 0)) for x in (0, 3)] == [(255, 255, 255)] * 2
+    assert [to_mask(picture).getpixel((x, 0)) for x in (0, 3)] == [255, 0]
+
+
+def test_half_transparent_colours_are_mixed_with_white() -> None:
+    picture = Image.new("RGBA", (32, 32), (255, 0, 0, 128))
+    assert on_white(picture).getpixel((0, 0)) == (255, 127, 127)
+    found = to_tensor(picture, 32, 32)[0, :, 0, 0]
+    torch.testing.assert_close(found, torch.tensor([255.0, 127.0, 127.0]) / 127.5 - 1)
 
 
 def test_a_picture_is_cut_at_the_middle_and_scaled() -> None:
