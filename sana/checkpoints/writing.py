@@ -12,6 +12,7 @@ from ..config import (
     DEFAULT_GUIDANCE_SCALE,
     DOWNSAMPLE,
     HEAD_WIDTH,
+    TEXT_TOKENS,
     AutoencoderConfig,
     StageConfig,
     TransformerConfig,
@@ -87,7 +88,7 @@ def write_pipeline(
     gemma = text_encoder.model
     _write(folder / "text_encoder", "model.safetensors", gemma.state_dict(), gemma_json(gemma.config), torch.float32)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(identity.flow_shift))
-    write_json(folder / "tokenizer" / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+    write_json(folder / "tokenizer" / "tokenizer_config.json", TOKENIZER)
     (folder / "tokenizer" / "tokenizer.json").write_bytes(tokenizer.read_bytes())
     write_json(folder / "model_index.json", INDEX)
 
@@ -161,6 +162,16 @@ def scheduler_json(flow_shift: float) -> dict[str, object]:
     }
 
 
+# As Gemma's own says it: diffusers pads on the right, up to 300 tokens.
+TOKENIZER = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "pad_token": "<pad>",
+    "eos_token": "<eos>",
+    "bos_token": "<bos>",
+    "unk_token": "<unk>",
+    "padding_side": "right",
+    "model_max_length": TEXT_TOKENS,
+}
 INDEX = {
     "_class_name": "SanaPipeline",
     "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from ..checkpoints.files import replacing
 from ..text.text_encoder import BOS, PAD
@@ -24,6 +24,10 @@ def train_tokenizer(texts: Iterable[str], size: int, path: Path) -> int:
         vocab_size=size, special_tokens=[AddedToken(token, special=True) for token in reserved]
     )
     tokenizer.train_from_iterator(texts, trainer)
+    # For transformers and diffusers; our own encoder puts this token first by itself.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", BOS)]
+    )
     with replacing(path) as unfinished:
         tokenizer.save(str(unfinished))
     return tokenizer.get_vocab_size()
