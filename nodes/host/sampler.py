@@ -8,11 +8,9 @@ import comfy.sample
 import comfy.samplers
 import comfy.utils
 import latent_preview
-import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...sana.images import to_cells
 from ...sana.sampling.guidance import Guidance
 from ...sana.sampling.noise import noise_source
 from ...sana.sampling.solvers import SOLVERS, Denoiser, Step, scm_start, scm_steps
@@ -134,15 +132,6 @@ def flow_shift_of(patcher: ModelPatcher) -> float:
     return float(sampling.shift)
 
 
-def latent_mask(latent: Latent, shape: torch.Size) -> Tensor | None:
-    """The noise mask at the size of a latent (B, C, H, W), as the pipeline has it.
-
-    The host looks at the pixels in the middle of a cell, and does not see a mask between them.
-    """
-    mask = latent.get("noise_mask")
-    return None if mask is None else to_cells(mask.reshape(-1, 1, *mask.shape[-2:]), *shape[-2:])
-
-
 def sample_seeded(
     guider: comfy.samplers.CFGGuider,
     sampler: comfy.samplers.KSAMPLER | None,
@@ -174,7 +163,7 @@ def sample_seeded(
         samples,
         sampler or scm_sampler(draw),
         sigmas,
-        denoise_mask=latent_mask(latent, samples.shape),
+        denoise_mask=latent.get("noise_mask"),
         callback=latent_preview.prepare_callback(guider.model_patcher, steps),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,

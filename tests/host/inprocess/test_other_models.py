@@ -26,6 +26,7 @@ ADDED = {
     "comfy.lora.load_lora",
     "comfy.lora.model_lora_keys_clip",
     "comfy.lora.model_lora_keys_unet",
+    "comfy.samplers.CFGGuider.sample",
     "comfy.utils.load_torch_file",
     "comfy.k_diffusion.sampling.sample_flow_dpm",
     "comfy.sd.load_diffusion_model_state_dict",

@@ -203,6 +203,48 @@ def test_inpainting_gives_the_latent_of_the_pipeline_and_keeps_the_rest(small: S
         assert difference(changed[..., :2], latent["samples"][..., :2]) > CHANGED
 
 
+# Sides of a picture and of a mask for it in px, what is white of the mask, and the cells that it touches.
+MASKS = {
+    "248 px, which the VAE cuts": ((248, 128), (248, 128), (slice(38, 42), slice(0, 128)), (slice(0, 1), slice(0, 4))),
+    "what the VAE cuts off": ((248, 128), (248, 128), (slice(0, 12), slice(0, 128)), (slice(0, 0), slice(0, 0))),
+    "the last row that is left": ((248, 128), (248, 128), (slice(235, 236), slice(0, 1)), (slice(6, 7), slice(0, 1))),
+    "cut on both sides": ((100, 150), (100, 150), (slice(34, 35), slice(43, 44)), (slice(1, 2), slice(1, 2))),
+    "a stroke of a pixel between middles": (
+        (96, 128),
+        (96, 128),
+        (slice(31, 33), slice(0, 1)),
+        (slice(0, 2), slice(0, 1)),
+    ),
+    "half the size": ((96, 128), (48, 64), (slice(16, 17), slice(63, 64)), (slice(1, 2), slice(3, 4))),
+    "a pixel a cell": ((96, 128), (3, 4), (slice(2, 3), slice(1, 2)), (slice(2, 3), slice(1, 2))),
+}
+
+
+@pytest.mark.parametrize("case", MASKS)
+@pytest.mark.parametrize("sampler", ["sample", "ksampler", "custom"])
+def test_a_mask_paints_the_cells_that_it_touches_and_no_other(small: Small, case: str, sampler: str) -> None:
+    """By our sampler, by KSampler and by SamplerCustomAdvanced."""
+    size, mask_size, white, cells = MASKS[case]
+    mask = torch.zeros(1, *mask_size)
+    mask[:, white[0], white[1]] = 1
+    (latent,) = small.host.call("VAEEncode", pixels=picture(*size), vae=small.vae)
+    (masked,) = small.host.call("SetLatentNoiseMask", samples=latent, mask=mask)
+    if sampler == "custom":
+        (noise,) = small.host.call("RandomNoise", noise_seed=SEED)
+        (guider,) = small.host.call("BasicGuider", model=small.model, conditioning=small.positive)
+        (solver,) = small.host.call("FlowDPMSolver")
+        sigmas = torch.tensor([0.9, 0.5, 0.0])
+        inputs = {"noise": noise, "guider": guider, "sampler": solver, "sigmas": sigmas, "latent_image": masked}
+        found = small.host.call("SamplerCustomAdvanced", **inputs)[0]["samples"]
+    else:
+        changes = {"latent": masked} if sampler == "sample" else {"latent_image": masked}
+        found = getattr(small, sampler)(**changes)
+    painted = (found - latent["samples"]).abs().amax(dim=(0, 1)) > EQUAL
+    expected = torch.zeros_like(painted)
+    expected[cells] = True
+    assert torch.equal(painted, expected)
+
+
 def test_a_mask_smaller_than_a_cell_is_followed(small: Small) -> None:
     """As by the pipeline. The pixels in the middle of the cells, which the host would look at, are not in it."""
     image, mask = picture(), torch.zeros(1, HEIGHT, WIDTH)
