@@ -245,6 +245,35 @@ def test_finetuning_encodes_a_picture_once(pictures: Path, tmp_path: Path) -> No
     assert len(first) == 6 and len(second) == 7 and first.items() < second.items()
 
 
+def test_a_transparent_picture_is_trained_on_white_and_in_any_format(pictures: Path, tmp_path: Path) -> None:
+    """The colours below what is transparent are not those that anybody saw."""
+    with Image.open(pictures / "0.png") as opened:
+        picture = opened.convert("RGBA")
+    layer = Image.new("RGBA", picture.size, (0, 200, 0, 0))
+    layer.paste(picture.crop((0, 0, 128, 256)), (0, 0))
+    (plain := tmp_path / "plain").mkdir()
+    Image.alpha_composite(Image.new("RGBA", picture.size, "white"), layer).convert("RGB").save(plain / "a.bmp")
+    (seen := tmp_path / "seen").mkdir()
+    layer.save(seen / "a.tiff")
+    latents = []
+    for folder in (plain, seen):
+        (folder / "a.txt").write_text("a scene")
+        assert finetune(folder, folder / "out") == 0
+        (states,) = (folder / "out" / "states").iterdir()
+        latents.append(load_file(states)["latent"])
+    assert torch.equal(*latents)
+
+
+def test_a_truncated_picture_is_found_before_any_is_encoded(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = (pictures / "5.png").read_bytes()
+    (pictures / "5.png").write_bytes(whole[: len(whole) // 2])
+    assert finetune(pictures, out := tmp_path / "out") == 1
+    assert "5.png cannot be read as a picture" in capsys.readouterr().err
+    assert not [*(out / "states").glob("*.safetensors")]
+
+
 def test_finetuning_goes_on_after_running_out_of_memory(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
