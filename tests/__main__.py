@@ -7,10 +7,14 @@ stages.py: all of them, the quick ones, those that are named, or those that have
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
@@ -27,13 +31,37 @@ def main(arguments: Sequence[str]) -> int:
     """Returns the exit code of the first stage that failed, after running all."""
     stages = parse(arguments)
     python = prepare(stages)
-    codes: dict[str, int] = {}
-    for stage in stages:
-        environment.say(f"\n== {stage.name}")
-        start = time.monotonic()
-        codes[stage.name] = environment.run([python, *stage.arguments], folder=ROOT, variables=stage.variables)
-        environment.say(f"== {stage.name}: exit code {codes[stage.name]} after {time.monotonic() - start:.0f} s")
+    codes = {stage.name: run(python, stage) for stage in stages if not stage.one_thread}
+    codes |= run_at_once(python, [stage for stage in stages if stage.one_thread])
     return summarise(stages, codes)
+
+
+def run(python: Path, stage: Stage, output: IO[bytes] | None = None) -> int:
+    """Returns the exit code of a stage. output: a file for what it prints; None: the terminal."""
+    environment.say(f"\n== {stage.name}")
+    start = time.monotonic()
+    code = environment.run([python, *stage.arguments], folder=ROOT, variables=stage.variables, output=output)
+    environment.say(f"== {stage.name}: exit code {code} after {time.monotonic() - start:.0f} s")
+    return code
+
+
+def run_at_once(python: Path, stages: Sequence[Stage]) -> dict[str, int]:
+    """As many stages at once as there are processors. What each prints comes in one piece when all have ended."""
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        logs = {stage.name: Path(folder, stage.name) for stage in stages}
+
+        def logged(stage: Stage) -> int:
+            with logs[stage.name].open("wb") as output:
+                return run(python, stage, output)
+
+        try:
+            codes = dict(zip(logs, pool.map(logged, stages), strict=True))
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+        for name, log in logs.items():
+            print(f"\n== {name}\n{log.read_text(encoding='utf-8', errors='replace')}", flush=True)
+    return codes
 
 
 def parse(arguments: Sequence[str]) -> list[Stage]:

@@ -22,6 +22,7 @@ class Stage:
     variables: dict[str, str] = field(default_factory=dict)
     needs_host: bool = False
     needs_browser: bool = False
+    one_thread: bool = False  # so that as many such stages run at once as there are processors
 
     @property
     def runs_tests(self) -> bool:
@@ -31,7 +32,8 @@ class Stage:
 def _inside(name: str, version: str, **variables: str) -> Stage:
     """The state of a host is global to its process, so each version has a stage of its own."""
     variables["SANA_TEST_HOST"] = version
-    return Stage(f"inside-{name}", ["-m", "pytest"], (IN_PROCESS,), variables, needs_host=True)
+    variables["OMP_NUM_THREADS"] = "1"
+    return Stage(f"inside-{name}", ["-m", "pytest"], (IN_PROCESS,), variables, needs_host=True, one_thread=True)
 
 
 QUICK = [

@@ -16,7 +16,7 @@ import venv
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST_PYTHON = (3, 10)
@@ -99,14 +99,26 @@ def missing(requirements: Sequence[str]) -> list[str]:
     return [requirement for requirement in requirements if not _is_met(requirement)]
 
 
-def run(command: Sequence[str | Path], *, folder: Path | None = None, variables: dict[str, str] | None = None) -> int:
+def run(
+    command: Sequence[str | Path],
+    *,
+    folder: Path | None = None,
+    variables: dict[str, str] | None = None,
+    output: IO[bytes] | None = None,
+) -> int:
     """Runs `command` in `folder` (None: here) with `variables` added to the environment; returns its exit code.
+
+    output: a file for what it prints; None: the terminal.
 
     Ctrl-C reaches the command through the terminal: KeyboardInterrupt is raised once it has cleaned up after itself.
     """
     interrupted = False
     with subprocess.Popen(
-        [str(part) for part in command], cwd=folder, env={**os.environ, **(variables or {})}
+        [str(part) for part in command],
+        cwd=folder,
+        env={**os.environ, **(variables or {})},
+        stdout=output,
+        stderr=output and subprocess.STDOUT,
     ) as process:
         while process.returncode is None:
             try:
