@@ -187,7 +187,7 @@ def test_settings_are_those_of_the_demo_of_nvlabs(tmp_path: Path, config: Transf
     assert (Guidance().scale, Guidance().interval) == (published.GUIDANCE_SCALE, (0.0, 1.0))
     assert Guidance().perturbed_blocks == {published.PERTURBED_BLOCKS[20]}
     pipeline = SanaPipeline.load(write_model(tmp_path, config))
-    record = pipeline.record("a cat", Settings())
+    record = pipeline.plan("a cat", Settings()).record()
     assert (record["steps"], record["guidance_scale"]) == (steps, published.GUIDANCE_SCALE)
 
 

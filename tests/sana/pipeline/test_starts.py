@@ -89,5 +89,5 @@ def test_a_picture_of_more_than_twice_the_pixels_is_drawn_in_a_trained_size(
     pipeline: SanaPipeline, height: int, width: int, expected: tuple[int, int]
 ) -> None:
     """The model is one of 64 px."""
-    record = pipeline.record(PROMPTS[0], Settings(image=Image.new("RGB", (width, height))))
+    record = pipeline.plan(PROMPTS[0], Settings(image=Image.new("RGB", (width, height)))).record()
     assert (record["height"], record["width"]) == expected

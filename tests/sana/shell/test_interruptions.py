@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 import sana
 from sana.__main__ import INTERRUPTED
-from sana.checkpoints import inspection
+from sana.checkpoints import writing
 from tests.sana.shell.commands import Shell, error_line, record
 
 ROOT = Path(sana.__file__).parents[1]
@@ -97,7 +97,7 @@ def test_a_conversion_that_stops_leaves_what_was_there(
     target = shell.folder / "out.safetensors"
     assert shell.run("convert", model / "vae", target).code == 0
     before = target.read_bytes()
-    monkeypatch.setattr(inspection, "save_file", save_half)
+    monkeypatch.setattr(writing, "save_file", save_half)
     outcome = shell.run("convert", model / "vae", target)
     assert outcome.code == (1 if isinstance(error, Exception) else INTERRUPTED)
     assert [path.name for path in shell.folder.iterdir()] == ["out.safetensors"]
