@@ -40,12 +40,12 @@ class SanaCheckpointLoader(io.ComfyNode):
                 io.Combo.Input(
                     "text_encoder",
                     options=[AUTO, *part_names("text_encoders")],
-                    tooltip="Gemma-2-2b-it in models/text_encoders. auto: from the model's file or folder, else the first one found.",
+                    tooltip="Gemma-2-2b-it in models/text_encoders. auto: from the model's file or folder, else the first one that fits.",
                 ),
                 io.Combo.Input(
                     "vae",
                     options=[AUTO, *part_names("vae")],
-                    tooltip="DC-AE f32c32 in models/vae. auto: from the model's file or folder, else the first one found.",
+                    tooltip="DC-AE f32c32 in models/vae. auto: from the model's file or folder, else the first one that fits.",
                 ),
                 io.Combo.Input(
                     "dtype",
