@@ -9,10 +9,9 @@ from torch.nn import functional as F
 
 from sana.config import AUTOENCODERS, StageConfig
 from sana.networks.autoencoder import DCAutoencoder
-from sana.networks.autoencoder_layers import (
-    ChannelNorm,
-    MultiscaleLinearAttention,
-    Up,
+from sana.networks.autoencoder_layers import ChannelNorm, MultiscaleLinearAttention, Up
+from sana.networks.layers import Build
+from sana.networks.resampling import (
     add_shuffled,
     average_unshuffle,
     nearest_conv,
@@ -20,7 +19,6 @@ from sana.networks.autoencoder_layers import (
     pixel_shuffle,
     pixel_unshuffle,
 )
-from sana.networks.layers import Build
 from tests.sana.measures import relative_error
 from tests.sana.twins import FAMILIES, autoencoder_pair, randomise, tiny_autoencoder_config
 
