@@ -47,8 +47,9 @@ WRAPPERS = (
     *("state_dict", "model", "module", "model_state_dict", "params", "net", "generator", "student", "weights"),
     *("state_dict_ema", "ema", "model_ema", "ema_model", "params_ema"),
 )
-# Parts of names that PyTorch writes for a network that was compiled, sharded or recomputed.
-NAME_PARTS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# What PyTorch writes into names of a network that was compiled, sharded or recomputed, not counted at their beginning,
+# where it stands before every name, as any prefix does.
+NAME_PARTS = re.compile(r"(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # What numbers and arrays of NumPy are made of in a pickle. Training code keeps such beside tensors, as the state of its
 # random numbers.
 ARRAY_PARTS = (
@@ -129,13 +130,7 @@ def read_tensors(path: Path | str, component: str | None = None) -> TensorFile:
 
 def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors whose names are without NAME_PARTS."""
-    return {_unwrapped(name): tensor for name, tensor in tensors.items()}
-
-
-def _unwrapped(name: str) -> str:
-    for part in NAME_PARTS:
-        name = name.replace(part, "")
-    return name
+    return {NAME_PARTS.sub("", name): tensor for name, tensor in tensors.items()}
 
 
 def tensor_names(path: Path) -> dict[str, None]:
@@ -146,7 +141,7 @@ def tensor_names(path: Path) -> dict[str, None]:
         for file in files:
             if file.suffix in SAFETENSORS:
                 with safe_open(file, framework="pt") as opened:
-                    names.update(dict.fromkeys(map(_unwrapped, opened.keys())))
+                    names.update(dict.fromkeys(NAME_PARTS.sub("", name) for name in opened.keys()))
         return names
     except (CheckpointError, SafetensorError, OSError):
         return {}

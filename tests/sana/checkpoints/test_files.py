@@ -411,10 +411,10 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path, tensors: Te
 
 @pytest.mark.parametrize("part", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
 def test_names_are_without_what_pytorch_writes_into_them(tmp_path: Path, part: str) -> None:
-    """Before and inside of names, as compiled, sharded and recomputed networks are saved."""
-    written = {f"{part}.blocks.0.{part}.attn.weight": torch.ones(1), f"norm.{part}.weight": torch.zeros(1)}
+    """Inside of names, as compiled, sharded and recomputed networks are saved. Before them it is a prefix."""
+    written = {f"{part}.blocks.0.{part}.attn.weight": torch.ones(1), f"norm.{part}.{part}.weight": torch.zeros(1)}
     save_file(written, path := tmp_path / "model.safetensors")
     torch.save(written, pickled := tmp_path / "model.pth")
     for found in (read_tensors(path).tensors, read_tensors(pickled).tensors, tensor_names(path)):
-        assert {*found} == {"blocks.0.attn.weight", "norm.weight"}
-    assert read_tensors(path).tensors["blocks.0.attn.weight"] == 1
+        assert {*found} == {f"{part}.blocks.0.attn.weight", "norm.weight"}
+    assert read_tensors(path).tensors[f"{part}.blocks.0.attn.weight"] == 1

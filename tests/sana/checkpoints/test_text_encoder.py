@@ -34,7 +34,7 @@ def expected() -> Tensor:
 
 
 def token_ids() -> list[int]:
-    return [2, *Backend.from_str(tokenizer_json().decode()).encode(PROMPTS[0]).ids]
+    return [2, *Backend.from_str(tokenizer_json().decode()).encode(PROMPTS[0], add_special_tokens=False).ids]
 
 
 def write_folder(folder: Path, tensors: Tensors, *, tokenizer: bool = True, config: bool = True) -> Path:
