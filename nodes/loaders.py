@@ -7,7 +7,7 @@ from ..sana.config import DEFAULT_GUIDANCE_SCALE, VARIANTS
 from .host.checkpoint import load_model
 from .host.clip import load_clip
 from .host.preview import fit_preview, show_previews
-from .host.report import report
+from .host.report import reported
 from .host.vae import load_vae
 from .model_files import AUTO, AUTOENCODER, TEXT_ENCODER, load_part, model_names, model_path, part_names, part_path
 
@@ -60,7 +60,7 @@ class SanaCheckpointLoader(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
-            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -79,8 +79,8 @@ class SanaCheckpointLoader(io.ComfyNode):
         origins = [f"its own {part}" if found == path else f"{part} {found.name}" for part, found in parts]
         usual = identity.guidance_scale == DEFAULT_GUIDANCE_SCALE
         made_for = f"{identity.base_size} px" + ("" if usual else f" and cfg {identity.guidance_scale:g}")
-        report(cls, f"{identity.variant}, made for {made_for}; {' and '.join(origins)}")
-        return io.NodeOutput(patcher, clip, autoencoder)
+        text = f"{identity.variant}, made for {made_for}; {' and '.join(origins)}"
+        return reported(patcher, clip, autoencoder, text=text)
 
 
 class SanaTextEncoderLoader(io.ComfyNode):

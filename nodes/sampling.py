@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from ..sana.config import DEFAULT_GUIDANCE_SCALE
 from ..sana.sampling.schedule import MAX_ANGLE, PAPER_ANGLES, TWO_STEP_ANGLE, angle_sigmas, partial_sigmas, scm_angles
 from .host.perturbed import perturb_attention
-from .host.report import report
+from .host.report import reported
 from .host.sampler import (
     SanaGuidance,
     flow_dpm_sampler,
@@ -354,6 +354,7 @@ class SCMSampler(io.ComfyNode):
                 io.Sigmas.Input("sigmas", tooltip="From SANA Sprint schedule."),
             ],
             outputs=[io.Latent.Output()],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -369,11 +370,12 @@ class SCMSampler(io.ComfyNode):
         if not sana_model(model).identity.config.guidance_embed:
             raise ValueError("this MODEL is not SANA-Sprint; use SANA sampler (Flow-DPM) for it")
         kept = latent["samples"].any() and "noise_mask" not in latent
+        text = ""
         if kept and len(sigmas) and float(sigmas[0]) > 0.99:
-            report(cls, "Nothing of the picture is kept: take less max_angle in SANA Sprint schedule, such as 1.4.")
+            text = "Nothing of the picture is kept: take less max_angle in SANA Sprint schedule, such as 1.4."
         guider = SanaGuidance(with_guidance_embed(model, guidance))
         guider.set_conds(positive, positive)
-        return io.NodeOutput(sample_seeded(guider, None, sigmas, latent, seed))
+        return reported(sample_seeded(guider, None, sigmas, latent, seed), text=text)
 
 
 NODES = (

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..sana.text.prompt import INSTRUCTION
 from .host.clip import SanaTextModel
-from .host.report import report
+from .host.report import reported
 
 CATEGORY = "SANA/conditioning"
 OFFICIAL, NONE, CUSTOM = "official", "none", "custom"
@@ -40,7 +40,7 @@ class GemmaTextEncode(io.ComfyNode):
                 ),
             ],
             outputs=[io.Conditioning.Output()],
-            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -50,8 +50,8 @@ class GemmaTextEncode(io.ComfyNode):
         before = {OFFICIAL: INSTRUCTION, NONE: None, CUSTOM: custom_instruction or None}[instruction]
         (count,) = clip.cond_stage_model.encoder.count([text], before)
         lost = f", {count.lost} cut off" if count.lost else ""
-        report(cls, f"{count.used} of 300 tokens{lost}")
-        return io.NodeOutput(clip.encode_from_tokens_scheduled(clip.tokenize(text, instruction=before)))
+        conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text, instruction=before))
+        return reported(conditioning, text=f"{count.used} of 300 tokens{lost}")
 
 
 NODES = (GemmaTextEncode,)

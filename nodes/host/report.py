@@ -1,17 +1,19 @@
-"""A line of text on a node, for what a person would want to know and no output carries."""
+"""A text on a node, for what a person would want to know and no output carries."""
 
 import logging
 
 from comfy_api.latest import io
-from server import PromptServer
 
 log = logging.getLogger(__name__)
 
+KEY = "sana_report"  # among the things that the host tells the user interface; js/report.js shows it
 
-def report(node: type[io.ComfyNode], text: str) -> None:
-    """Show text on the node that is being executed, and in the log."""
-    log.info(text)
-    node_id = getattr(node.hidden, "unique_id", None)  # none when a program calls the node outside a graph
-    if node_id is not None:
-        server = PromptServer.instance
-        server.send_progress_text(text, node_id, server.client_id)
+
+def reported(*outputs: object, text: str = "") -> io.NodeOutput:
+    """The outputs of a node, with a text for the node itself and for the log. An empty text takes an older one away.
+
+    The schema of the node needs `has_intermediate_output`, so that the host repeats the text when the result was cached.
+    """
+    if text:
+        log.info(text)
+    return io.NodeOutput(*outputs, ui={KEY: [text] if text else []})

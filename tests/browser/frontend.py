@@ -9,7 +9,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, Route, sync_playwright
 
 from tests.browser import chromium
 from tests.host.base_directory import PACK
@@ -74,6 +74,17 @@ class Frontend:
         self.page.on("pageerror", lambda error: self.exceptions.append(str(error)))
         self.page.on("console", lambda entry: entry.type in ("error", "warning") and self.messages.append(entry.text))
 
+    def choose(self, **settings: object) -> None:
+        """Settings of the user interface that this page alone finds, with "_" for ".": Comfy_VueNodes_Enabled=True."""
+        chosen = {name.replace("_", "."): value for name, value in settings.items()}
+
+        def answer(route: Route) -> None:
+            if route.request.method != "GET":
+                return route.continue_()
+            return route.fulfill(json={**route.fetch().json(), **chosen})
+
+        self.page.route("**/api/settings", answer)
+
     def open(self, template: str | None = None, source: str = PACK) -> None:
         """Opens the user interface with the workflow `template` of the pack `source` (None: what a new user sees)."""
         self.page.goto(self.server.url + (f"/?template={template}&source={source}" if template else "/"))
@@ -102,6 +113,10 @@ class Frontend:
         self.page.wait_for_function(PICTURES)
         self.page.evaluate(DRAWN)
         return result
+
+    def workflow(self) -> dict:
+        """The workflow on the canvas as the frontend saves it."""
+        return self.page.evaluate("() => JSON.parse(JSON.stringify(app.rootGraph.serialize()))")
 
     def screenshot(self, path: Path | None = None) -> Image.Image:
         """What the page shows, also written to `path` if given."""

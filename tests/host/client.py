@@ -13,9 +13,8 @@ import requests
 import websocket
 from PIL import Image
 
-# Types of binary messages: four bytes of type, four of a size, and that many of what comes first
-TEXT = 3  # the id of a node, then the line it shows
-PREVIEW_WITH_METADATA = 4  # metadata (JSON), then a picture
+# A type of binary messages: four bytes of type, four of a size, and that many of metadata (JSON), then a picture
+PREVIEW_WITH_METADATA = 4
 Event = dict[str, object]
 WHITE_PICTURE = {
     "white": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0xFFFFFF}},
@@ -41,7 +40,6 @@ class Run:
     prompt_id: str = ""
     events: list[tuple[str, Event]] = field(default_factory=list)  # type and data, in order of arrival
     previews: list[Image.Image] = field(default_factory=list)
-    texts: dict[str, str] = field(default_factory=dict)  # the last line that a node showed, by node id
     failure: Failure | None = None
     outputs: dict[str, dict] = field(default_factory=dict)  # by node id, as in the history
     seconds: float = 0.0
@@ -49,6 +47,11 @@ class Run:
     def data(self, kind: str) -> list[Event]:
         """The data of all events of one type, such as "progress", "executed", "execution_cached"."""
         return [data for name, data in self.events if name == kind]
+
+    def texts(self) -> dict[str, str]:
+        """The text that each node of this pack sent for itself, by node id; nodes that sent none are left out."""
+        sent = {data["node"]: (data["output"] or {}).get("sana_report") for data in self.data("executed")}
+        return {name: "\n".join(texts) for name, texts in sent.items() if texts is not None}
 
     @property
     def interrupted(self) -> bool:
@@ -133,8 +136,6 @@ def _receive(message: str | bytes, run: Run, on_event: Callable[[str, Event], No
         kind, size = struct.unpack(">II", message[:8])
         if kind == PREVIEW_WITH_METADATA:
             run.previews.append(Image.open(io.BytesIO(message[8 + size :])))
-        elif kind == TEXT:
-            run.texts[message[8 : 8 + size].decode()] = message[8 + size :].decode()
         return
     event = json.loads(message)
     name, data = event["type"], event["data"]

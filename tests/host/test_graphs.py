@@ -54,11 +54,16 @@ def test_every_step_has_progress_and_a_preview(host: Server, sampler: str) -> No
 
 
 def test_nodes_say_what_they_found(host: Server) -> None:
+    """And say it again when the result comes from the cache."""
     host.free()
-    run = host.queue(changed(text_to_image(), positive={"text": "a red circle " * 200}))
-    assert run.texts["load"] == "custom, made for 256 px and cfg 2; its own text encoder and its own autoencoder"
-    assert run.texts["negative"] == "1 of 300 tokens"
-    assert run.texts["positive"].startswith("300 of 300 tokens, ") and run.texts["positive"].endswith(" cut off")
+    prompt = changed(text_to_image(), positive={"text": "a red circle " * 200})
+    first, second = host.queue(prompt), host.queue(prompt)
+    texts = first.texts()
+    assert texts["load"] == "custom, made for 256 px and cfg 2; its own text encoder and its own autoencoder"
+    assert texts["negative"] == "1 of 300 tokens"
+    assert texts["positive"].startswith("300 of 300 tokens, ") and texts["positive"].endswith(" cut off")
+    assert {"load", "negative", "positive"} <= {*second.data("execution_cached")[0]["nodes"]}
+    assert second.texts() == texts
 
 
 @pytest.mark.parametrize("sampler", ["KSampler", "FlowDPMSampler"])
