@@ -1,7 +1,8 @@
 """Run the tests: python3 tests [--quick | --stage NAME ...] [paths and options of pytest].
 
-Makes the environment .venv/tests, and fetches hosts and a Chromium if a chosen stage needs them. Then runs the stages of
-stages.py: all of them, the quick ones, those that are named, or those that have the given paths. Standard library only.
+Makes the environment .venv/tests, and fetches hosts, a user interface and a Chromium if a chosen stage needs them. Then runs
+the stages of stages.py: all of them, the quick ones, those that are named, or those that have the given paths. Standard
+library only.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ def prepare(stages: Sequence[Stage]) -> Path:
     versions = ROOT / "tests" / "versions.txt"
     if any(stage.needs_browser for stage in stages):
         downloads.fetch_chromium()
+        downloads.fetch_frontend()
     if not any(stage.needs_host for stage in stages):
         return environment.prepare("tests", ["test"], constraints=versions)
     downloads.fetch_hosts()

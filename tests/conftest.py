@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.browser import newest
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
@@ -40,12 +42,13 @@ def browser() -> "Iterator[Browser]":
         yield browser
 
 
-@pytest.fixture
-def frontend(browser: "Browser", server: "Server") -> "Iterator[Frontend]":
-    """A fresh page of the newest host's user interface."""
+@pytest.fixture(params=[(), newest.FLAGS], ids=["frontend-of-host", f"frontend-{newest.VERSION}"])
+def frontend(browser: "Browser", servers: "Servers", request: pytest.FixtureRequest) -> "Iterator[Frontend]":
+    """A fresh page of the newest host, with the user interface that it brings and with the newest one."""
     from tests.browser.frontend import open_page
+    from tests.host.hosts import NEWEST
 
-    with open_page(browser, server) as frontend:
+    with open_page(browser, servers(NEWEST, *request.param)) as frontend:
         yield frontend
 
 

@@ -1,4 +1,4 @@
-"""Fetches what the tests need beside packages: the real hosts, and a Chromium where there is none.
+"""Fetches what the tests need beside packages: the real hosts, the newest user interface, and a Chromium where there is none.
 
 Standard library only, run by `python3 tests` before anything is installed. Changes nothing outside .venv/.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import environment
-from browser import chromium
+from browser import chromium, newest
 from host.hosts import HOSTS, host_folder
 
 PACKAGES = ("chromium", "fonts-dejavu-core", "libatomic1")  # the last for the program inside Playwright
@@ -62,6 +62,23 @@ def repair_torchvision(python: Path) -> None:
     if not _imports(python, "torchaudio"):
         for library in (packages / "torchaudio" / "lib").glob("*.so"):
             library.unlink()
+
+
+def fetch_frontend() -> None:
+    """Unpacks the newest user interface into .venv/frontends, unless it is there, and checks its SHA-256. Raises SetupError."""
+    if newest.FOLDER.exists():
+        return
+    environment.say(f"Downloading ComfyUI's user interface {newest.VERSION} ...")
+    newest.FOLDER.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=newest.FOLDER.parent) as scratch:
+        wanted = Path(scratch, "wanted.txt")
+        wanted.write_text(
+            f"comfyui-frontend-package=={newest.VERSION} --hash=sha256:{newest.SHA256}\n", encoding="utf-8"
+        )
+        environment.pip("download", "--quiet", "--no-deps", "--require-hashes", "-r", wanted, "-d", scratch)
+        unpacked = Path(scratch, "unpacked")
+        shutil.unpack_archive(next(Path(scratch).glob("*.whl")), unpacked, "zip")
+        unpacked.rename(newest.FOLDER)
 
 
 def fetch_chromium() -> None:
