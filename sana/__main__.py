@@ -1,7 +1,6 @@
 """The shell: python -m sana generate PROMPT, python -m sana info PATH, python -m sana convert SRC DST."""
 
 import argparse
-import json
 import logging
 import os
 import re
@@ -10,34 +9,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from .checkpoints.files import replacing
+from .checkpoints.files import read_tensors
 from .checkpoints.inspection import describe_file
+from .checkpoints.transformer import identify_transformer
 from .checkpoints.writing import convert
-from .config import VARIANTS
+from .config import DOWNSAMPLE, VARIANTS
 from .images import read_picture
+from .jobs import Job, Record, check_free, fingerprint, free_names, missing_jobs, names, read_prompts, write_png
 from .pipeline import SanaPipeline, model_path
-from .plan import Settings
+from .plan import Settings, make_plan
 from .sampling.solvers import SOLVERS
 from .text.prompt import INSTRUCTION
 
 PROJECT = "comfyui-sana"
 DTYPES = ("float32", "bfloat16", "float16")
 INTERRUPTED = 130  # exit code after Ctrl-C
-
-
-class Job(NamedTuple):
-    """Pictures of one prompt that are sampled together; the k-th has seed + k."""
-
-    prompt: str
-    seed: int
-    paths: list[Path]
+UNNAMED = Path("sana.png")  # without --out
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,10 +81,18 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     add(
         "--out",
         type=Path,
-        default=Path("sana.png"),
-        help="PNG to write; several pictures get a number (default: sana.png)",
+        help="PNG to write; several pictures get a number (default: sana.png, with a number if that exists)",
     )
-    add("--resume", action="store_true", help="skip pictures that exist already")
+    existing = command.add_mutually_exclusive_group()
+    existing.add_argument(
+        "--resume",
+        action="store_true",
+        help="draw only what is not there: pictures named like --out count that were drawn from the same prompt, seed, "
+        "settings and model; new ones take free numbers",
+    )
+    existing.add_argument(
+        "--overwrite", action="store_true", help="replace pictures of the same name, which are else an error"
+    )
     add("--model", default="demo", help='"demo", a diffusers folder, or a transformer file (default: demo)')
     add("--autoencoder", help='for a transformer alone: file or folder of its DC-AE, or "demo"')
     add("--text-encoder", help='for a transformer alone: file or folder of Gemma-2-2b-it, or "demo"')
@@ -137,11 +136,20 @@ def add_generate(command: argparse.ArgumentParser) -> None:
 
 def run_generate(options: argparse.Namespace) -> int:
     check_device(options.device)
-    jobs = list(pending_jobs(options))
+    out = options.out or UNNAMED
+    check_output(out)
+    jobs = read_jobs(options)
+    pictures = sum(job.batch_size for job in jobs)
+    settings = read_settings(options)
+    if options.out and not (options.resume or options.overwrite):
+        check_free(out, pictures)
+    files = {"files": read_fingerprint(options)}
+    if options.resume:
+        jobs = list(missing_jobs(jobs, out, {**common_record(options, settings), **files}))
     if not jobs:
         print("Every picture exists already.")
         return 0
-    settings = read_settings(options)
+    paths = names(out, pictures > 1) if options.overwrite else free_names(out, pictures > 1)
     pipeline = SanaPipeline.load(
         options.model,
         autoencoder=options.autoencoder,
@@ -153,8 +161,34 @@ def run_generate(options: argparse.Namespace) -> int:
     )
     with tqdm(total=len(jobs) * pipeline.plan("", settings).step_count, unit="step") as bar:
         for job in jobs:
-            draw(pipeline, job, replace(settings, seed=job.seed), bar)
+            draw(pipeline, job, replace(settings, seed=job.seed), paths, files, bar)
     return 0
+
+
+def read_jobs(options: argparse.Namespace) -> list[Job]:
+    """Everything that is asked for. Raises ValueError unless that is one prompt or one file of prompts."""
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size is {options.batch_size}; at least 1 is needed")
+    if (options.prompt is None) == (options.prompts is None):
+        raise ValueError("give either a prompt or --prompts FILE")
+    prompts = read_prompts(options.prompts) if options.prompts else [options.prompt]
+    return [Job(prompt, options.seed, options.batch_size) for prompt in prompts]
+
+
+def read_fingerprint(options: argparse.Namespace) -> str:
+    """Of the networks and the pictures to start from. Raises as `fingerprint` does."""
+    models = {
+        "transformer": model_path(options.model),
+        "vae": model_path(options.autoencoder or options.model),
+        "text_encoder": model_path(options.text_encoder or options.model),
+    }
+    return fingerprint(models, [path for path in (options.image, options.mask) if path])
+
+
+def common_record(options: argparse.Namespace, settings: Settings) -> Record:
+    """What the records of all pictures share, read from the transformer's file without loading it."""
+    identity = identify_transformer(read_tensors(model_path(options.model), "transformer"), options.variant)
+    return make_plan([""], settings, identity, DOWNSAMPLE).record()
 
 
 def read_settings(options: argparse.Namespace) -> Settings:
@@ -167,55 +201,20 @@ def read_settings(options: argparse.Namespace) -> Settings:
     return Settings(**given)
 
 
-def draw(pipeline: SanaPipeline, job: Job, settings: Settings, bar: tqdm) -> None:
-    """Sample the pictures of a job and write them, and show it on the bar of all jobs."""
+def draw(pipeline: SanaPipeline, job: Job, settings: Settings, paths: Iterator[Path], files: Record, bar: tqdm) -> None:
+    """Sample the pictures of a job, write each to the next path, and show it on the bar of all jobs.
+
+    files: what their records say beside the plan.
+    """
     bar.set_description(job.prompt[:40])
-    plan = pipeline.plan(job.prompt, settings, batch_size=len(job.paths))
+    plan = pipeline.plan(job.prompt, settings, batch_size=job.batch_size)
     for step in pipeline.follow(plan):
         latent = step.next_x
         bar.update()
-    pictures = pipeline.pictures(latent, settings.max_bytes)
-    for k, (picture, path) in enumerate(zip(pictures, job.paths, strict=True)):
-        write_png(picture, path, plan.record(k))
+    for k, picture in enumerate(pipeline.pictures(latent, settings.max_bytes)):
+        path = next(paths)
+        write_png(picture, path, {**plan.record(k), **files})
         bar.write(str(path))
-
-
-def pending_jobs(options: argparse.Namespace) -> Iterator[Job]:
-    """What is to be drawn. With --resume, pictures that exist are left out. Raises ValueError for unusable options."""
-    if options.batch_size < 1:
-        raise ValueError(f"--batch-size is {options.batch_size}; at least 1 is needed")
-    check_output(options.out)
-    prompts = read_prompts(options)
-    count = len(prompts) * options.batch_size
-    paths = [numbered(options.out, k) for k in range(count)] if count > 1 else [options.out]
-    for i, prompt in enumerate(prompts):
-        seeds = range(options.seed, options.seed + options.batch_size)
-        wanted = list(zip(seeds, paths[i * options.batch_size : (i + 1) * options.batch_size], strict=True))
-        missing = [(seed, path) for seed, path in wanted if not (options.resume and path.exists())]
-        if len(missing) == len(wanted):
-            yield Job(prompt, options.seed, [path for _, path in wanted])
-        else:
-            yield from (Job(prompt, seed, [path]) for seed, path in missing)
-
-
-def read_prompts(options: argparse.Namespace) -> list[str]:
-    """The prompt, or the lines of the prompt file that are not blank. Raises ValueError unless exactly one of them is given."""
-    if (options.prompt is None) == (options.prompts is None):
-        raise ValueError("give either a prompt or --prompts FILE")
-    if options.prompt is not None:
-        return [options.prompt]
-    try:
-        text = options.prompts.read_text(encoding="utf-8-sig")  # editors of Windows begin a file with a mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{options.prompts} is not a text in UTF-8; write one prompt on each line") from error
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"{options.prompts} holds no prompt; write one on each line")
-    return prompts
-
-
-def numbered(path: Path, k: int) -> Path:
-    return path.with_stem(f"{path.stem}-{k + 1:04d}")
 
 
 def check_device(name: str) -> None:
@@ -231,14 +230,6 @@ def check_output(path: Path) -> None:
         raise ValueError(f"--out is {path}; give the name of a PNG file, such as {path.with_suffix('.png')}")
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise ValueError(f"--out {path} cannot be written; give a file in a folder that exists and is yours to write")
-
-
-def write_png(picture: Image.Image, path: Path, record: dict[str, object]) -> None:
-    """Write a picture with its record, as a whole or not at all."""
-    text = PngInfo()
-    text.add_text("sana", json.dumps(record, ensure_ascii=False))
-    with replacing(path) as unfinished:
-        picture.save(unfinished, format="PNG", pnginfo=text)
 
 
 def run_info(options: argparse.Namespace) -> int:

@@ -35,6 +35,7 @@ ROOMS = {
     "sampling": {"config", "networks"},
     "checkpoints": {"config", "networks", "text"},
     "plan": {"config", "text", "sampling"},
+    "jobs": {"checkpoints"},
     "pipeline": {"config", "images", "networks", "text", "sampling", "checkpoints", "plan"},
     "training": {"config", "images", "networks", "text", "sampling", "checkpoints", "plan", "pipeline"},
 }

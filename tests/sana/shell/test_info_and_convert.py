@@ -59,7 +59,7 @@ def test_a_converted_model_draws_the_same_picture(shell: Shell, model: Path) -> 
     (expected,) = shell.draw("a cat", "--seed", 5, "--steps", 2)
     drawn = pixels(expected)
     separate = ("--model", paths["transformer"], "--autoencoder", paths["vae"], "--text-encoder", model)
-    assert shell.draw("a cat", "--seed", 5, "--steps", 2, *separate) == [expected]
+    assert shell.draw("a cat", "--seed", 5, "--steps", 2, *separate, "--overwrite") == [expected]
     assert pixels(expected) == drawn
 
 

@@ -40,7 +40,7 @@ def test_a_picture_interrupted_while_it_is_written_leaves_what_was_there(
         (path,) = shell.draw("a cat")
         before = path.read_bytes()
     fail_to_save(monkeypatch, KeyboardInterrupt(), after=0)
-    outcome = shell.generate("a dog")
+    outcome = shell.generate("a dog", "--overwrite")
     assert outcome.code == INTERRUPTED
     assert [path.read_bytes() for path in shell.folder.iterdir()] == ([before] if exists else [])
 

@@ -1,0 +1,134 @@
+"""What is to be drawn and under which names: the prompts of a file, the pictures that exist already, and what tells them apart."""
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import count, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngImageFile, PngInfo
+
+from .checkpoints.files import read_tensors, replacing
+
+CHUNK = "sana"  # of a PNG, the text that holds its record
+SAMPLE = 64  # numbers of each tensor that tell a model from another; training changes all of them
+
+Record = Mapping[str, object]  # what a picture was drawn with, as JSON values; see `Plan.record`
+
+
+class Job(NamedTuple):
+    """Pictures of one prompt that are sampled together; the k-th has seed + k."""
+
+    prompt: str
+    seed: int
+    batch_size: int
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not blank.
+
+    Raises ValueError for a file that is no UTF-8 or holds no prompt, and OSError.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # editors of Windows begin a file with a mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8; write one prompt on each line") from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt; write one on each line")
+    return prompts
+
+
+def missing_jobs(jobs: Iterable[Job], out: Path, record: Record) -> Iterator[Job]:
+    """The jobs without the pictures that exist under any of the names of `out`. One picture stands for one that is asked for.
+
+    record: of any picture of these jobs, but for its prompt and seed.
+    """
+    existing = Counter(_key(found) for path in _outputs(out) if (found := read_record(path)) is not None)
+
+    def is_missing(prompt: str, seed: int) -> bool:
+        key = _key({**record, "prompt": prompt, "seed": seed})
+        if not existing[key]:
+            return True
+        existing[key] -= 1
+        return False
+
+    for job in jobs:
+        seeds = [seed for seed in range(job.seed, job.seed + job.batch_size) if is_missing(job.prompt, seed)]
+        if len(seeds) == job.batch_size:
+            yield job
+        else:
+            yield from (Job(job.prompt, seed, 1) for seed in seeds)
+
+
+def names(out: Path, several: bool) -> Iterator[Path]:
+    """`out`, unless there are several pictures, and then without an end `out` with a number: out-0001.png, out-0002.png."""
+    if not several:
+        yield out
+    yield from (out.with_stem(f"{out.stem}-{k:04d}") for k in count(1))
+
+
+def free_names(out: Path, several: bool) -> Iterator[Path]:
+    """Those of `names` at which there is nothing at the moment when one is asked for."""
+    return (path for path in names(out, several) if not os.path.lexists(path))
+
+
+def check_free(out: Path, pictures: int) -> None:
+    """Raises ValueError if something exists under a name that so many pictures would get."""
+    for path in islice(names(out, pictures > 1), pictures):
+        if os.path.lexists(path):
+            raise ValueError(
+                f"{path} exists already; give --resume to draw only what is missing, --overwrite to replace it, or another --out"
+            )
+
+
+def _outputs(out: Path) -> Iterator[Path]:
+    """What exists under any name of `names`, in no order."""
+    name = re.compile(rf"{re.escape(out.stem)}(-\d{{4,}})?{re.escape(out.suffix)}")
+    with os.scandir(out.parent) as entries:
+        yield from (Path(entry.path) for entry in entries if name.fullmatch(entry.name))
+
+
+def _key(record: Record) -> int:
+    """A number in the place of a record, so that a folder of a million pictures takes no memory to speak of."""
+    text = json.dumps(record, sort_keys=True)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def read_record(path: Path) -> Record | None:
+    """What a picture was drawn with, from the beginning of its file; None for what is no picture of this package."""
+    try:
+        with PngImageFile(path) as picture:  # not Image.open, which refuses our largest
+            found = json.loads(picture.info[CHUNK])
+    except (OSError, SyntaxError, ValueError, LookupError, TypeError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def write_png(picture: Image.Image, path: Path, record: Record) -> None:
+    """Write a picture with its record, as a whole or not at all."""
+    text = PngInfo()
+    text.add_text(CHUNK, json.dumps(record, ensure_ascii=False))
+    with replacing(path) as unfinished:
+        picture.save(unfinished, format="PNG", pnginfo=text)
+
+
+def fingerprint(models: Mapping[str, Path], files: Iterable[Path]) -> str:
+    """16 digits that change with the weights of models and with the bytes of files.
+
+    models: by their components, such as "vae". Raises CheckpointError and OSError for what cannot be read.
+    """
+    digest = hashlib.sha256()
+    for component, path in models.items():
+        for name, tensor in sorted(read_tensors(path, component).tensors.items()):
+            digest.update(f"{component} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.reshape(-1)[:SAMPLE].contiguous().view(torch.uint8).numpy().tobytes())
+    for path in files:
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
