@@ -218,10 +218,12 @@ def draw(pipeline: SanaPipeline, job: Job, settings: Settings, paths: Iterator[P
 
 
 def check_device(name: str) -> None:
-    """Raises ValueError for a GPU that is not there."""
-    device, count = torch.device(name), torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(f"device {name} is not there: PyTorch finds {count} CUDA devices; use another or cpu")
+    """Raises ValueError for a device that PyTorch does not know, was not built for, or does not find."""
+    try:
+        torch.ones(1, device=name).add(1).item()
+    except Exception as error:  # each kind of device fails in its own way
+        reason = str(error).split("\n")[0].split(". ")[0]
+        raise ValueError(f"device {name} cannot be used ({reason}); give another, such as cpu") from error
 
 
 def check_output(path: Path) -> None:

@@ -31,15 +31,15 @@ class Job(NamedTuple):
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not blank.
+    """The lines of a text file that are not blank. A line ends at a line feed, and at no other character.
 
     Raises ValueError for a file that is no UTF-8 or holds no prompt, and OSError.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")  # editors of Windows begin a file with a mark
+        text = path.read_bytes().decode("utf-8-sig")  # editors of Windows begin a file with a mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text in UTF-8; write one prompt on each line") from error
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"{path} holds no prompt; write one on each line")
     return prompts

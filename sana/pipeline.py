@@ -1,6 +1,7 @@
 """From a prompt to pictures: the parts of this package put together, without a host."""
 
 import logging
+import sysconfig
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,10 +20,11 @@ from .config import TransformerIdentity
 from .images import to_cells, to_mask, to_picture, to_tensor
 from .networks.autoencoder import DCAutoencoder, decode_within_memory, encode_within_memory
 from .networks.devices import computes_bfloat16
+from .networks.memory import is_out_of_memory
 from .networks.streaming import check_bound
 from .networks.transformer import SanaTransformer
 from .plan import Plan, Settings, make_plan
-from .sampling.guidance import Condition, guided_denoiser, inpainting_denoiser, scm_denoiser
+from .sampling.guidance import Condition, Velocity, guided_denoiser, inpainting_denoiser, scm_denoiser
 from .sampling.noise import noise_source
 from .sampling.solvers import SOLVERS, Step, scm_start, scm_steps
 from .text.text_encoder import GemmaTextEncoder
@@ -59,7 +61,7 @@ class SanaPipeline:
         self.autoencoder = autoencoder
         self.text_encoder = text_encoder
         self.identity = identity
-        self.velocity = torch.compile(transformer.velocity) if compiled else transformer.velocity
+        self.velocity = compiled_velocity(transformer) if compiled else transformer.velocity
 
     @classmethod
     def load(
@@ -209,6 +211,32 @@ def _latent_mask(plan: Plan, like: Tensor) -> Tensor:
     fitted = ImageOps.fit(to_mask(plan.settings.mask), (plan.width, plan.height), Image.Resampling.NEAREST)
     mask = torch.from_numpy(np.asarray(fitted).copy())[None, None].float().div(255)
     return to_cells(mask, *like.shape[-2:]).to(like)
+
+
+def compiled_velocity(transformer: SanaTransformer) -> Velocity:
+    """`transformer.velocity` by torch.compile. Raises SamplingError where that fails, at the first call or a later one."""
+    run = torch.compile(transformer.velocity)
+
+    def velocity(*inputs: object, **options: object) -> Tensor:
+        try:
+            return run(*inputs, **options)
+        except Exception as error:  # a compiler fails in as many ways as it has parts
+            if is_out_of_memory(error):
+                raise
+            raise SamplingError(_compiler_message(error)) from error
+
+    return velocity
+
+
+def _compiler_message(error: Exception) -> str:
+    advice = "leave out --compile (in Python compiled=True): the picture is the same without"
+    places = (str(Path(torch.__file__).parent), sysconfig.get_path("include"))
+    for place in places:
+        if " " in place:
+            return f"torch.compile failed, since compilers do not find {place} with a space in its path; {advice}"
+    cause = getattr(error, "inner_exception", error)  # of the compiler, inside what PyTorch says about it
+    first = next((line for line in str(cause).splitlines() if line.strip()), "")
+    return f"torch.compile failed ({type(cause).__name__}: {first}); {advice}"
 
 
 def default_dtypes(released: str, device: torch.device) -> tuple[torch.dtype, torch.dtype]:

@@ -70,6 +70,15 @@ def test_a_batch_is_numbered_and_each_picture_has_its_own_seed(shell: Shell) -> 
     assert pixels(alone) == pixels(paths[2])
 
 
+@pytest.mark.parametrize("ending", ["\n", "\r\n"], ids=["LF", "CRLF"])
+def test_lines_of_a_file_end_at_line_feeds_only(shell: Shell, ending: str) -> None:
+    """Not at what Unicode and Python call line ends besides, which copied texts have in them."""
+    lines = [f"a cat{mark}on a mat" for mark in "\v\f\r\x1c\x1d\x1e\x85\u2028\u2029"]
+    prompts = shell.folder / "prompts.txt"
+    prompts.write_bytes(ending.join(lines).encode())
+    assert [record(path)["prompt"] for path in shell.draw("--prompts", prompts)] == lines
+
+
 def test_every_line_of_a_file_is_drawn(shell: Shell) -> None:
     prompts = shell.folder / "prompts.txt"
     prompts.write_text("\ufeffa cat\n\n  一只猫  \r\n", encoding="utf-8")

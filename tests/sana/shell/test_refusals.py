@@ -1,6 +1,7 @@
 """One line for everything that cannot be, before anything is computed."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,13 @@ def test_a_model_that_does_not_exist_is_named(shell: Shell) -> None:
 def test_a_device_that_is_not_there_is_one_line(shell: Shell) -> None:
     present = torch.cuda.device_count()
     assert "cuda" in shell.fail("a cat", "--device", f"cuda:{present}").lower()
+
+
+@pytest.mark.parametrize("name", ["xpu", "xpu:1", "mtia", "hpu", "maia", "vulkan", "meta", "cuda:-1", "toaster"])
+def test_a_device_that_nothing_can_be_computed_on_is_named(shell: Shell, name: str) -> None:
+    """Each in its own way: not built in, without its Python module, without operators, without numbers, unknown."""
+    message = shell.fail("a cat", "--device", name, "--model", "missing")
+    assert re.fullmatch(rf"device {name} cannot be used \(.+\); give another, such as cpu", message)
 
 
 def test_a_model_of_another_kind_is_named(shell: Shell, model: Path) -> None:
