@@ -28,13 +28,22 @@ from ...sana.checkpoints.text_encoder import (
 from ...sana.config import GemmaConfig, TransformerConfig
 from ...sana.text.gemma import Gemma2
 from ...sana.text.text_encoder import GemmaTextEncoder, Tokenizer
+from .entries import ForeignEntryError
 from .padding import mark_padding
 from .quantised import check_quantised, with_formats
 
 ENCODER = "gemma2_2b"  # as the host calls it: the entry of its tokens, and its name in LoRA and checkpoint files
 INSTRUCTION_ENTRY = "instruction"  # of the tokens too
 
-Tokens = Mapping[str, object]
+
+class Tokens(dict):
+    """What a tokenizer makes of a text, for the host to carry. Text nodes of other models read the tokens of theirs."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise ForeignEntryError(
+            f"this CLIP is SANA's text encoder, which makes no {name!r} tokens; use SANA prompt or CLIP Text Encode, or "
+            "connect the CLIP of the model that this node is for"
+        )
 
 
 class SanaTokenizer:
@@ -49,7 +58,7 @@ class SanaTokenizer:
     ) -> Tokens:
         """One list of (token, weight) pairs, all of weight 1. instruction: put before the text; None: none."""
         ids = self.tokenizer.encode((instruction or "") + text.strip())
-        return {ENCODER: [[(token, 1.0) for token in ids]], INSTRUCTION_ENTRY: instruction}
+        return Tokens({ENCODER: [[(token, 1.0) for token in ids]], INSTRUCTION_ENTRY: instruction})
 
     def untokenize(self, pairs: list[tuple[int, float]]) -> list[tuple[tuple[int, float], str]]:
         return [(pair, self.tokenizer.backend.decode([pair[0]])) for pair in pairs]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 import comfy.conds
 import comfy.latent_formats
@@ -30,7 +31,9 @@ from ...sana.networks.transformer import (
     open_length,
 )
 from ...sana.sampling.guidance import GUIDANCE_EMBED_SCALE
+from .entries import ForeignEntryError
 from .padding import complete_mask
+from .patches import output_patches, tell_uncalled
 from .quantised import check_quantised
 from .run import GUIDANCE_EMBED, IDENTITY_BLOCKS, RUN, SamplingRun
 
@@ -119,10 +122,10 @@ class HostTransformer(SanaTransformer):
         options = {**options, "block_index": i, "total_blocks": self.config.depth, "block_type": "double"}
         replacements = options.get("patches_replace", {})
         whole = replacements.get("dit", {}).get(("double_block", i))
-        replaced = replaced_attention(replacements.get("attn1", {}), i, self.config.perturbed_block, options)
+        patched = patched_attention(replacements.get("attn1", {}), i, self.config.perturbed_block, options)
         inputs = inputs._replace(attention=host_attention(options))
-        if inputs.self_attention is None and replaced is not None:
-            inputs, band = inputs._replace(self_attention=replaced), None  # it may need all tokens at once
+        if inputs.self_attention is None and patched is not None:
+            inputs, band = inputs._replace(self_attention=patched), None  # it may need all tokens at once
 
         def run(arguments: dict[str, object]) -> dict[str, object]:
             tokens = arguments["img"]
@@ -147,16 +150,26 @@ def host_attention(options: Options) -> Attention:
     return attention
 
 
-def replaced_attention(
+def patched_attention(
     replacements: Mapping[tuple[str, int], Callable[..., Tensor]], i: int, middle: int, options: Options
 ) -> SelfAttention | None:
-    """What other nodes have put in the place of self-attention in block i; `middle` is the block that they call so."""
+    """Self-attention of block i with what other nodes have put in its place and behind it; None: they have not.
+
+    middle: the block that they call so.
+    """
     replaced = replacements.get(("block", i)) or (replacements.get(("middle", 0)) if i == middle else None)
-    if replaced is None:
+    behind = output_patches(options)
+    if replaced is None and not behind:
         return None
 
     def self_attention(layer: LinearAttention, x: Tensor) -> Tensor:
-        return layer.project(replaced(layer.to_q(x), layer.to_k(x), layer.to_v(x), dict(options)))
+        if replaced is None:
+            out = layer(x)
+        else:
+            out = layer.project(replaced(layer.to_q(x), layer.to_k(x), layer.to_v(x), dict(options)))
+        for patch in behind:
+            out = patch(out, dict(options))
+        return out
 
     return self_attention
 
@@ -197,6 +210,9 @@ class SanaModel(comfy.model_base.BaseModel):
     ) -> Tensor:
         options = transformer_options or {}
         self.check_latent(x.shape)
+        run: SamplingRun | None = options.get(RUN)
+        if run is not None:
+            tell_uncalled(options, self.identity.config.depth, run.told)
         context = self.text_context(c_crossattn, given.pop("attention_mask"), x.device, options)
         arguments = {"keys_values": [part for pair in context.keys_values for part in pair], "text_bias": context.mask}
         if self.identity.config.guidance_embed:
@@ -267,6 +283,15 @@ class SanaModel(comfy.model_base.BaseModel):
         return self.diffusion_model.activation_bytes(torch.Size(input_shape), self.get_dtype_inference().itemsize)
 
 
+class UnetConfig(dict):
+    """A configuration as the host's models keep one. Nodes for UNets read entries that only these have."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise ForeignEntryError(
+            f"this MODEL is SANA, which has no {name!r}: this node is for other models, such as SDXL; leave it out"
+        )
+
+
 class SanaConfig(comfy.supported_models_base.BASE):
     """How the host builds, loads and saves a `SanaModel`. One for every SANA network: `unet_config` holds its identity.
 
@@ -281,6 +306,7 @@ class SanaConfig(comfy.supported_models_base.BASE):
 
     def __init__(self, unet_config: dict[str, object]) -> None:
         super().__init__({name: value for name, value in unet_config.items() if name != FILE_NAME})
+        self.unet_config = UnetConfig(self.unet_config)
         self.file_name: str = unet_config.get(FILE_NAME, UNNAMED)
         identity: TransformerIdentity = unet_config["identity"]
         multiplier = 1 if identity.config.continuous_time else 1000

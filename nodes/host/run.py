@@ -21,12 +21,13 @@ WRAPPER = "sana"
 
 
 class SamplingRun:
-    """Text contexts of one run. Nothing of it outlives the run."""
+    """Text contexts and warnings of one run. Nothing of it outlives the run."""
 
     def __init__(self, conds: Conds) -> None:
         # With hooks, the weights behind keys and values may change from step to step.
         self.keeps = not any("hooks" in cond for group in conds.values() for cond in group)
         self.contexts: dict[object, TextContext] = {}
+        self.told: set[str] = set()  # warnings, each of which a run gives once
 
     def context(self, key: object, make: Callable[[], TextContext]) -> TextContext:
         """The text context of this key, made when it is first asked for."""

@@ -1,5 +1,7 @@
 """What a person does wrong, and what each node says about it: one sentence, with what to do."""
 
+import copy
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -276,3 +278,65 @@ def test_nodes_refuse_parts_of_other_models(small: Small) -> None:
     for interval in ({"guidance_from": 0.8, "guidance_to": 0.2}, {"guidance_from": 0.5, "guidance_to": 0.5}):
         with pytest.raises(ValueError, match="guidance acts from 0"):
             small.sample(**interval)
+
+
+TEXT_NODES = {
+    "CLIPTextEncodeFlux": ({"clip_l": "a", "t5xxl": "a", "guidance": 3.5}, "t5xxl"),
+    "CLIPTextEncodeHiDream": ({"clip_l": "a", "clip_g": "a", "t5xxl": "a", "llama": "a"}, "l"),
+    "CLIPTextEncodeHunyuanDiT": ({"bert": "a", "mt5xl": "a"}, "mt5xl"),
+    "CLIPTextEncodeKandinsky5": ({"clip_l": "a", "qwen25_7b": "a"}, "qwen25_7b"),
+    "CLIPTextEncodeSD3": ({"clip_l": "a", "clip_g": "a", "t5xxl": "a", "empty_padding": "none"}, "l"),
+    "CLIPTextEncodeSDXL": (
+        {
+            "width": 1024,
+            "height": 1024,
+            "crop_w": 0,
+            "crop_h": 0,
+            "target_width": 1024,
+            "target_height": 1024,
+            "text_g": "a",
+            "text_l": "a",
+        },
+        "l",
+    ),
+}
+
+
+@pytest.mark.parametrize("node", TEXT_NODES)
+def test_text_node_of_another_model(small: Small, node: str) -> None:
+    inputs, tokens = TEXT_NODES[node]
+    with pytest.raises(KeyError) as caught:
+        small.host.call(node, clip=small.clip, **inputs)
+    assert one_sentence(caught.value) == (
+        f"this CLIP is SANA's text encoder, which makes no {tokens!r} tokens; use SANA prompt or CLIP Text Encode, or "
+        "connect the CLIP of the model that this node is for"
+    )
+
+
+def test_tokens_are_an_ordinary_dict(small: Small) -> None:
+    """To the host and to other nodes, apart from what a missing entry says."""
+    tokens = small.clip.tokenize("a ring")
+    assert isinstance(tokens, dict) and tokens == {**tokens} and "l" not in tokens and tokens.get("l") is None
+    for copied in ({**tokens}, copy.copy(tokens), copy.deepcopy(tokens), pickle.loads(pickle.dumps(tokens))):
+        assert copied == tokens
+        assert torch.equal(small.clip.encode_from_tokens(copied), small.clip.encode_from_tokens(tokens))
+
+
+@pytest.mark.parametrize("node", ["FreeU", "FreeU_V2"])
+def test_node_for_a_unet(small: Small, node: str) -> None:
+    with pytest.raises(KeyError) as caught:
+        small.host.call(node, model=small.model, b1=1.1, b2=1.2, s1=0.9, s2=0.2)
+    assert one_sentence(caught.value) == (
+        "this MODEL is SANA, which has no 'model_channels': this node is for other models, such as SDXL; leave it out"
+    )
+
+
+def test_node_for_softmax_self_attention(small: Small) -> None:
+    """It would end in an AttributeError, or for small pictures in nothing."""
+    (model,) = small.host.call("SelfAttentionGuidance", model=small.model, scale=0.5, blur_sigma=2.0)
+    with pytest.raises(ValueError) as caught:
+        small.ksampler(model=model)
+    assert one_sentence(caught.value) == (
+        "SelfAttentionGuidance reads softmax scores of self-attention, which SANA's linear attention does not have; use "
+        "SANA perturbed attention"
+    )

@@ -131,3 +131,21 @@ def test_preview_looks_like_the_picture(small: Small) -> None:
     shown = torch.frombuffer(bytearray(shown.tobytes()), dtype=torch.uint8).view(16, 24, 3).float().flatten()
     wanted = F.avg_pool2d(image.movedim(-1, 1), 8)[0].movedim(0, -1).flatten()
     assert float(torch.corrcoef(torch.stack([shown, wanted]))[0, 1]) > 0.8
+
+
+def test_core_latent_nodes_count_cells_of_8_px(small: Small) -> None:
+    """As the documents tell: a quarter of the pixels is what to give them."""
+    latent = {"samples": torch.arange(1.0, 1 + 32 * 16 * 16).reshape(1, 32, 16, 16)}  # 512 x 512 px
+    place = {"x": 32 // 4, "y": 64 // 4}
+    (crop,) = small.host.call("LatentCrop", samples=latent, width=128 // 4, height=96 // 4, **place)
+    assert torch.equal(crop["samples"], latent["samples"][:, :, 2:5, 1:5])
+    blank = {"samples": torch.zeros(1, 32, 16, 16)}
+    (both,) = small.host.call("LatentComposite", samples_to=blank, samples_from=crop, feather=0, **place)
+    inputs = {"destination": blank, "source": crop, "resize_source": False}
+    (masked,) = small.host.call("LatentCompositeMasked", **inputs, **place)
+    for placed in (both["samples"], masked["samples"]):
+        assert torch.equal(placed[:, :, 2:5, 1:5], crop["samples"])
+        assert int(placed.count_nonzero()) == crop["samples"].numel()
+    size = {"width": 512 // 4, "height": 256 // 4, "upscale_method": "nearest-exact", "crop": "disabled"}
+    (large,) = small.host.call("LatentUpscale", samples=latent, **size)
+    assert large["samples"].shape == (1, 32, 256 // 32, 512 // 32)

@@ -1,9 +1,13 @@
 """Nodes of the host that change a MODEL, on ours: guidance, caching, schedules, merging and compiling."""
 
+import logging
 import math
+from types import SimpleNamespace
 
+import comfy.samplers
 import pytest
 import torch
+from comfy.k_diffusion.sampling import sample_euler
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from safetensors import safe_open
@@ -147,6 +151,138 @@ def test_core_model_merge(small: Small) -> None:
     assert difference(latent, small.ksampler(model=load(small.host, "mixed.safetensors")[0])) <= EQUAL
     assert difference(latent, small.ksampler()) > CHANGED
     assert torch.equal(small.ksampler(model=merged), latent)
+
+
+def test_core_normalized_attention_guidance(small: Small) -> None:
+    """It acts on what self-attention gives, as in the host's own blocks. The formula is that of its paper (arXiv 2505.21179)."""
+    scale, alpha, tau = 5.0, 0.5, 1.5
+
+    def guide(layer: object, arguments: tuple, out: Tensor) -> Tensor:
+        uncond, cond = out.chunk(2)
+        guided = scale * cond - (scale - 1) * uncond
+        ratio = guided.abs().sum(-1, keepdim=True) / cond.abs().sum(-1, keepdim=True)
+        return torch.cat([uncond, alpha * guided * ratio.clamp(max=tau) / ratio + (1 - alpha) * cond])
+
+    transformer = small.pipeline.transformer
+    hooks = [block.attn1.register_forward_hook(guide) for block in transformer.transformer_blocks]
+    sigmas = comfy.samplers.calculate_sigmas(small.model.get_model_object("model_sampling"), "simple", 2)
+    theirs = small.reference(sample_euler, sigmas, small.empty(), transformer=transformer)
+    for hook in hooks:
+        hook.remove()
+    (model,) = small.host.call("NAGuidance", model=small.model, nag_scale=scale, nag_alpha=alpha, nag_tau=tau)
+    ours = small.ksampler(model=model, steps=2, scheduler="simple")
+    assert difference(ours, theirs) <= EQUAL
+    assert difference(ours, small.ksampler(steps=2)) > CHANGED
+    (off,) = small.host.call("NAGuidance", model=small.model, nag_scale=scale, nag_alpha=0.0, nag_tau=tau)
+    assert difference(small.ksampler(model=off, steps=2), small.ksampler(steps=2)) <= EQUAL
+
+
+def test_normalized_attention_guidance_in_bands(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets all tokens at once, as the host's own blocks give them, also where a block works in bands of rows."""
+    seen: list[tuple[int, ...]] = []
+
+    def behind(out: Tensor, options: dict[str, object]) -> Tensor:
+        seen.append((options["block_index"], *out.shape[:2]))
+        return out
+
+    expected = small.ksampler(steps=1)
+    monkeypatch.setattr(small.host.pack("nodes.host.model"), "WORKING_BYTES", 1)
+    model = small.model.clone()
+    model.set_model_attn1_output_patch(behind)
+    assert difference(small.ksampler(model=model, steps=1), expected) <= EQUAL
+    assert seen == [(i, 2, 3 * 4) for i in range(model.model.identity.config.depth)]
+
+
+UNCALLED = {
+    "TomePatchModel": ({"ratio": 0.5}, "attn1_patch, attn1_output_patch"),
+    "HyperTile": (
+        {"tile_size": 256, "swap_size": 2, "max_depth": 0, "scale_depth": False},
+        "attn1_patch, attn1_output_patch",
+    ),
+    "PatchModelAddDownscale": (
+        {
+            "block_number": 3,
+            "downscale_factor": 2.0,
+            "start_percent": 0.0,
+            "end_percent": 1.0,
+            "downscale_after_skip": True,
+            "downscale_method": "bicubic",
+            "upscale_method": "bicubic",
+        },
+        "input_block_patch_after_skip, output_block_patch",
+    ),
+    "ScaleROPE": (
+        {"scale_x": 2.0, "shift_x": 0.0, "scale_y": 2.0, "shift_y": 0.0, "scale_t": 1.0, "shift_t": 0.0},
+        "rope_options",
+    ),
+    "SkipLayerGuidanceDiT": (
+        {
+            "double_layers": "1, 9",
+            "single_layers": "7",
+            "scale": 2.0,
+            "rescaling_scale": 0.0,
+            "start_percent": 0.0,
+            "end_percent": 1.0,
+        },
+        "dit double_block 9, dit single_block 7",
+    ),
+}
+
+
+class Adapter:
+    """A patch as many packs write it."""
+
+    def __call__(self, *arguments: object, **named: object) -> None:
+        raise AssertionError("called")
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Of our pack; the host has its own."""
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelno >= logging.WARNING and record.name.endswith("nodes.host.patches")
+    ]
+
+
+@pytest.mark.parametrize("node", UNCALLED)
+def test_what_a_node_sets_without_effect_is_told_once_a_run(
+    small: Small, caplog: pytest.LogCaptureFixture, node: str
+) -> None:
+    inputs, places = UNCALLED[node]
+    (model,) = small.host.call(node, model=small.model, **inputs)
+    message = f"{node} sets {places}, which SANA's blocks never call: that has no effect"
+    for count in (1, 2):
+        latent = small.ksampler(model=model)
+        assert warnings_of(caplog) == [message] * count
+    if node != "SkipLayerGuidanceDiT":
+        assert torch.equal(latent, small.ksampler())
+
+
+def test_patches_of_other_packs_without_effect_are_told(small: Small, caplog: pytest.LogCaptureFixture) -> None:
+    """Replacements with their place; objects by their class."""
+    model = small.model.clone()
+    model.set_model_attn2_replace(Adapter(), "input", 4)
+    model.set_model_attn1_replace(Adapter(), "block", 99)
+    model.set_model_double_block_patch(Adapter())
+    model.set_model_attn2_output_patch(SimpleNamespace(inner=Adapter()))
+    latent = small.ksampler(model=model)
+    end = "which SANA's blocks never call: that has no effect"
+    assert warnings_of(caplog) == [
+        f"Adapter sets double_block, attn2 input 4, attn1 block 99, {end}",
+        f"SimpleNamespace sets attn2_output_patch, {end}",
+    ]
+    assert torch.equal(latent, small.ksampler())
+
+
+def test_nodes_with_an_effect_are_not_told(small: Small, caplog: pytest.LogCaptureFixture) -> None:
+    guidance = {"nag_scale": 5.0, "nag_alpha": 0.5, "nag_tau": 1.5}
+    (model,) = small.host.call("NAGuidance", model=small.model, **guidance)
+    (model,) = small.host.call("PerturbedAttentionGuidance", model=model, scale=2.0)
+    layers = {"double_layers": "0, 2", "single_layers": "", "start_percent": 0.0, "end_percent": 1.0}
+    (model,) = small.host.call("SkipLayerGuidanceDiT", model=model, scale=2.0, rescaling_scale=0.0, **layers)
+    small.ksampler(model=model)
+    assert not warnings_of(caplog)
 
 
 @pytest.mark.cpu
