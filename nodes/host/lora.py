@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...sana.checkpoints.adapters import (
+    TEXT_LAYER,
     describe_lora,
     layer_names,
     layers_of,
@@ -53,12 +54,17 @@ def extend_loras() -> None:
 def _with_settings(original: Callable[..., object], ckpt: str, *more: object, **named: object) -> object:
     """Loaders pass the tensors of a LoRA on, and nothing else, so what PEFT tells of it goes with these."""
     loaded = original(ckpt, *more, **named)
-    tensors = loaded[0] if isinstance(loaded, tuple) else loaded
-    if isinstance(tensors, dict) and layers_of(tensors):
+    found = loaded[0] if isinstance(loaded, tuple) else loaded
+    tensors = _tensors(found) if isinstance(found, dict) else {}
+    if layers_of(tensors):
         settings = read_settings(_metadata(Path(ckpt)), Path(ckpt))
         for tensor in tensors.values() if settings else ():
             setattr(tensor, SETTINGS, settings)
     return loaded
+
+
+def _tensors(found: Mapping[object, object]) -> dict[str, Tensor]:
+    return {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
 
 
 def _metadata(path: Path) -> dict[str, str] | None:
@@ -115,7 +121,8 @@ def _prepared(
     if not isinstance(to_load, SanaKeyMap):
         return original(lora, to_load, log_missing)
     settings = next((getattr(tensor, SETTINGS) for tensor in lora.values() if hasattr(tensor, SETTINGS)), {})
-    lora = prepare(lora, settings, sprint=bool(to_load.sprint))
+    numbers = {name: torch.tensor(value) for name, value in lora.items() if type(value) in (int, float)}
+    lora = prepare({**_tensors(lora), **numbers}, settings, sprint=bool(to_load.sprint))
     loaded = original(with_matrices(lora, convolutions(to_load)), to_load, log_missing)
     if to_load.sprint is not None:
         _check_fit(lora, loaded, to_load, log_missing)
@@ -134,8 +141,10 @@ def _check_fit(lora: dict[str, Tensor], loaded: Mapping[str, object], keys: Sana
             f"nothing of this LoRA fits SANA: its names are those of {describe_lora(lora)}, first {next(iter(lora))}; use a "
             "LoRA made for this SANA model"
         )
+    if lora and not loaded and not whole and not any(TEXT_LAYER.search(name) for name in lora):
+        log.warning("nothing of this LoRA fits SANA: its names are those of %s", describe_lora(lora))
     for key, change in loaded.items():
-        rows = len(change.weights[0]) if isinstance(change, LoRAAdapter) and change.weights[5] is None else None
+        rows = _rows(change)
         if rows is not None and rows != keys.rows.get(key, rows):
             raise ValueError(
                 f"this LoRA was made for another SANA: it changes {rows} rows of {key}, which has {keys.rows[key]} in this "
@@ -145,6 +154,14 @@ def _check_fit(lora: dict[str, Tensor], loaded: Mapping[str, object], keys: Sana
     fitting = layers & keys.keys()
     if whole and len(fitting) < len(layers):
         log.warning("%d of the %d layers of this LoRA fit the model; the rest has no effect", len(fitting), len(layers))
+
+
+def _rows(change: object) -> int | None:
+    """How many rows a change of a weight has; None: it does not say."""
+    if isinstance(change, tuple):  # a difference or a replacement: its kind, and the tensor
+        return len(change[1][0])
+    reshaped = isinstance(change, LoRAAdapter) and change.weights[5] is not None
+    return len(change.weights[0]) if isinstance(change, (LoRAAdapter, LoHaAdapter)) and not reshaped else None
 
 
 class RowScales:
@@ -167,6 +184,12 @@ class RowScales:
         factors = scale.to(changed.device, torch.float32).flatten() / (lengths + torch.finfo(torch.float32).eps)
         changed = changed * factors.reshape(-1, *[1] * (changed.dim() - 1)).to(changed.dtype)
         return weight.add_(strength * (changed - weight))
+
+    def h(self, x: Tensor, base_out: Tensor) -> Tensor:
+        """Called by the host to run beside a layer, where there is no weight whose rows could be scaled."""
+        if self.weights[self.scale_place] is not None:
+            raise ValueError("this LoRA is a DoRA, which cannot run beside the layers; use Load LoRA without bypass")
+        return super().h(x, base_out)
 
 
 class RowScaledLoRA(RowScales, LoRAAdapter):

@@ -6,6 +6,7 @@ A dialect is an entry in the tables here; the host and the shell read them. How 
 """
 
 import json
+import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,27 +15,37 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .files import CheckpointError, read_json
+from .files import NAME_PARTS, CheckpointError, read_json
 from .names import IN_BLOCK, OUTSIDE, OUTSIDE_SPRINT
 
 Settings = Mapping[str, object]  # what PEFT tells of an adapter, such as {"r": 4, "lora_alpha": 16}
 Lora = dict[str, Tensor]
 
-# What stands before the path of a layer of the transformer: PEFT in diffusers, PEFT alone, both, and nothing.
-DOTTED = ("transformer.base_model.model.", "transformer.", "base_model.model.", "")
+log = logging.getLogger(__name__)
+
+# What stands before the path of a layer of the transformer: PEFT in diffusers, PEFT alone, both, ComfyUI, and nothing.
+DOTTED = ("transformer.base_model.model.", "transformer.", "base_model.model.", "diffusion_model.", "")
 # The same where _ stands for every dot: LyCORIS, OneTrainer and kohya.
 UNDERSCORED = ("lycoris_", "lora_transformer_", "lora_unet_")
 # Before the path of a layer of the text encoder, such as layers.0.mlp.up_proj.
-TEXT_DOTTED = ("text_encoder.", "text_encoder.model.", "text_encoder.base_model.model.", "base_model.model.model.")
-TEXT_UNDERSCORED = ("lora_te1_", "lora_te_")
+TEXT_DOTTED = tuple(
+    whole + part
+    for whole in ("text_encoder.", "text_encoder.base_model.model.", "base_model.model.", "")
+    for part in ("", "model.")
+)
+TEXT_UNDERSCORED = ("lora_te1_", "lora_te1_model_", "lora_te_", "lora_te_model_")
+TEXT_LAYER = re.compile(r"(?:^|[._])(?<!encoder[._])layers[._]\d+[._](?:self_attn|mlp)[._]")
+# What training code leaves in names: a parallel or compiled network before them, and the name of an adapter inside.
+LEFTOVERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
+ADAPTER_NAME = re.compile(r"(?<=\.lora_[AB])\.(?!weight$)[^.]+(?=\.weight$)")
 
 # Ends of names behind the path of a layer. For one of our layers that is a part of theirs, the first kind is the same,
-DOWN = (".lora_A.weight", ".lora_A.default.weight", ".lora_A", ".lora_down.weight", ".hada_w1_b")
+DOWN = (".lora_A.weight", ".lora_A", ".lora_down.weight", ".hada_w1_b")
 SHARED = (*DOWN, ".hada_w2_b", ".alpha")
 # and the second has rows of its own.
 MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".lora_magnitude_vector.default.weight")
 ROWS = (
-    *(".lora_B.weight", ".lora_B.default.weight", ".lora_B", ".lora_up.weight", ".hada_w1_a", ".hada_w2_a"),
+    *(".lora_B.weight", ".lora_B", ".lora_up.weight", ".hada_w1_a", ".hada_w2_a"),
     *(".dora_scale", *MAGNITUDES, ".diff", ".diff_b", ".set_weight"),
 )
 # Of a Kronecker product, which has no rows of its own for a part of a layer.
@@ -45,7 +56,7 @@ ENDS = tuple(sorted((*SHARED, *ROWS, *KRONECKER, *CORES), key=len, reverse=True)
 
 HEADER = "lora_adapter_metadata"  # entry of diffusers in a safetensors header: JSON of "transformer.r" and the like
 BESIDE = "adapter_config.json"
-RISKY = re.compile(r"\)[*+?{]")  # a repeated group, which may take for ever to match
+RISKY = re.compile(r"\)[*+{]")  # a repeated group, which may take for ever to match
 
 # Parts of names by which LoRAs for other models are known.
 OTHERS = (
@@ -77,6 +88,10 @@ def layers_of(names: Iterable[str]) -> set[str]:
 def describe_lora(names: Iterable[str]) -> str:
     """Which model a LoRA is for, in words for an error message."""
     found = list(names)
+    if any(TEXT_LAYER.search(name) for name in found):
+        return "SANA's text encoder, which Load LoRA (Model and CLIP) takes"
+    if any(_our_layers(_split(name)[0], sprint=False) for name in found):
+        return "several layers of SANA in one, as a product that cannot be cut apart"
     for marks, model in OTHERS:
         if any(mark in name for mark in marks for name in found):
             return model
@@ -88,13 +103,19 @@ def read_settings(metadata: Mapping[str, str] | None, path: Path) -> Settings:
 
     An `adapter_config.json` counts for `adapter_model.*`, and for a file that lies alone with it.
     """
-    told = (metadata or {}).get(HEADER)
-    if told is not None:
-        try:
-            found = json.loads(told)
-        except ValueError:
-            return {}
-        return found if isinstance(found, dict) else {}
+    told = _told(metadata)
+    return told or next(filter(None, map(_beside, dict.fromkeys([path, path.resolve()]))), {})
+
+
+def _told(metadata: Mapping[str, str] | None) -> Settings:
+    try:
+        found = json.loads((metadata or {}).get(HEADER, "{}"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _beside(path: Path) -> Settings:
     beside = path.parent / BESIDE
     if not beside.is_file():
         return {}
@@ -103,16 +124,22 @@ def read_settings(metadata: Mapping[str, str] | None, path: Path) -> Settings:
         return {}
     try:
         return read_json(beside)
-    except CheckpointError:
+    except CheckpointError as error:
+        log.warning("The strength of %s is not known: %s", path.name, error)
         return {}
 
 
 def prepare(lora: Lora, settings: Settings, *, sprint: bool = False) -> Lora:
-    """A LoRA file with our names for layers that have official ones, strengths as tensors, and DoRA's magnitudes as scales.
+    """A LoRA file with plain names, ours for layers that have official ones, strengths as tensors, and DoRA as scales.
 
     settings: as `read_settings` finds them. sprint: whether the model is Sprint, two layers of which are called otherwise.
     """
-    return _with_scales(_with_our_names(_with_strengths(lora, settings), sprint))
+    plain = {_plain(name): tensor for name, tensor in lora.items()}
+    return _with_scales(_with_our_names(_with_strengths(plain, settings), sprint))
+
+
+def _plain(name: str) -> str:
+    return ADAPTER_NAME.sub("", NAME_PARTS.sub("", LEFTOVERS.sub("", name)))
 
 
 def with_matrices(lora: Lora, layers: tuple[str, ...]) -> Lora:
@@ -139,8 +166,8 @@ def strength_of(settings: Settings, layer: str) -> float | None:
     path = _path(layer)
     rank = _by_pattern(fields.get("rank_pattern"), path, fields.get("r"))
     alpha = _by_pattern(fields.get("alpha_pattern"), path, fields.get("lora_alpha", fields.get("alpha")))
-    numbers = all(type(value) in (int, float) and math.isfinite(value) for value in (rank, alpha))
-    if not numbers or rank <= 0:
+    rank, alpha = _number(rank), _number(alpha)
+    if rank is None or alpha is None or rank <= 0:
         return None
     return alpha / math.sqrt(rank) if fields.get("use_rslora") is True else alpha / rank
 
@@ -153,14 +180,25 @@ def _split(name: str) -> tuple[str, str]:
 
 def _path(layer: str) -> str:
     """A dotted layer without what stands before its path."""
-    return layer.removeprefix(next(prefix for prefix in (*TEXT_DOTTED, *DOTTED) if layer.startswith(prefix)))
+    return layer.removeprefix(max((p for p in (*TEXT_DOTTED, *DOTTED) if layer.startswith(p)), key=len))
+
+
+def _number(value: object) -> float | None:
+    """A finite number, or a text that is one."""
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None
+    return found if math.isfinite(found) else None
 
 
 def _by_pattern(patterns: object, path: str, default: object) -> object:
     """The value of the first pattern that fits the end of a path."""
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
         try:
-            if not RISKY.search(pattern) and re.match(rf"(.*\.)?({pattern})$", path):
+            if RISKY.search(pattern):
+                log.warning("The pattern %r of a LoRA may take for ever to match, and is left out.", pattern)
+            elif re.match(rf"(.*\.)?({pattern})$", path):
                 return value
         except re.error:
             continue
@@ -188,10 +226,11 @@ def _with_our_names(lora: Lora, sprint: bool) -> Lora:
     for name, tensor in lora.items():
         layer, end = _split(name)
         targets = _our_layers(layer, sprint) if end else ()
-        if not targets or (len(targets) > 1 and end not in (*SHARED, *ROWS)):
+        if not targets or (len(targets) > 1 and end in KRONECKER):
             found[name] = tensor
             continue
-        parts = tensor.tensor_split(len(targets)) if len(targets) > 1 and end in ROWS else (tensor,) * len(targets)
+        own_rows = end in ROWS and tensor.ndim > 0 and len(tensor) > 1  # a scale for columns has one row for all
+        parts = tensor.tensor_split(len(targets)) if own_rows else (tensor,) * len(targets)
         found.update({target + end: part for target, part in zip(targets, parts, strict=True)})
     return found
 

@@ -7,20 +7,21 @@ from .names import (
     DIFFUSERS_MARK,
     EARLY_DIFFUSERS_MARK,
     OFFICIAL_MARK,
+    QUANTO_MARK,
     UNMERGED_MARK,
     VIDEO_MARKS,
     is_controlnet,
     is_transformer,
 )
 
-QUANTO = "a SANA transformer quantised by quanto"
+QUANTO = "a model quantised by quanto"
 UNMERGED = "a SANA transformer with an adapter of PEFT that is not merged"
 SVDQUANT = "a SANA transformer quantised by SVDQuant, which only nunchaku reads"
 # What other files users hand us by mistake, by a part of a tensor name.
 KINDS = (
     (VIDEO_MARKS, "SANA-Video, which makes videos and runs in diffusers"),
     ((UNMERGED_MARK,), UNMERGED),
-    (("conv_inverted.weight._data", "inverted_conv.conv.weight._data"), QUANTO),
+    ((QUANTO_MARK,), QUANTO),
     (("lora_A.", "lora_B.", "lora_down.", "lora_up.", "hada_w1", "lokr_w1"), "a LoRA"),
     (SVDQUANT_FORMAT.marks, SVDQUANT),
     (("double_blocks.0.", "single_transformer_blocks.0."), "a Flux model"),

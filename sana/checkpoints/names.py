@@ -23,6 +23,7 @@ CONTROL_BLOCK = re.compile(r"(?:.+\.)?controlnet(?:_blocks)?\.(\d+)\.")  # what 
 # Of SANA-Video, which has the marks of a transformer too.
 VIDEO_MARKS = ("transformer_blocks.0.ff.conv_temp.weight", "blocks.0.mlp.t_conv.weight")
 UNMERGED_MARK = ".base_layer."  # of a network that PEFT has put adapters into
+QUANTO_MARK = ".weight._data"  # of layers that quanto has quantised
 MUSIC_MARK = "vocoder.backbone.channel_layers.0.0.bias"  # of ACE-Step's autoencoder, which has those of a DC-AE too
 AUTOENCODER_MARKS = ("encoder.down_blocks.1.0.conv1.weight", "encoder.stages.1.op_list.0.main.conv1.conv.weight")
 
@@ -127,7 +128,7 @@ def _prefixes(names: Mapping[str, object], mark: str) -> Iterator[str]:
 def is_transformer(names: Mapping[str, object]) -> bool:
     if any(dialect_prefix(names, mark) is not None for mark in VIDEO_MARKS):
         return False
-    if any(UNMERGED_MARK in name for name in names):
+    if any(mark in name for name in names for mark in (UNMERGED_MARK, QUANTO_MARK)):
         return False
     early = dialect_prefix(names, EARLY_DIFFUSERS_MARK)
     return (early is not None and early + EARLY_DIFFUSERS_EMBEDDING in names) or any(

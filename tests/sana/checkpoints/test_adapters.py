@@ -166,8 +166,9 @@ def test_alpha_among_the_tensors_counts_more_than_what_is_told() -> None:
         {},
         {"r": 0, "lora_alpha": 16},
         {"r": 4},
-        {"r": "4", "lora_alpha": 16},
+        {"r": "four", "lora_alpha": 16},
         {"r": 4, "lora_alpha": math.nan},
+        {"r": 4, "lora_alpha": [16]},
         {"r": 4, "lora_alpha": True},
     ],
 )
@@ -181,6 +182,60 @@ def test_patterns_that_are_none_or_take_for_ever_are_left_out() -> None:
     assert adapters.strength_of(settings, "a" * 40 + "!") == 2
 
 
+def test_numbers_may_be_told_as_text() -> None:
+    assert adapters.strength_of({"transformer.r": "4", "transformer.lora_alpha": "16"}, f"transformer.{FIRST}") == 4
+
+
+def test_a_pattern_with_an_optional_group_is_followed_and_one_with_a_repeated_group_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings = {"r": 4, "lora_alpha": 16, "alpha_pattern": {r"(transformer_blocks\.\d+\.)?attn1\.to_q": 2}}
+    assert adapters.strength_of(settings, FIRST) == 0.5 and not caplog.messages
+    assert adapters.strength_of({"r": 4, "lora_alpha": 16, "alpha_pattern": {"(a|b)+c": 2}}, FIRST) == 4
+    assert caplog.messages == ["The pattern '(a|b)+c' of a LoRA may take for ever to match, and is left out."]
+
+
+@pytest.mark.parametrize("header", ["{}", "null", "[1]", "not json"])
+def test_a_header_that_tells_nothing_leaves_it_to_the_file_beside(tmp_path: Path, header: str) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 8}')
+    path = tmp_path / "adapter_model.safetensors"
+    assert adapters.read_settings({LORA_ADAPTER_METADATA_KEY: header}, path)["lora_alpha"] == 8
+    (link := tmp_path / "loras").mkdir()
+    path.touch()
+    (link / "linked.safetensors").symlink_to(path)
+    assert adapters.read_settings(None, link / "linked.safetensors")["lora_alpha"] == 8
+
+
+def test_a_broken_configuration_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "adapter_config.json").write_text("{")
+    assert adapters.read_settings(None, tmp_path / "adapter_model.safetensors") == {}
+    assert caplog.messages[0].startswith("The strength of adapter_model.safetensors is not known")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "module.transformer_blocks.0.attn1.to_q.lora_A.weight",
+        "_orig_mod.transformer_blocks.0._orig_mod.attn1.to_q.lora_A.weight",
+        "transformer_blocks.0.attn1.to_q.lora_A.my_style.weight",
+        "transformer_blocks.0.attn1.to_q.lora_A.default.weight",
+    ],
+)
+def test_names_are_without_what_training_code_leaves_in_them(name: str) -> None:
+    assert [*adapters.prepare({name: torch.ones(2, 2)}, {})] == ["transformer_blocks.0.attn1.to_q.lora_A.weight"]
+
+
+def test_a_scale_for_columns_and_a_core_belong_to_every_part_of_a_fused_layer() -> None:
+    lora = {
+        "blocks.0.attn.qkv.dora_scale": torch.ones(1, 96),
+        "blocks.0.attn.qkv.lora_mid.weight": torch.ones(2, 2, 1, 1),
+    }
+    found = adapters.prepare(lora, {})
+    for part in ("to_q", "to_k", "to_v"):
+        assert found[f"transformer_blocks.0.attn1.{part}.dora_scale"].shape == (1, 96)
+        assert found[f"transformer_blocks.0.attn1.{part}.lora_mid.weight"].shape == (2, 2, 1, 1)
+
+
 def test_a_configuration_among_other_loras_is_for_the_adapter_it_was_written_with(tmp_path: Path) -> None:
     network, _ = adapted(LoraConfig(r=4, lora_alpha=16, target_modules=TARGETS))
     renamed = save_as_peft(network, tmp_path, "style.safetensors")
@@ -189,11 +244,6 @@ def test_a_configuration_among_other_loras_is_for_the_adapter_it_was_written_wit
     assert adapters.read_settings(None, renamed) == {}
     renamed.rename(own := tmp_path / "adapter_model.safetensors")
     assert adapters.read_settings(None, own)["lora_alpha"] == 16
-
-
-@pytest.mark.parametrize("header", ["", "[]", "{", "null"])
-def test_a_header_that_is_nothing_tells_nothing(tmp_path: Path, header: str) -> None:
-    assert adapters.read_settings({LORA_ADAPTER_METADATA_KEY: header}, tmp_path / "a.safetensors") == {}
 
 
 # Names
@@ -205,7 +255,7 @@ def official_layers() -> list[str]:
     return [name.removesuffix(".weight") for name in names if name.endswith(".weight") and "norm" not in name]
 
 
-@pytest.mark.parametrize("prefix", ["base_model.model.", "transformer.", ""])
+@pytest.mark.parametrize("prefix", ["base_model.model.", "transformer.", "diffusion_model.", "module.", ""])
 def test_official_names_change_the_weights_that_are_cut_from_theirs(prefix: str) -> None:
     """One adapter of NVlabs' own training for queries, keys and values, which are three layers here."""
     torch.manual_seed(0)
@@ -260,6 +310,11 @@ def test_a_kronecker_product_for_a_fused_layer_keeps_its_name() -> None:
         ("lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha", "the text encoder of another model"),
         ("diffusion_model.blocks.0.self_attn.q.lora_A.weight", "a model of another family"),
         ("something", "a model of unknown kind"),
+        (
+            "base_model.model.layers.0.self_attn.v_proj.lora_A.weight",
+            "SANA's text encoder, which Load LoRA (Model and CLIP) takes",
+        ),
+        ("blocks.0.attn.qkv.lokr_w1", "several layers of SANA in one, as a product that cannot be cut apart"),
     ],
 )
 def test_whose_names_these_are(name: str, model: str) -> None:
@@ -284,7 +339,10 @@ def test_matrices_of_convolutions() -> None:
 
 def test_every_dialect_names_a_layer() -> None:
     names = [*adapters.layer_names(FIRST)]
-    assert len({*names}) == len(names) == 7
+    assert len({*names}) == len(names) == 8
     assert f"transformer.base_model.model.{FIRST}" in names and "lora_unet_" + FIRST.replace(".", "_") in names
     text = [*adapters.text_layer_names("layers.3.mlp.up_proj")]
+    assert {"base_model.model.layers.3.mlp.up_proj", "layers.3.mlp.up_proj", "lora_te1_model_layers_3_mlp_up_proj"} < {
+        *text
+    }
     assert {"text_encoder.layers.3.mlp.up_proj", "lora_te1_layers_3_mlp_up_proj"} < {*text}

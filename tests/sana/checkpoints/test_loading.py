@@ -214,10 +214,11 @@ OTHERS = {
         "transformer_blocks.0.ff.inverted_conv.qweight",
         "transformer_blocks.0.ff.inverted_conv.wscales",
     ),
-    "a SANA transformer quantised by quanto": (
+    "a model quantised by quanto": (
         "patch_embed.proj.weight",
-        "transformer_blocks.0.ff.conv_inverted.weight._data",
-        "transformer_blocks.0.ff.conv_inverted.weight._scale",
+        "transformer_blocks.0.ff.conv_inverted.weight",
+        "transformer_blocks.0.attn1.to_q.weight._data",
+        "transformer_blocks.0.attn1.to_q.weight._scale",
     ),
     "a SANA transformer with an adapter of PEFT that is not merged": (
         "transformer_blocks.0.attn1.to_q.base_layer.weight",
