@@ -15,11 +15,11 @@ from .host.sampler import (
     sample_seeded,
     sana_model,
     with_guidance_embed,
-    with_reference,
+    with_mask_convention,
 )
 
 CATEGORY = "SANA/sampling"
-REFERENCES = ("nvlabs", "diffusers")
+MASK_CONVENTIONS = ("nvlabs", "diffusers")
 
 
 def model_input() -> io.Model.Input:
@@ -94,10 +94,10 @@ def interval_inputs() -> list[io.Float.Input]:
     ]
 
 
-def reference_input() -> io.Combo.Input:
+def mask_convention_input() -> io.Combo.Input:
     return io.Combo.Input(
         "mask_convention",
-        options=list(REFERENCES),
+        options=list(MASK_CONVENTIONS),
         optional=True,
         tooltip="How much of the negative prompt the model sees: as much as of the prompt (nvlabs, as trained), or all of its "
         "own tokens (diffusers).",
@@ -162,7 +162,7 @@ class FlowDPMSampler(io.ComfyNode):
                 flow_shift_input(),
                 *interval_inputs(),
                 *pag_inputs(),
-                reference_input(),
+                mask_convention_input(),
             ],
             outputs=[io.Latent.Output()],
         )
@@ -186,7 +186,7 @@ class FlowDPMSampler(io.ComfyNode):
         mask_convention: str = "nvlabs",
     ) -> io.NodeOutput:
         guided = perturbed(model, pag_scale, pag_block, guidance_from, guidance_to)
-        guider = SanaGuidance(with_reference(guided, mask_convention))
+        guider = SanaGuidance(with_mask_convention(guided, mask_convention))
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
         guider.set_interval(guidance_from, guidance_to)
@@ -245,7 +245,7 @@ class SanaGuider(io.ComfyNode):
                 ),
                 cfg_input(),
                 *interval_inputs(),
-                reference_input(),
+                mask_convention_input(),
             ],
             outputs=[io.Guider.Output()],
         )
@@ -262,7 +262,7 @@ class SanaGuider(io.ComfyNode):
         mask_convention: str = "nvlabs",
     ) -> io.NodeOutput:
         flow_model(model)
-        guider = SanaGuidance(with_reference(model, mask_convention))
+        guider = SanaGuidance(with_mask_convention(model, mask_convention))
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
         guider.set_interval(guidance_from, guidance_to)

@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     conversion.add_argument("source", type=Path, help="checkpoint file or folder")
     conversion.add_argument("target", type=Path, help="safetensors file to write")
     conversion.add_argument("--variant", choices=tuple(VARIANTS), help="for a file that cannot tell 1K from 2K or 4K")
-    conversion.add_argument("--dtype", choices=DTYPES, help="default: as in the source")
+    conversion.add_argument("--dtype", choices=DTYPES, help="number format of the tensors (default: as in the source)")
     conversion.set_defaults(run=run_convert)
     return top
 
@@ -115,16 +115,29 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     add("--flow-shift", type=float, help="default: the model's")
     add("--solver", choices=tuple(SOLVERS), default="flow_dpm", help="default: flow_dpm; Sprint has its own")
     add(
-        "--reference", choices=("nvlabs", "diffusers"), default="nvlabs", help="whose rules to follow where they differ"
+        "--reference",
+        choices=("nvlabs", "diffusers"),
+        default="nvlabs",
+        help="whose rules for prompts; diffusers has lower case, single quotes in the default instruction, and a mask of "
+        "its own for the negative prompt (default: nvlabs)",
     )
     add("--instruction", default=INSTRUCTION, help="text before the prompt; '' for none (default: NVIDIA's)")
     add("--seed", type=int, default=0, help="of the first picture; the k-th has seed + k (default: 0)")
     add("--batch-size", type=int, default=1, help="pictures of each prompt (default: 1)")
     add("--image", type=Path, help="picture to start from")
     add("--mask", type=Path, help="of --image: white is painted anew, black is kept")
-    add("--strength", type=float, help="share of the noise put on --image, in (0, 1] (default: 0.5; with --mask: 1)")
+    add(
+        "--strength",
+        type=float,
+        help="share of the schedule to run from --image, in (0, 1] (default: 0.5; with --mask: 1)",
+    )
     add("--max-bytes", type=int, help="bound on the working memory of the autoencoder")
-    add("--dtype", choices=DTYPES, help="default: float32 on a CPU, else that of the release")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="number format of all networks; float16 is for the transformer alone (default: float32 on a CPU, else that "
+        "of the release)",
+    )
     add(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",

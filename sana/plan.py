@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from PIL import Image
 from torch import Tensor
 
 from .config import TransformerIdentity
-from .sampling.guidance import Guidance, Reference
+from .sampling.guidance import Guidance
 from .sampling.resolution import check_size, nearest_bucket
 from .sampling.schedule import angle_sigmas, partial_sigmas, scm_angles
 from .sampling.solvers import SOLVERS
@@ -28,8 +28,8 @@ Setting = TypeVar("Setting")
 class Settings:
     """What decides a batch of pictures, beside the model and the prompts. None: what the model or the rest suggest.
 
-    Raises ValueError for an unknown solver, a strength outside (0, 1], and a mask or a strength below 1 without an
-    image; `make_plan` checks sizes, steps and scales.
+    Raises ValueError for an unknown solver or reference, a strength outside (0, 1], and a mask or a strength below 1
+    without an image; `make_plan` checks sizes, steps and scales.
     """
 
     negative: str = ""
@@ -41,10 +41,12 @@ class Settings:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     pag_scale: float = 0.0
     pag_blocks: Sequence[int] | None = None
-    reference: Reference = "nvlabs"
+    # Whose rules for prompts. diffusers': lower case, an official instruction with other quotes, and for the negative
+    # prompt a mask of its own (`Guidance.mask_convention`)
+    reference: Literal["nvlabs", "diffusers"] = "nvlabs"
     solver: str = "flow_dpm"
     flow_shift: float | None = None
-    instruction: str | None = INSTRUCTION  # None: none
+    instruction: str | None = INSTRUCTION  # the text put before the prompt; None: none
     image: Image.Image | None = None  # to start from; cut to the size of the picture
     mask: Image.Image | None = None  # of `image`: white is painted anew, black is kept
     # Share of the noise schedule to run, in (0, 1]; None: 0.5 for an image without a mask, else 1
@@ -54,6 +56,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
             raise ValueError(f"solver {self.solver!r} is unknown; use one of {', '.join(SOLVERS)}")
+        if self.reference not in ("nvlabs", "diffusers"):
+            raise ValueError(f"reference is {self.reference!r}; use 'nvlabs' or 'diffusers'")
         if self.mask is not None and self.image is None:
             raise ValueError("a mask needs the image that it is a mask of; give both")
         if self.strength is not None and not 0 < self.strength <= 1:
@@ -68,7 +72,7 @@ class Settings:
         return {field.name: given[field.name] for field in fields(self) if given[field.name] != field.default}
 
     @property
-    def noise_share(self) -> float:
+    def schedule_share(self) -> float:
         """The strength, or what the rest suggests: half of the schedule for an image without a mask, else all of it."""
         return _given(self.strength, DEFAULT_STRENGTH if self.image is not None and self.mask is None else 1.0)
 
@@ -177,14 +181,14 @@ def _guidance(settings: Settings, identity: TransformerIdentity) -> Guidance:
 def _flow_sigmas(settings: Settings, steps: int, suggested_shift: float) -> Tensor:
     """The grid of the solver. A part of a schedule is cut from one grid for all solvers, as the host cuts it."""
     flow_shift = _given(settings.flow_shift, suggested_shift)
-    if settings.noise_share == 1:
+    if settings.schedule_share == 1:
         return SOLVERS[settings.solver].sigmas(steps, flow_shift)
-    return partial_sigmas(steps, flow_shift, settings.noise_share)
+    return partial_sigmas(steps, flow_shift, settings.schedule_share)
 
 
 def _sprint_sigmas(settings: Settings, steps: int) -> Tensor:
     """The grid of Sprint. With an image, the first levels are left out: diffusers pipeline_sana_sprint_img2img.py."""
-    return angle_sigmas(scm_angles(steps)[int(max(steps - steps * settings.noise_share, 0)) :])
+    return angle_sigmas(scm_angles(steps)[int(max(steps - steps * settings.schedule_share, 0)) :])
 
 
 def _given(value: Setting | None, suggested: Setting) -> Setting:

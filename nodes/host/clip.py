@@ -41,8 +41,8 @@ class Tokens(dict):
 
     def __missing__(self, name: str) -> NoReturn:
         raise ForeignEntryError(
-            f"this CLIP is SANA's text encoder, which makes no {name!r} tokens; use SANA prompt or CLIP Text Encode, or "
-            "connect the CLIP of the model that this node is for"
+            f"this CLIP is SANA's text encoder, which makes no {name!r} tokens; use SANA prompt or CLIP Text Encode, "
+            "or connect the CLIP of the model that this node is for"
         )
 
 

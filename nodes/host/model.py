@@ -268,7 +268,7 @@ class SanaModel(comfy.model_base.BaseModel):
         """Raises ValueError if sampling has broken down, which would otherwise end in a black picture."""
         if not bool(torch.isfinite(latent).all()):
             computing = self.get_dtype_inference()
-            advice = f"this model was released in {self.identity.dtype}: load it with that dtype, or with fp32"
+            advice = f"this model was released in {self.identity.dtype}: load it with dtype auto or fp32"
             if computing == torch.float32:
                 advice = "a LoRA, a ControlNet or the checkpoint is damaged: try without the first two"
             raise ValueError(

@@ -21,7 +21,7 @@ def output_patches(options: Options) -> list[Callable[..., object]]:
 
 
 def uncalled_patches(options: Options, depth: int) -> dict[str, list[str]]:
-    """For each node the places that a transformer of `depth` blocks never calls, in the order in which they were set."""
+    """For each node the places that a transformer of `depth` blocks never calls, as they were set."""
     found: dict[str, list[str]] = {}
     for node, place in _uncalled(options, depth):
         places = found.setdefault(node, [])

@@ -14,7 +14,7 @@ from .conds import Conds, with_areas_in_cells, with_prompt_mask
 
 # Entries in transformer_options
 RUN = "sana_run"  # the SamplingRun
-REFERENCE = "sana_reference"  # whose mask the negative prompt gets, see `sana.sampling.guidance.Guidance`
+MASK_CONVENTION = "sana_mask_convention"  # of the negative prompt, see `sana.sampling.guidance.Guidance`
 IDENTITY_BLOCKS = "sana_identity_blocks"  # numbers of blocks whose self-attention is the identity
 GUIDANCE_EMBED = "sana_guidance_embed"  # the guidance scale that a Sprint model is told
 WRAPPER = "sana"
@@ -38,9 +38,9 @@ class SamplingRun:
         return self.contexts[key]
 
 
-def follow_runs(patcher: ModelPatcher, reference: Literal["nvlabs", "diffusers"] = "nvlabs") -> None:
+def follow_runs(patcher: ModelPatcher, convention: Literal["nvlabs", "diffusers"] = "nvlabs") -> None:
     """Let a model know its runs, and the mask convention to follow in them."""
-    patcher.model_options["transformer_options"][REFERENCE] = reference
+    patcher.model_options["transformer_options"][MASK_CONVENTION] = convention
     outer = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
     patcher.remove_wrappers_with_key(outer, WRAPPER)
     patcher.add_wrapper_with_key(outer, WRAPPER, _outer_sample)
@@ -51,7 +51,7 @@ def _outer_sample(executor: comfy.patcher_extension.WrapperExecutor, *arguments:
     _check_guidance(guider)
     guider.conds = with_areas_in_cells(guider.conds, arguments[0].shape[-2:])  # of the noise
     options = guider.model_options["transformer_options"]  # a copy that the host made for this run
-    if options.get(REFERENCE) == "nvlabs":
+    if options.get(MASK_CONVENTION) == "nvlabs":
         guider.conds = with_prompt_mask(guider.conds)
     options[RUN] = SamplingRun(guider.conds)
     try:

@@ -15,7 +15,7 @@ from ...sana.sampling.guidance import Guidance
 from ...sana.sampling.noise import noise_source
 from ...sana.sampling.solvers import SOLVERS, Denoiser, Step, scm_start, scm_steps
 from .model import SanaModel
-from .run import GUIDANCE_EMBED, REFERENCE, follow_runs
+from .run import GUIDANCE_EMBED, MASK_CONVENTION, follow_runs
 
 IN_CORE = {"flow_euler": "euler"}  # solvers of ours that the host has already, and what it calls them
 
@@ -106,12 +106,12 @@ def flow_model(patcher: ModelPatcher) -> SanaModel:
     return model
 
 
-def with_reference(patcher: ModelPatcher, reference: str) -> ModelPatcher:
-    """A MODEL that follows a mask convention, see `sana.guidance.Guidance`: this one if it does, else a copy."""
-    if patcher.model_options["transformer_options"].get(REFERENCE) == reference:
+def with_mask_convention(patcher: ModelPatcher, convention: str) -> ModelPatcher:
+    """A MODEL that follows a mask convention, see `sana.sampling.guidance.Guidance`: this one if it does, else a copy."""
+    if patcher.model_options["transformer_options"].get(MASK_CONVENTION) == convention:
         return patcher
     clone = patcher.clone()
-    follow_runs(clone, reference)
+    follow_runs(clone, convention)
     return clone
 
 

@@ -16,7 +16,7 @@ from .solvers import Denoiser
 
 GUIDANCE_EMBED_SCALE = 0.1  # NVlabs/Sana diffusion/model/nets/sana_multi_scale.py, SanaMSCM, cfg_embed_scale
 
-Reference = Literal["nvlabs", "diffusers"]
+MaskConvention = Literal["nvlabs", "diffusers"]
 Velocity = Callable[..., Tensor]  # `SanaTransformer.velocity`, or the same compiled
 
 
@@ -31,14 +31,15 @@ class Condition(NamedTuple):
 class Guidance:
     """How strongly to follow the prompt, and how.
 
-    Raises ValueError for a scale that is no number, an interval that is not 0 <= low < high <= 1, or another reference.
+    Raises ValueError for a scale that is no number, an interval that is not 0 <= low < high <= 1, and an unknown
+    convention.
     """
 
     scale: float = 4.5  # w in uncond + w * (cond - uncond); 1: no guidance, one evaluation a step
     interval: tuple[float, float] = (0.0, 1.0)  # it acts at noise levels strictly between; 1 includes pure noise
     perturbed_scale: float = 0.0  # of perturbed-attention guidance (arXiv 2403.17377); 0: off
     perturbed_blocks: frozenset[int] = frozenset({8})  # whose self-attention becomes the identity
-    reference: Reference = "nvlabs"  # whose mask the unconditional branch gets: the prompt's, or (diffusers) its own
+    mask_convention: MaskConvention = "nvlabs"  # the negative prompt gets the prompt's mask, or (diffusers) its own
 
     def __post_init__(self) -> None:
         for name, value in (("guidance_scale", self.scale), ("pag_scale", self.perturbed_scale)):
@@ -47,8 +48,8 @@ class Guidance:
         low, high = self.interval
         if not 0 <= low < high <= 1:
             raise ValueError(f"guidance acts from {low} to {high}; these must be two rising numbers within 0 and 1")
-        if self.reference not in ("nvlabs", "diffusers"):
-            raise ValueError(f"reference is {self.reference!r}; use 'nvlabs' or 'diffusers'")
+        if self.mask_convention not in ("nvlabs", "diffusers"):
+            raise ValueError(f"mask_convention is {self.mask_convention!r}; use 'nvlabs' or 'diffusers'")
 
     def acts_at(self, sigma: float) -> bool:
         low, high = self.interval
@@ -83,7 +84,7 @@ def guided_denoiser(
     velocity = velocity or transformer.velocity
     batch = len(cond.text)
     single = transformer.text_context(cond.text.to(transformer.dtype), cond.text_mask)
-    both = single if guidance.scale == 1 else _joint_context(transformer, cond, uncond, guidance.reference)
+    both = single if guidance.scale == 1 else _joint_context(transformer, cond, uncond, guidance.mask_convention)
     modulation_at = _modulations(transformer, sigmas)
 
     def evaluate(x: Tensor, modulation: Modulation, context: TextContext, identity_blocks: frozenset[int]) -> Tensor:
@@ -137,11 +138,11 @@ def inpainting_denoiser(denoise: Denoiser, clean: Tensor, noise: Tensor, mask: T
 
 
 def _joint_context(
-    transformer: SanaTransformer, cond: Condition, uncond: Condition, reference: Reference
+    transformer: SanaTransformer, cond: Condition, uncond: Condition, convention: MaskConvention
 ) -> TextContext:
     """Both conditions as one batch, uncond first."""
     # NVlabs/Sana sana_multi_scale.py repeats the prompt's mask over the unconditional half, as in training.
-    uncond_mask = cond.text_mask if reference == "nvlabs" else uncond.text_mask
+    uncond_mask = cond.text_mask if convention == "nvlabs" else uncond.text_mask
     text = torch.cat([uncond.text, cond.text]).to(transformer.dtype)
     return transformer.text_context(text, torch.cat([uncond_mask, cond.text_mask]))
 

@@ -47,7 +47,7 @@ def test_what_is_given_counts() -> None:
 def test_diffusers_has_lower_case_and_an_instruction_of_its_own() -> None:
     found = plan("A Cat", reference="diffusers", negative="Blurry")
     assert (found.prompts, found.texts, found.negative) == (("A Cat",), ("a cat",), "blurry")
-    assert (found.instruction, found.guidance.reference) == (DIFFUSERS_INSTRUCTION, "diffusers")
+    assert (found.instruction, found.guidance.mask_convention) == (DIFFUSERS_INSTRUCTION, "diffusers")
     for given in (None, "draw this: "):
         assert plan(reference="diffusers", instruction=given).instruction == given
 

@@ -207,7 +207,7 @@ def test_sampling_that_breaks_down(small: Small) -> None:
             run(model=model)
         assert one_sentence(caught.value) == expected
     model.model.manual_cast_dtype = torch.float16
-    advice = "this model was released in bfloat16: load it with that dtype, or with fp32; or the noise levels"
+    advice = "this model was released in bfloat16: load it with dtype auto or fp32; or the noise levels"
     with pytest.raises(ValueError, match=advice):
         model.model.process_latent_out(torch.full((1, 32, 1, 1), float("nan")))
     assert bool(small.ksampler().isfinite().all())

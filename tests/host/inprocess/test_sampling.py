@@ -324,10 +324,10 @@ def test_sprint_in_core_nodes_takes_its_own_time_and_no_second_guidance(small: S
 
 def test_model_is_not_copied_for_the_convention_it_has(small: Small) -> None:
     """For a copy the host would load the checkpoint again in every run with LoRA hooks."""
-    with_reference = small.host.pack("nodes.host.sampler").with_reference
-    assert with_reference(small.model, "nvlabs") is small.model
-    other = with_reference(small.model, "diffusers")
-    assert other is not small.model and with_reference(other, "diffusers") is other
+    follow = small.host.pack("nodes.host.sampler").with_mask_convention
+    assert follow(small.model, "nvlabs") is small.model
+    other = follow(small.model, "diffusers")
+    assert other is not small.model and follow(other, "diffusers") is other
 
 
 def test_sprint_schedule_suits_other_samplers(small: Small, sprint: object) -> None:

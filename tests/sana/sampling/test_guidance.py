@@ -14,7 +14,7 @@ from sana.sampling.guidance import (
     GUIDANCE_EMBED_SCALE,
     Condition,
     Guidance,
-    Reference,
+    MaskConvention,
     Velocity,
     guided_denoiser,
     inpainting_denoiser,
@@ -69,23 +69,25 @@ def test_scale_one_needs_no_negative_and_one_evaluation(network: SanaTransformer
 
 
 @pytest.mark.parametrize("scale", [0.0, 2.5, 4.5, -1.0])
-@pytest.mark.parametrize("reference", ["nvlabs", "diffusers"])
-def test_the_unconditional_half_has_the_mask_of_its_reference(
-    network: SanaTransformer, reference: Reference, scale: float
+@pytest.mark.parametrize("convention", ["nvlabs", "diffusers"])
+def test_the_unconditional_half_has_the_mask_of_its_convention(
+    network: SanaTransformer, convention: MaskConvention, scale: float
 ) -> None:
     velocity, batches = counted(network)
-    denoised = guided_denoiser(network, COND, UNCOND, Guidance(scale, reference=reference), velocity=velocity)(X, SIGMA)
-    mask = COND.text_mask if reference == "nvlabs" else UNCOND.text_mask
+    denoised = guided_denoiser(network, COND, UNCOND, Guidance(scale, mask_convention=convention), velocity=velocity)(
+        X, SIGMA
+    )
+    mask = COND.text_mask if convention == "nvlabs" else UNCOND.text_mask
     v_uncond, v_cond = forward(network, UNCOND.text, mask), forward(network, *COND)
     expected = X - SIGMA * (v_uncond + scale * (v_cond - v_uncond))
     torch.testing.assert_close(denoised, expected, **ROUNDING)
     assert batches == [4]
 
 
-def test_the_two_references_differ(network: SanaTransformer) -> None:
+def test_the_two_conventions_differ(network: SanaTransformer) -> None:
     denoised = [
-        guided_denoiser(network, COND, UNCOND, Guidance(reference=reference))(X, SIGMA)
-        for reference in ("nvlabs", "diffusers")
+        guided_denoiser(network, COND, UNCOND, Guidance(mask_convention=convention))(X, SIGMA)
+        for convention in ("nvlabs", "diffusers")
     ]
     assert (denoised[0] - denoised[1]).abs().mean() > 0.05
 
@@ -228,9 +230,9 @@ def test_an_interval_must_rise_within_0_and_1(interval: tuple[float, float]) -> 
         Guidance(interval=interval)
 
 
-def test_an_unknown_reference_is_refused() -> None:
-    with pytest.raises(ValueError, match="^reference is 'official'; use 'nvlabs' or 'diffusers'$"):
-        Guidance(reference="official")
+def test_an_unknown_convention_is_refused() -> None:
+    with pytest.raises(ValueError, match="^mask_convention is 'official'; use 'nvlabs' or 'diffusers'$"):
+        Guidance(mask_convention="official")
 
 
 def test_a_missing_negative_is_named(network: SanaTransformer) -> None:
