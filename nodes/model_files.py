@@ -20,6 +20,7 @@ AUTO = "auto"
 INSTRUCTION_TUNED = re.compile(r"(?<![a-z])it(?![a-z])", re.IGNORECASE)  # in the name of a text encoder
 MODEL_FOLDERS = ("diffusion_models", "checkpoints")
 PIPELINE_FOLDERS = ("diffusers", *MODEL_FOLDERS)
+PIPELINE = "model_index.json"  # in the folder of a whole pipeline of diffusers
 MOST_REASONS = 6  # of a message that nothing fits
 
 Loaded = TypeVar("Loaded")
@@ -80,8 +81,12 @@ def load_part(part: Part, model: Path, chosen: str, load: Callable[[Path], Loade
     if chosen != AUTO:
         path = part_path(part.folder, chosen)
         return path, load(path)
+    own: CheckpointError | FileNotFoundError | None = None
     if _comes_with(model, part):
-        return model, load(model)
+        try:
+            return model, load(model)
+        except (CheckpointError, FileNotFoundError) as error:  # a download that left the weights of a part out
+            own = error
     reasons: list[str] = []
     # The tensors of Gemma-2-2b and Gemma-2-2b-it differ in their values alone, and only the second knows instructions.
     for name in sorted(part_names(part.folder), key=lambda name: not INSTRUCTION_TUNED.search(name)):
@@ -96,7 +101,7 @@ def load_part(part: Part, model: Path, chosen: str, load: Callable[[Path], Loade
             return path, load(path)
         except (CheckpointError, FileNotFoundError) as error:
             reasons.append(str(error).split(";")[0])
-    raise CheckpointError(_nothing_fits(part, model, reasons))
+    raise own or CheckpointError(_nothing_fits(part, model, reasons))
 
 
 def _nothing_fits(part: Part, model: Path, reasons: list[str]) -> str:
@@ -131,7 +136,8 @@ def _folders(folder: str) -> dict[str, Path]:
     Of two with the same path the one in the first root has it for its name, as everywhere in the host.
     """
     found: dict[str, Path] = {}
-    for root in folder_paths.get_folder_paths(folder) if folder in folder_paths.folder_names_and_paths else ():
+    roots = folder_paths.get_folder_paths(folder) if folder in folder_paths.folder_names_and_paths else ()
+    for root in dict.fromkeys(map(os.path.normpath, roots)):
         for place in _model_folders(root):
             name = os.path.relpath(place, root)
             found[f"{name} [{root}]" if name in found else name] = place
@@ -139,20 +145,22 @@ def _folders(folder: str) -> dict[str, Path]:
 
 
 def _model_folders(root: str) -> Iterator[Path]:
-    seen: set[str] = set()
+    """The folders below a root, and the root itself if shards lie in it. A pipeline is one, with all that is in it."""
+    above: dict[str, frozenset[str]] = {}  # of each place the real folders on the way to it
     for place, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:  # links may lead to a folder above them
+        real, way = os.path.realpath(place), above.get(os.path.dirname(place), frozenset())
+        above[place] = way | {real}
+        if real in way:  # a link to a folder above itself
             folders.clear()
-        elif place != root and _is_model(files):
-            folders.clear()
+            continue
+        if any(map(_is_shard, files)) or (place != root and _holds_model(files)):
             yield Path(place)
-        seen.add(real)
+        if PIPELINE in files:
+            folders.clear()
 
 
-def _is_model(files: list[str]) -> bool:
-    weights = any(name.endswith(SUFFIXES) for name in files)
-    return "model_index.json" in files or ("config.json" in files and weights) or any(map(_is_shard, files))
+def _holds_model(files: list[str]) -> bool:
+    return PIPELINE in files or ("config.json" in files and any(name.endswith(SUFFIXES) for name in files))
 
 
 def _is_shard(name: str) -> bool:

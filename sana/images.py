@@ -1,5 +1,6 @@
 """Pictures: from files, to tensors, and from what an autoencoder decodes."""
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,15 @@ from torch.nn import functional as F
 
 # What is opened, by Pillow's names. Others may start a program to be read, as EPS does.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-SIDEWAYS = 5  # Exif orientations from this one on swap height and width
+SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".avifs"),
+)
+SIDEWAYS = range(5, 9)  # Exif orientations that swap height and width
+# What Pillow and its libraries raise where the bytes of a picture make no sense.
+DAMAGE = (
+    *(OSError, SyntaxError, ValueError, TypeError, RuntimeError, EOFError, LookupError, ArithmeticError, struct.error),
+    Image.DecompressionBombError,
+)
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -28,12 +36,15 @@ def read_picture(path: Path) -> Image.Image:
 def read_size(path: Path) -> tuple[int, int]:
     """Height and width, px, of what `read_picture` would give, from the beginning of the file. Raises as it does."""
     with _opened(path) as picture:
-        sideways = picture.getexif().get(ExifTags.Base.Orientation, 1) >= SIDEWAYS
+        # Of a TIFF, Pillow tells the upright size from the start.
+        sideways = picture.format != "TIFF" and picture.getexif().get(ExifTags.Base.Orientation, 1) in SIDEWAYS
         return picture.size if sideways else picture.size[::-1]
 
 
 def _in_8_bits(picture: Image.Image) -> Image.Image:
-    """Grey of 16 bits, which Pillow would not scale but cut at 255."""
+    """Grey of 16 bits, which Pillow would not scale but cut at 255. Raises ValueError for fractions."""
+    if picture.mode == "F":
+        raise ValueError("its numbers are fractions; save it with 8 or 16 bits")
     if not picture.mode.startswith("I"):
         return picture
     return Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
@@ -48,7 +59,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             yield picture
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is not a picture; give a PNG or JPEG file") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{path} cannot be read as a picture ({error}); give another file") from error
 
 

@@ -1,4 +1,4 @@
-"""What is to be drawn and under which names: the prompts of a file, the pictures that exist already, and what tells them apart."""
+"""What is to be drawn, under which names: prompts of a file, pictures that exist already, and what tells them apart."""
 
 import hashlib
 import json
@@ -46,9 +46,9 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def missing_jobs(jobs: Iterable[Job], out: Path, record: Record) -> Iterator[Job]:
-    """The jobs without the pictures that exist under any of the names of `out`. One picture stands for one that is asked for.
+    """The jobs without the pictures that exist under any of the names of `out`.
 
-    record: of any picture of these jobs, but for its prompt and seed.
+    One picture stands for one that is asked for. record: of any picture of these jobs, but for its prompt and seed.
     """
     existing = Counter(_key(found) for path in _outputs(out) if (found := read_record(path)) is not None)
 
@@ -68,7 +68,7 @@ def missing_jobs(jobs: Iterable[Job], out: Path, record: Record) -> Iterator[Job
 
 
 def names(out: Path, several: bool) -> Iterator[Path]:
-    """`out`, unless there are several pictures, and then without an end `out` with a number: out-0001.png, out-0002.png."""
+    """`out`, unless there are several pictures, and then without an end out-0001.png, out-0002.png and so on."""
     if not several:
         yield out
     yield from (out.with_stem(f"{out.stem}-{k:04d}") for k in count(1))
@@ -84,7 +84,8 @@ def check_free(out: Path, pictures: int) -> None:
     for path in islice(names(out, pictures > 1), pictures):
         if os.path.lexists(path):
             raise ValueError(
-                f"{path} exists already; give --resume to draw only what is missing, --overwrite to replace it, or another --out"
+                f"{path} exists already; give --resume to draw only what is missing, --overwrite to replace it, "
+                "or another --out"
             )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from .checkpoints.autoencoder import check_autoencoder, load_autoencoder
@@ -207,9 +207,13 @@ class SanaPipeline:
 
 
 def _latent_mask(plan: Plan, like: Tensor) -> Tensor:
-    """The mask at the size of a latent: (1, 1, H, W) in [0, 1]."""
-    fitted = ImageOps.fit(to_mask(plan.settings.mask), (plan.width, plan.height), Image.Resampling.NEAREST)
-    mask = torch.from_numpy(np.asarray(fitted).copy())[None, None].float().div(255)
+    """The mask at the size of a latent: (1, 1, H, W) in [0, 1]. It is cut as the image is, and keeps every pixel."""
+    whole = to_mask(plan.settings.mask)
+    width = min(whole.width, max(1, round(whole.height * plan.width / plan.height)))
+    height = min(whole.height, max(1, round(whole.width * plan.height / plan.width)))
+    left, top = (whole.width - width) // 2, (whole.height - height) // 2
+    cut = whole.crop((left, top, left + width, top + height))
+    mask = torch.from_numpy(np.asarray(cut).copy())[None, None].float().div(255)
     return to_cells(mask, *like.shape[-2:]).to(like)
 
 

@@ -24,6 +24,7 @@ MARK = "layers.0.post_feedforward_layernorm.weight"
 TOKENIZERS = {"spiece_model": SentencePieceTokenizer, "tokenizer_json": JsonTokenizer}
 CONFIG = "gemma_config"
 BUFFER = ".rotary_emb.inv_freq"  # which older files hold for every layer; it is computed
+LARGEST = 2**31  # above every number in a configuration
 MODEL_TYPE = "gemma2"  # in a Hugging Face config.json
 SOURCE = "Efficient-Large-Model/gemma-2-2b-it"
 
@@ -81,13 +82,22 @@ def gemma_config(tensors: dict[str, Tensor], file: TensorFile) -> GemmaConfig:
     """The configuration beside or in the file, or that of Gemma-2-2b. Raises CheckpointError for other sizes."""
     stored = stored_bytes(file, CONFIG)
     if stored is not None:
-        return _from_json(json.loads(stored))
+        return _from_json(_loaded(stored, file), file.path.name)
     if file.config.get("model_type") == MODEL_TYPE:
-        return _from_json(file.config)
+        return _from_json(file.config, file.path.name)
     width = tensors["norm.weight"].shape[0]
     if width == GemmaConfig.hidden_size:
         return GemmaConfig()
     raise CheckpointError(f"{file.path.name} has width {width}, not that of Gemma-2-2b; put its config.json beside it")
+
+
+def _loaded(stored: bytes, file: TensorFile) -> object:
+    try:
+        return json.loads(stored)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file.path.name}: its tensor {CONFIG} is no JSON ({error}); download it again"
+        ) from error
 
 
 def gemma_json(config: GemmaConfig) -> dict[str, object]:
@@ -96,10 +106,20 @@ def gemma_json(config: GemmaConfig) -> dict[str, object]:
     return {"architectures": ["Gemma2Model"], "model_type": MODEL_TYPE, **asdict(config), **tokens}
 
 
-def _from_json(stored: dict[str, object]) -> GemmaConfig:
-    """Newer files have the base of the rotary positions in a dictionary of their own."""
-    stored = {**stored, **(stored.get("rope_parameters") or {})}
-    return GemmaConfig(**{field.name: stored[field.name] for field in fields(GemmaConfig) if field.name in stored})
+def _from_json(stored: object, name: str) -> GemmaConfig:
+    """Raises CheckpointError for values that no network has. name: of the file, for errors.
+
+    Newer files have the base of the rotary positions in a dictionary of their own.
+    """
+    values = dict(stored) if isinstance(stored, Mapping) else {}
+    rotary = values.get("rope_parameters")
+    values.update(rotary if isinstance(rotary, Mapping) else {})
+    found = {field.name: values[field.name] for field in fields(GemmaConfig) if field.name in values}
+    for key, value in found.items():
+        whole = isinstance(getattr(GemmaConfig, key), int) and key != "query_pre_attn_scalar"
+        if type(value) is not int and (whole or type(value) is not float) or not 0 < value < LARGEST:
+            raise CheckpointError(f"{name} has {key} {value!r}, which no Gemma-2 has; take its original config.json")
+    return GemmaConfig(**found)
 
 
 def find_tokenizer(file: TensorFile, config: GemmaConfig) -> Tokenizer:

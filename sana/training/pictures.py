@@ -44,7 +44,8 @@ def read_pictures(folder: Path, base_size: int, besides: Path | None = None) -> 
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give one with pictures, each with a .txt file of its name")
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("._"))  # of macOS
+    found = (path for path in files if path.suffix.lower() in SUFFIXES)
     paths = sorted(path for path in found if besides is None or besides.resolve() not in path.resolve().parents)
     if not paths:
         raise ValueError(

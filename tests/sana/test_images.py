@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from sana.images import FORMATS, SUFFIXES, on_white, read_picture, to_mask, to_picture, to_tensor
+from sana.images import FORMATS, SUFFIXES, on_white, read_picture, read_size, to_mask, to_picture, to_tensor
 
 
 def test_a_photo_is_turned_upright(tmp_path: Path) -> None:
@@ -20,6 +20,39 @@ def test_a_photo_is_turned_upright(tmp_path: Path) -> None:
     upright = read_picture(tmp_path / "photo.png")
     assert upright.size == (2, 4)
     assert upright.getpixel((1, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("orientation", [1, 2, 3, 5, 6, 8, 9, 32768])
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tiff", ".webp", ".avif"])
+def test_the_size_is_that_of_the_upright_picture(tmp_path: Path, suffix: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.new("RGB", (60, 40)).save(path := tmp_path / f"photo{suffix}", exif=exif)
+    assert read_size(path) == read_picture(path).size[::-1]
+
+
+@pytest.mark.parametrize("suffix", [".avif", ".jpg", ".webp", ".gif", ".tiff", ".bmp"])
+def test_damage_of_any_kind_is_named(tmp_path: Path, suffix: str) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.effect_noise((64, 48), 80).convert("RGB").save(path := tmp_path / f"p{suffix}", exif=exif)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for place in rng.integers(len(whole), size=4):
+            damaged[place] = rng.integers(256)
+        path.write_bytes(bytes(damaged[: rng.integers(20, len(whole) + 1)]))
+        for read in (read_size, read_picture):
+            try:
+                read(path)
+            except ValueError as error:
+                assert str(path) in str(error)
+
+
+def test_fractions_are_refused(tmp_path: Path) -> None:
+    Image.new("F", (4, 4), 0.5).save(path := tmp_path / "f.tiff")
+    with pytest.raises(ValueError, match="f.tiff cannot be read as a picture .its numbers are fractions"):
+        read_picture(path)
 
 
 def test_grey_of_16_bits_is_scaled(tmp_path: Path) -> None:
@@ -42,7 +75,7 @@ def test_what_is_no_picture_is_named(tmp_path: Path, content: bytes | None) -> N
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_every_format_is_read(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"picture{suffix}"
-    Image.new("RGB", (8, 6), (255, 0, 0)).save(path, format="JPEG" if suffix == ".jfif" else None)
+    Image.new("RGB", (8, 6), (255, 0, 0)).save(path, format="JPEG" if suffix in (".jfif", ".jpe") else None)
     found = read_picture(path).convert("RGB")
     assert found.size == (8, 6) and np.abs(np.array(found.getpixel((4, 3))) - (255, 0, 0)).max() <= 4
 

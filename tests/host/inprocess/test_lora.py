@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import comfy.lora
+import comfy.utils
 import peft
 import pytest
 import torch
@@ -388,3 +389,39 @@ def test_a_lora_of_which_a_part_fits_says_how_much(small: Small, caplog: pytest.
     with caplog.at_level(logging.WARNING):
         small.host.call("LoraLoaderModelOnly", model=small.model, lora_name=name, strength_model=1.0)
     assert "1 of the 2 layers of this LoRA fit the model; the rest has no effect" in caplog.messages
+
+
+def test_a_dora_beside_the_layers_is_refused(small: Small, weights: dict[str, Tensor]) -> None:
+    """It once acted as a plain LoRA there, which has no weight whose rows could be scaled."""
+    tensors, _ = CHANGES["DoRA"](weights[f"{CONVOLUTIONS[1]}.weight"].flatten(1))
+    flat = "lora_unet_" + CONVOLUTIONS[1].replace(".", "_")
+    name = write_lora(small, "dora", {f"{flat}.{part}": tensor for part, tensor in tensors.items()})
+    (model,) = small.host.call("LoraLoaderBypassModelOnly", model=small.model, lora_name=name, strength_model=1.0)
+    with pytest.raises(ValueError, match="is a DoRA, which cannot run beside the layers; use Load LoRA without bypass"):
+        small.sample(model=model)
+
+
+def test_files_with_other_things_than_tensors_are_read_as_without_the_pack(small: Small) -> None:
+    folder = small.host.base / "models" / "loras" / "odd"
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({0: torch.ones(1), 1: torch.ones(2)}, folder / "numbers.pt")
+    assert {*comfy.utils.load_torch_file(str(folder / "numbers.pt"))} == {0, 1}
+    layer = f"transformer.{LAYERS[0]}"
+    lora = {f"{layer}.lora_A.weight": torch.ones(2, 96), f"{layer}.lora_B.weight": torch.ones(96, 2), "epoch": 3}
+    torch.save({**lora, f"{layer}.alpha": 8.0}, folder / "adapter.pt")
+    (model,) = small.host.call("LoraLoaderModelOnly", model=small.model, lora_name="odd/adapter.pt", strength_model=1.0)
+    key = f"diffusion_model.{LAYERS[0]}.weight"
+    found = comfy.lora.calculate_weight(model.patches[key], torch.zeros(96, 96), key)
+    assert torch.equal(found, torch.full((96, 96), 8.0))
+
+
+def test_a_lora_hook_of_which_nothing_fits_says_so(small: Small, caplog: pytest.LogCaptureFixture) -> None:
+    name = write_lora(small, "other", {"lora_unet_down_blocks_0_attn.lora_down.weight": torch.ones(2, 4)})
+    (hooks,) = small.host.call("CreateHookLoraModelOnly", lora_name=name, strength_model=1.0)
+    inputs = {"positive_NEW": small.positive, "negative_NEW": small.negative, "strength": 1.0}
+    positive, negative = small.host.call(
+        "PairConditioningSetProperties", **inputs, set_cond_area="default", hooks=hooks
+    )
+    with caplog.at_level(logging.WARNING):
+        small.ksampler(positive=positive, negative=negative)
+    assert "nothing of this LoRA fits SANA: its names are those of a Stable Diffusion model" in caplog.messages

@@ -39,7 +39,7 @@ def roots(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root
 
 def demo_gemma(folder: Path, shards: bool = False) -> Path:
     """The demo's text encoder as a Hugging Face folder."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for file in ("text_encoder/config.json", "tokenizer/tokenizer.json"):
         shutil.copy(DEMO / file, folder)
     tensors = load_file(DEMO / "text_encoder" / "model.safetensors")
@@ -175,6 +175,37 @@ def test_a_folder_among_the_diffusion_models_is_offered(small: Small, roots: Roo
     shutil.copytree(DEMO / "transformer", root / "mine" / "transformer")
     assert "mine/transformer" in options(small, "model")
     assert load(small.host, "mine/transformer")[0].model.identity.config.depth == 8
+
+
+def test_auto_looks_on_where_a_part_of_the_model_has_no_weights(small: Small, roots: Roots) -> None:
+    """A download that left the text encoder of a pipeline out."""
+    (pipelines,), (encoders,) = roots("diffusers"), roots("text_encoders")
+    shutil.copytree(DEMO, pipelines / "pipe")
+    (pipelines / "pipe" / "text_encoder" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="text_encoder holds no .safetensors or .pth file"):
+        load(small.host, "pipe")
+    good = demo_gemma(encoders / "gemma")
+    assert str(load(small.host, "pipe")[1].patcher.cached_patcher_init[1][0]) == str(good)
+
+
+def test_shards_in_the_root_itself_are_one_entry(small: Small, roots: Roots) -> None:
+    (root,) = roots("text_encoders")
+    root.rmdir()
+    demo_gemma(root, shards=True)
+    assert options(small, "text_encoder") == ["auto", "."]
+    assert chosen(small)[0] == str(root)
+
+
+def test_every_link_to_a_folder_is_offered_and_models_inside_of_models_too(small: Small, roots: Roots) -> None:
+    (root,) = roots("vae")
+    shutil.copytree(DEMO / "vae", root / "author" / "dc-ae")
+    (root / "author" / "config.json").write_text("{}")
+    (root / "author" / "other.safetensors").touch()
+    for name in ("a link", "zwei-ü"):
+        (root / name).symlink_to(root / "author" / "dc-ae", target_is_directory=True)
+    names = small.host.pack("nodes.model_files").part_names("vae")
+    assert names[:4] == ["a link", "author", "author/dc-ae", "zwei-ü"]
+    load(small.host, small.path.name, vae="zwei-ü")
 
 
 def test_nothing_there_says_what_to_download(small: Small, roots: Roots) -> None:

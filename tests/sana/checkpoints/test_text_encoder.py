@@ -274,3 +274,35 @@ def test_tokens_that_no_prompt_uses_may_exceed_the_vocabulary(tmp_path: Path, te
     tokenizer.add_special_tokens([f"<tool {i}>" for i in range(GEMMA.vocab_size)])
     tokenizer.save(str(folder / "tokenizer.json"))
     assert load_text_encoder(folder).count([PROMPTS[0]])[0].used > 5
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_attention_heads", None),
+        ("head_dim", "a"),
+        ("hidden_size", -1),
+        ("num_hidden_layers", 2**40),
+        ("rms_norm_eps", True),
+        ("rope_theta", [1]),
+        ("vocab_size", 2.5),
+    ],
+)
+def test_a_configuration_that_no_network_has_is_named(tmp_path: Path, key: str, value: object) -> None:
+    gemma().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json())
+    path = tmp_path / "config.json"
+    config = {**json.loads(path.read_text()), key: value}
+    config.pop("rope_parameters", None)
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"has {key} .*, which no Gemma-2 has; take its original config.json"):
+        load_text_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("rotary", [3, [1], None])
+def test_odd_rotary_parameters_are_passed_over(tmp_path: Path, rotary: object) -> None:
+    gemma().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json())
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_parameters": rotary}))
+    assert load_text_encoder(tmp_path).model.config.rope_theta == 10_000

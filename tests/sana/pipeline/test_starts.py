@@ -84,6 +84,17 @@ def test_a_thin_stroke_of_a_mask_is_painted(pipeline: SanaPipeline) -> None:
     torch.testing.assert_close(latent[:, :, 1], clean[:, :, 1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("row", [0, 15 * 10 + 1, 15 * 10 + 3, 639])
+def test_a_stroke_of_a_pixel_in_a_large_mask_is_painted(pipeline: SanaPipeline, row: int) -> None:
+    """The mask is ten times as large as the picture, and no pixel of it is lost on the way to cells."""
+    mask = Image.new("L", (10 * WIDTH, 10 * HEIGHT))
+    mask.paste(255, (0, row, 10 * WIDTH, row + 1))
+    clean = encoded(pipeline, picture())
+    latent = sample(pipeline, PROMPTS[0], image=picture(), mask=mask, steps=3)
+    painted = (latent - clean).abs().amax(dim=(0, 1, 3)) > 1e-3
+    assert painted.tolist() == [row // 320 == cell for cell in range(HEIGHT // 32)]
+
+
 @pytest.mark.parametrize(("height", "width", "expected"), [(64, 128, (64, 128)), (96, 96, (64, 64))])
 def test_a_picture_of_more_than_twice_the_pixels_is_drawn_in_a_trained_size(
     pipeline: SanaPipeline, height: int, width: int, expected: tuple[int, int]

@@ -12,7 +12,7 @@ ADVICE = "leave out --compile (in Python compiled=True): the picture is the same
 
 
 def fail(error: Exception, monkeypatch: pytest.MonkeyPatch, whole: bool) -> None:
-    """Let the backend of torch.compile raise, or what torch.compile gives as a whole, as kernels do that are built late."""
+    """Let the backend of torch.compile raise, or all that torch.compile gives, as kernels do that are built late."""
     compiler = torch.compile
 
     def raise_error(*args: object, **options: object) -> object:
