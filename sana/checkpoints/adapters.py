@@ -1,6 +1,6 @@
 """LoRA files: whose layers their names mean, which of ours these are, and how strong each change is.
 
-A dialect is an entry in the tables here; the host and the shell read them. How strong a change is, is told by a tensor
+A dialect is an entry in the tables here. How strong a change is, is told by a tensor
 `alpha` beside its factors, or by PEFT outside the tensors: in the header of the file (diffusers' trainers), or in an
 `adapter_config.json` beside it (`PeftModel.save_pretrained`).
 """

@@ -5,12 +5,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from accelerate import PartialState
-
 from ..config import VARIANTS
 from ..pipeline import model_path
-from .demo import DemoConfig, train_demo
-from .finetune import FinetuneConfig, finetune
+
+try:
+    from accelerate import PartialState
+
+    from .demo import DemoConfig, train_demo
+    from .finetune import FinetuneConfig, finetune
+except ModuleNotFoundError as error:
+    if error.name != "accelerate":
+        raise
+    sys.exit('training needs the package accelerate; run pip install ".[training]" in the folder of this project')
 
 DEMO_NUMBERS = {
     "autoencoder_steps": "of the autoencoder, first",

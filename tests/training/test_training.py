@@ -417,3 +417,11 @@ def test_batches_have_the_kinds_of_scenes_asked_for() -> None:
         captions = latents.batch(0, 0, size=1000, shares=shares).captions
         share = sum(" and " in caption for caption in captions) / len(captions)
         assert share == pytest.approx(shares["pair"], abs=0.05)
+
+
+def test_without_accelerate_training_says_what_to_install() -> None:
+    code = "import sys, runpy; sys.modules['accelerate'] = None; runpy.run_module('sana.training', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    message = 'training needs the package accelerate; run pip install ".[training]" in the folder of this project'
+    assert done.stderr.strip() == message
