@@ -286,8 +286,30 @@ def _tensors_in(found: object) -> dict[str, Tensor]:
     return next(filter(None, wrapped), own)
 
 
+@contextmanager
+def _arrays_unread() -> Iterator[None]:
+    """Has stand-ins in the place of what arrays of NumPy are made of.
+
+    Others may have marked the real ones as safe, as ComfyUI does. Of two things with one name PyTorch takes any, and the
+    real ones do not take a stand-in for a part.
+    """
+    kept = torch.serialization.get_safe_globals()
+    others = [found for found in kept if _global_name(found) not in ARRAY_PARTS]
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([*others, *map(Unread.named, ARRAY_PARTS)])
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(kept)
+
+
+def _global_name(found: object) -> str:
+    return found[1] if isinstance(found, tuple) else f"{found.__module__}.{found.__qualname__}"
+
+
 def _load_pickle(path: Path) -> object:
-    with torch.serialization.safe_globals([Unread.named(name) for name in ARRAY_PARTS]):
+    with _arrays_unread():
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:

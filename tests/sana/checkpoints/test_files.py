@@ -409,6 +409,22 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path, tensors: Te
     assert sorted(tmp_path.iterdir()) == [other, path]
 
 
+def test_numbers_of_numpy_are_passed_over_where_others_have_marked_the_real_ones(
+    tmp_path: Path, tensors: Tensors
+) -> None:
+    """As ComfyUI does. Of two things with one name PyTorch took either by chance, so each is tried under many."""
+    torch.save({**tensors, "loss": np.float64(0.5), "state": np.arange(3)}, path := tmp_path / "model.pth")
+    real = [np.dtype, np.ndarray, np.dtypes.Float64DType, (np.core.multiarray.scalar, "numpy.core.multiarray.scalar")]
+    before = torch.serialization.get_safe_globals()
+    for count in range(1, 40):  # the order in a set depends on what else is in it
+        fillers = [type(f"Filler{k}", (), {}) for k in range(count)]
+        with torch.serialization.safe_globals([*real, *fillers]):
+            inside = torch.serialization.get_safe_globals()
+            assert read_tensors(path).tensors.keys() == tensors.keys()
+            assert {*torch.serialization.get_safe_globals()} == {*inside}
+    assert {*torch.serialization.get_safe_globals()} == {*before}
+
+
 @pytest.mark.parametrize("part", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
 def test_names_are_without_what_pytorch_writes_into_them(tmp_path: Path, part: str) -> None:
     """Inside of names, as compiled, sharded and recomputed networks are saved. Before them it is a prefix."""
