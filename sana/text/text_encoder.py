@@ -5,7 +5,8 @@ padding on the right reaches no prompt.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -29,21 +30,36 @@ class Tokenizer(Protocol):
         """Token ids, the beginning-of-sequence token first."""
 
 
+@contextmanager
+def _panics_as_errors() -> Iterator[None]:
+    """The tokenizers library panics in Rust on some files and texts. What it raises is no Exception, and ends a thread."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__module__ != "pyo3_runtime":
+            raise
+        raise ValueError(
+            f"the tokenizers library broke down ({error}); use the tokenizer.json of the original"
+        ) from error
+
+
 class JsonTokenizer:
-    """The content of a `tokenizer.json`, by the tokenizers library."""
+    """The content of a `tokenizer.json`, by the tokenizers library. Raises ValueError where that breaks down."""
 
     def __init__(self, source: bytes) -> None:
         from tokenizers import Tokenizer as Backend
 
         self.source = source
-        self.backend = Backend.from_buffer(source)
+        with _panics_as_errors():
+            self.backend = Backend.from_buffer(source)
         # transformers stores the settings of its last call in the file
         self.backend.no_truncation()
         self.backend.no_padding()
         self.size = self.backend.get_vocab_size(with_added_tokens=False)
 
     def encode(self, text: str) -> list[int]:
-        return [BOS, *self.backend.encode(text, add_special_tokens=False).ids]
+        with _panics_as_errors():
+            return [BOS, *self.backend.encode(text, add_special_tokens=False).ids]
 
 
 class SentencePieceTokenizer:

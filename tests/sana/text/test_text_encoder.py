@@ -1,5 +1,6 @@
 """Prompts to hidden states, against transformers' own Gemma-2 with eager attention on the same random weights."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from transformers import Gemma2Model, PreTrainedTokenizerFast
 
 from sana.checkpoints.text_encoder import load_text_encoder
 from sana.text.prompt import INSTRUCTION
-from sana.text.text_encoder import GemmaTextEncoder
+from sana.text.text_encoder import GemmaTextEncoder, JsonTokenizer
 from tests.sana.models import (
     PROMPTS,
     gemma,
@@ -269,3 +270,17 @@ def test_every_script_passes_through_untouched(
 def test_prompts_must_be_a_list_of_at_least_one(encoder: GemmaTextEncoder, prompts: list[str], shown: str) -> None:
     with pytest.raises(ValueError, match=rf"^prompts are a list of at least one text, not {shown}$"):
         encoder(prompts)
+
+
+def test_a_tokenizer_that_breaks_down_raises_an_exception() -> None:
+    """The library panics, and what it raises is no Exception: it ended the thread of a host that waited for it."""
+    content = json.loads(tokenizer_json())
+    broken = {**content, "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}
+    with pytest.raises(
+        ValueError, match="the tokenizers library broke down .*; use the tokenizer.json of the original"
+    ):
+        JsonTokenizer(json.dumps(broken).encode())
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    tokenizer = JsonTokenizer(json.dumps({**content, "pre_tokenizer": split}).encode())
+    with pytest.raises(ValueError, match="the tokenizers library broke down"):
+        tokenizer.encode("a" * 40 + "!")
