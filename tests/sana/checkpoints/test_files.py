@@ -414,7 +414,12 @@ def test_numbers_of_numpy_are_passed_over_where_others_have_marked_the_real_ones
 ) -> None:
     """As ComfyUI does. Of two things with one name PyTorch took either by chance, so each is tried under many."""
     torch.save({**tensors, "loss": np.float64(0.5), "state": np.arange(3)}, path := tmp_path / "model.pth")
-    real = [np.dtype, np.ndarray, np.dtypes.Float64DType, (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar")]
+    real = [
+        np.dtype,
+        np.ndarray,
+        np.dtypes.Float64DType,
+        (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
+    ]
     before = torch.serialization.get_safe_globals()
     for count in range(1, 40):  # the order in a set depends on what else is in it
         fillers = [type(f"Filler{k}", (), {}) for k in range(count)]
