@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m sana", description="SANA text to image.")
+    name = "sana" if Path(sys.argv[0]).stem == "sana" else "python -m sana"
+    top = argparse.ArgumentParser(prog=name, description="SANA text to image.")
     top.add_argument("--version", action="version", version=version())
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     add_generate(commands.add_parser("generate", help="draw a prompt"))

@@ -85,6 +85,8 @@ def test_command_draws_and_describes(programs: Path, tmp_path: Path) -> None:
     run(programs / "sana", "generate", "two blue stars", *sizes, "--out", "my picture.png", folder=here)
     assert Image.open(here / "my picture.png").size == (64, 64)
     assert run(programs / "sana", "info", "demo", folder=here).startswith("transformer: a SANA transformer\n")
+    assert run(programs / "sana", "--help", folder=here).startswith("usage: sana [-h]")
+    assert run(programs / "python", "-m", "sana", "--help", folder=here).startswith("usage: python -m sana [-h]")
 
 
 def test_library_is_imported_from_anywhere(programs: Path, tmp_path: Path) -> None:
