@@ -93,8 +93,12 @@ def changed(lora: dict[str, Tensor], layer: str, weight: Tensor) -> Tensor:
         name.removeprefix(f"{layer}."): tensor.double() for name, tensor in lora.items() if name.startswith(f"{layer}.")
     }
     weight, alpha = weight.double(), part.get("alpha")
-    if "lokr_w1" in part:
-        return weight + torch.kron(part["lokr_w1"], part["lokr_w2"])
+    if "lokr_w1" in part or "lokr_w1_a" in part:
+        ranks = [len(part[name]) for name in ("lokr_w1_b", "lokr_w2_b") if name in part]
+        left, right = (
+            part[f"lokr_w{k}"] if f"lokr_w{k}" in part else part[f"lokr_w{k}_a"] @ part[f"lokr_w{k}_b"] for k in (1, 2)
+        )
+        return weight + (alpha / ranks[-1] if ranks else 1.0) * torch.kron(left, right)
     if "hada_w1_a" in part:
         rank = len(part["hada_w1_b"])
         product = (part["hada_w1_a"] @ part["hada_w1_b"]) * (part["hada_w2_a"] @ part["hada_w2_b"])
@@ -146,8 +150,11 @@ def test_dora_of_peft(tmp_path: Path) -> None:
     [
         LoHaConfig(r=4, alpha=12, target_modules=TARGETS),
         LoKrConfig(r=64, alpha=32, target_modules=TARGETS),  # so large that both factors are whole
+        LoKrConfig(r=3, alpha=12, target_modules=TARGETS),  # the larger one is a product
+        LoKrConfig(r=4, alpha=12, decompose_both=True, decompose_factor=16, target_modules=TARGETS),  # the other one
+        LoKrConfig(r=2, alpha=12, decompose_both=True, decompose_factor=16, target_modules=TARGETS),
     ],
-    ids=["LoHa", "LoKr"],
+    ids=["LoHa", "LoKr", "LoKr with one product", "LoKr with the other product", "LoKr of products"],
 )
 def test_products_of_peft(tmp_path: Path, config: peft.PeftConfig) -> None:
     network, before = adapted(config)
