@@ -95,6 +95,23 @@ def test_a_stroke_of_a_pixel_in_a_large_mask_is_painted(pipeline: SanaPipeline, 
     assert painted.tolist() == [row // 320 == cell for cell in range(HEIGHT // 32)]
 
 
+@pytest.mark.parametrize(("beside", "above"), [(64, 0), (0, 64)])
+@pytest.mark.parametrize(("place", "painted"), [(31, False), (32, True)])
+def test_a_mask_of_another_shape_is_cut_at_its_middle(
+    pipeline: SanaPipeline, beside: int, above: int, place: int, painted: bool
+) -> None:
+    """As the image is: of 64 px more, 32 go on either side."""
+    mask = Image.new("L", (WIDTH + beside, HEIGHT + above))
+    x, y = (place, 0) if beside else (0, place)
+    mask.putpixel((x, y), 255)
+    clean = encoded(pipeline, picture())
+    latent = sample(pipeline, PROMPTS[0], image=picture(), mask=mask, steps=3)
+    changed = (latent - clean).abs().amax(dim=(0, 1)) > 1e-3
+    expected = torch.zeros_like(changed)
+    expected[0, 0] = painted
+    assert torch.equal(changed, expected)
+
+
 @pytest.mark.parametrize(("height", "width", "expected"), [(64, 128, (64, 128)), (96, 96, (64, 64))])
 def test_a_picture_of_more_than_twice_the_pixels_is_drawn_in_a_trained_size(
     pipeline: SanaPipeline, height: int, width: int, expected: tuple[int, int]
