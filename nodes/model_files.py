@@ -89,8 +89,10 @@ def load_part(part: Part, model: Path, chosen: str, load: Callable[[Path], Loade
             own = error
     reasons: list[str] = []
     # The tensors of Gemma-2-2b and Gemma-2-2b-it differ in their values alone, and only the second knows instructions.
-    for name in sorted(part_names(part.folder), key=lambda name: not INSTRUCTION_TUNED.search(name)):
-        path = _find(part.folder, name)
+    places = _folders(part.folder)
+    entries = [*sorted(places), *_files(part.folder)]
+    for name in sorted(entries, key=lambda name: not INSTRUCTION_TUNED.search(name)):
+        path = places.get(name) or _file(part.folder, name)
         if path is None:  # a link that leads nowhere
             continue
         names = tensor_names(path)
@@ -125,8 +127,12 @@ def _files(folder: str) -> list[str]:
 
 
 def _find(folder: str, name: str) -> Path | None:
+    return _folders(folder).get(name) or _file(folder, name)
+
+
+def _file(folder: str, name: str) -> Path | None:
     """None for an entry without a file, such as a link that leads nowhere."""
-    found = _folders(folder).get(name) or folder_paths.get_full_path(folder, name)
+    found = folder_paths.get_full_path(folder, name)
     return None if found is None else Path(found)
 
 

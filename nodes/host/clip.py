@@ -16,7 +16,7 @@ import comfy.sd
 import torch
 from torch import Tensor, nn
 
-from ...sana.checkpoints.files import TensorFile, read_tensors
+from ...sana.checkpoints.files import read_tensors
 from ...sana.checkpoints.formats import COMFY_LAYER
 from ...sana.checkpoints.text_encoder import (
     check_text_encoder,
@@ -136,17 +136,11 @@ def load_clip(
     transformer: for which its texts must have the right width; None: for any. Raises CheckpointError as
     `sana.load_text_encoder` does, and for another width.
     """
-    file = read_tensors(path, "text_encoder")
-    if transformer is not None:
-        check_text_encoder(gemma_config(gemma_tensors(file), file), transformer, file.path.name)
-    return make_clip(file, dtype)
-
-
-def make_clip(file: TensorFile, dtype: torch.dtype | None = None) -> comfy.sd.CLIP:
-    """`load_clip` of an opened file."""
-    file = with_formats(file)
+    file = with_formats(read_tensors(path, "text_encoder"))
     tensors = gemma_tensors(file)
     config = gemma_config(tensors, file)
+    if transformer is not None:
+        check_text_encoder(config, transformer, file.path.name)
     tokenizer = find_tokenizer(file, config)
     check_quantised(Gemma2(config, device="meta").state_dict(), tensors, file.path.name)
     quantised = any(key.endswith(COMFY_LAYER) for key in tensors)

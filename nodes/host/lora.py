@@ -81,20 +81,15 @@ def _with_names(
     keys = original(model, {} if key_map is None else key_map)
     if not isinstance(model, SanaModel):
         return keys
-    found = SanaKeyMap({**keys, **sana_lora_keys(model)})
+    found = SanaKeyMap(keys)
     found.sprint = model.identity.config.guidance_embed
-    found.rows = {name: len(tensor) for name, tensor in model.state_dict().items() if tensor.ndim}
-    return found
-
-
-def sana_lora_keys(model: comfy.model_base.BaseModel) -> KeyMap:
-    """Names of layers in LoRA files, and the weight each is for."""
-    keys: KeyMap = {}
-    for name in model.state_dict():
+    tensors = model.state_dict()
+    found.rows = {name: len(tensor) for name, tensor in tensors.items() if tensor.ndim}
+    for name in tensors:
         if name.startswith("diffusion_model.") and name.endswith(".weight"):
             path = name.removeprefix("diffusion_model.").removesuffix(".weight")
-            keys.update(dict.fromkeys(layer_names(path), name))
-    return keys
+            found.update(dict.fromkeys(layer_names(path), name))
+    return found
 
 
 def _with_text_names(original: Callable[..., KeyMap], model: nn.Module, key_map: KeyMap | None = None) -> KeyMap:
@@ -136,13 +131,12 @@ def convolutions(keys: KeyMap) -> tuple[str, ...]:
 
 def _check_fit(lora: dict[str, Tensor], loaded: Mapping[str, object], keys: SanaKeyMap, whole: bool) -> None:
     """whole: `keys` are all that the file may be for; otherwise the rest may fit elsewhere."""
-    if whole and lora and not loaded:
-        raise ValueError(
-            f"nothing of this LoRA fits SANA: its names are those of {describe_lora(lora)}, first {next(iter(lora))}; use a "
-            "LoRA made for this SANA model"
-        )
-    if lora and not loaded and not whole and not any(TEXT_LAYER.search(name) for name in lora):
-        log.warning("nothing of this LoRA fits SANA: its names are those of %s", describe_lora(lora))
+    if lora and not loaded:
+        message = f"nothing of this LoRA fits SANA: its names are those of {describe_lora(lora)}"
+        if whole:
+            raise ValueError(f"{message}, first {next(iter(lora))}; use a LoRA made for this SANA model")
+        if not any(TEXT_LAYER.search(name) for name in lora):
+            log.warning(message)
     for key, change in loaded.items():
         rows = _rows(change)
         if rows is not None and rows != keys.rows.get(key, rows):

@@ -1,8 +1,8 @@
 """LoRA files: whose layers their names mean, which of ours these are, and how strong each change is.
 
-A dialect is an entry in the tables here. How strong a change is, is told by a tensor
-`alpha` beside its factors, or by PEFT outside the tensors: in the header of the file (diffusers' trainers), or in an
-`adapter_config.json` beside it (`PeftModel.save_pretrained`).
+A dialect is an entry in the tables here. The strength of a change stands in a tensor `alpha` beside its factors, or PEFT tells
+it outside the tensors: in the header of the file (diffusers' trainers), or in an `adapter_config.json` beside it
+(`PeftModel.save_pretrained`).
 """
 
 import json
@@ -37,13 +37,13 @@ TEXT_UNDERSCORED = ("lora_te1_", "lora_te1_model_", "lora_te_", "lora_te_model_"
 TEXT_LAYER = re.compile(r"(?:^|[._])(?<!encoder[._])layers[._]\d+[._](?:self_attn|mlp)[._]")
 # What training code leaves in names: a parallel or compiled network before them, and the name of an adapter inside.
 LEFTOVERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
-ADAPTER_NAME = re.compile(r"(?<=\.lora_[AB])\.(?!weight$)[^.]+(?=\.weight$)")
+ADAPTER_NAME = re.compile(r"(?<=\.lora_)(A|B|magnitude_vector)\.(?!weight$)[^.]+(?=\.weight$)")
 
 # Ends of names behind the path of a layer. For one of our layers that is a part of theirs, the first kind is the same,
 DOWN = (".lora_A.weight", ".lora_A", ".lora_down.weight", ".hada_w1_b")
 SHARED = (*DOWN, ".hada_w2_b", ".alpha")
 # and the second has rows of its own.
-MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".lora_magnitude_vector.default.weight")
+MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 ROWS = (
     *(".lora_B.weight", ".lora_B", ".lora_up.weight", ".hada_w1_a", ".hada_w2_a"),
     *(".dora_scale", *MAGNITUDES, ".diff", ".diff_b", ".set_weight"),
@@ -139,7 +139,7 @@ def prepare(lora: Lora, settings: Settings, *, sprint: bool = False) -> Lora:
 
 
 def _plain(name: str) -> str:
-    return ADAPTER_NAME.sub("", NAME_PARTS.sub("", LEFTOVERS.sub("", name)))
+    return ADAPTER_NAME.sub(r"\1", NAME_PARTS.sub("", LEFTOVERS.sub("", name)))
 
 
 def with_matrices(lora: Lora, layers: tuple[str, ...]) -> Lora:
@@ -174,8 +174,10 @@ def strength_of(settings: Settings, layer: str) -> float | None:
 
 def _split(name: str) -> tuple[str, str]:
     """Layer and end of a name; two empty strings for one that changes no layer."""
-    end = next((end for end in ENDS if name.endswith(end)), "")
-    return (name.removesuffix(end), end) if end else ("", "")
+    if not name.endswith(ENDS):
+        return "", ""
+    end = next(end for end in ENDS if name.endswith(end))
+    return name.removesuffix(end), end
 
 
 def _path(layer: str) -> str:

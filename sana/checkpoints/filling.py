@@ -9,7 +9,7 @@ from ..networks.autoencoder import DCAutoencoder
 from ..networks.transformer import SanaTransformer
 from ..text.gemma import Gemma2
 from .files import CheckpointError
-from .formats import COMFY, companions
+from .formats import companions, host_reads
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -42,7 +42,7 @@ def check_numbers(
     """Raises CheckpointError if the weights of a network are quantised or in another dtype. name: of the file."""
     scales = companions(tensors)
     if scales:
-        hosted = isinstance(network, HOST_READS) and any(key.endswith(COMFY.marks) for key in scales)
+        hosted = isinstance(network, HOST_READS) and host_reads(scales)
         advice = "load it in ComfyUI, or take" if hosted else "take"
         raise CheckpointError(f"{name} is quantised, with {scales[0]} beside its weights; {advice} a file that is not")
     expected = network.state_dict()

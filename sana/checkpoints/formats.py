@@ -1,5 +1,6 @@
 """Formats of quantised weights, as data: by which tensor names each is known. The host and the shell read these tables."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -26,7 +27,13 @@ SVDQUANT = QuantisedFormat("nunchaku", ("ff.inverted_conv.qweight",))
 FORMATS = (COMFY, BITSANDBYTES, QUANTO, SVDQUANT)
 
 
-def companions(names: object) -> list[str]:
+def host_reads(names: Iterable[str]) -> bool:
+    """Whether names are marks of a format that ComfyUI computes with."""
+    marks = tuple(mark for row in FORMATS if row.in_host for mark in row.marks)
+    return any(name.endswith(marks) for name in names)
+
+
+def companions(names: Iterable[str]) -> list[str]:
     """The names, sorted, that only stand beside quantised weights."""
     ends = tuple(end for row in FORMATS for end in (*row.marks, *row.companions))
     return sorted(name for name in names if name.endswith(ends))

@@ -4,10 +4,9 @@ from collections.abc import Mapping
 
 from .formats import SVDQUANT as SVDQUANT_FORMAT
 from .names import (
-    DIFFUSERS_MARK,
     EARLY_DIFFUSERS_MARK,
-    OFFICIAL_MARK,
     QUANTO_MARK,
+    TRANSFORMER_MARKS,
     UNMERGED_MARK,
     VIDEO_MARKS,
     is_controlnet,
@@ -31,7 +30,7 @@ KINDS = (
     (("lyric_embs.", "vocoder.backbone."), "a part of ACE-Step, which makes music"),
     (("decoder.up_blocks.0.resnets.", "decoder.up.0.block.", "first_stage_model."), "the VAE of another model"),
     (("encoder.down_blocks.1.0.conv1.", "encoder.stages.1.op_list."), "a DC-AE, the autoencoder of SANA"),
-    ((OFFICIAL_MARK, DIFFUSERS_MARK, EARLY_DIFFUSERS_MARK), "a SANA transformer"),
+    ((*TRANSFORMER_MARKS, EARLY_DIFFUSERS_MARK), "a SANA transformer"),
     (("layers.0.post_feedforward_layernorm.",), "a Gemma text encoder"),
     (("text_model.encoder.layers.0.", "encoder.block.0.layer.0."), "the text encoder of another model"),
     (

@@ -17,6 +17,7 @@ OFFICIAL_LINEAR_MARK = "blocks.0.mlp.inverted_conv.linear.weight"  # where the 1
 DIFFUSERS_MARK = "transformer_blocks.0.ff.conv_inverted.weight"
 EARLY_DIFFUSERS_MARK = "transformer_blocks.0.ff.inverted_conv.conv.weight"  # of late 2024, and of ACE-Step
 EARLY_DIFFUSERS_EMBEDDING = "pos_embed.proj.weight"  # which ACE-Step lacks
+TRANSFORMER_MARKS = (OFFICIAL_MARK, OFFICIAL_LINEAR_MARK, DIFFUSERS_MARK)  # each enough to tell one
 CONTROL_MARK = "controlnet_blocks.0.weight"  # of diffusers' ControlNet, which has the marks of a transformer as well
 OFFICIAL_CONTROL_MARK = "controlnet.0.copied_block.mlp.inverted_conv.conv.weight"  # beside the transformer's own
 CONTROL_BLOCK = re.compile(r"(?:.+\.)?controlnet(?:_blocks)?\.(\d+)\.")  # what names in either dialect begin with
@@ -132,7 +133,7 @@ def is_transformer(names: Mapping[str, object]) -> bool:
         return False
     early = dialect_prefix(names, EARLY_DIFFUSERS_MARK)
     return (early is not None and early + EARLY_DIFFUSERS_EMBEDDING in names) or any(
-        _transformer_prefix(names, mark) is not None for mark in (OFFICIAL_MARK, OFFICIAL_LINEAR_MARK, DIFFUSERS_MARK)
+        _transformer_prefix(names, mark) is not None for mark in TRANSFORMER_MARKS
     )
 
 

@@ -87,7 +87,7 @@ def identify_transformer(file: TensorFile, variant: str | None = None) -> Transf
 
 
 def _identity(tensors: Mapping[str, Tensor], file: TensorFile, variant: str | None) -> TransformerIdentity:
-    """What the header tells, else what the tensors and the configuration do, else the given variant."""
+    """The given variant; without one what the header tells, else what the tensors and the configuration do."""
     header = read_header(file)
     told = None if variant else told_identity(header)
     if told is not None:

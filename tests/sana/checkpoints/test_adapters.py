@@ -219,6 +219,14 @@ def test_a_broken_configuration_is_named(tmp_path: Path, caplog: pytest.LogCaptu
     assert caplog.messages[0].startswith("The strength of adapter_model.safetensors is not known")
 
 
+@pytest.mark.parametrize("end", ["", ".weight", ".default.weight", ".my_style.weight"])
+def test_magnitudes_are_scales_of_rows_whatever_the_adapter_is_called(end: str) -> None:
+    found = adapters.prepare({f"transformer.{FIRST}.lora_magnitude_vector{end}": torch.arange(3.0)}, {})
+    assert {name: part.tolist() for name, part in found.items()} == {
+        f"transformer.{FIRST}.dora_scale": [[0.0], [1.0], [2.0]]
+    }
+
+
 @pytest.mark.parametrize(
     "name",
     [

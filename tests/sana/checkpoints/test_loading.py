@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -263,8 +263,11 @@ def test_parts_of_sana_in_the_place_of_each_other_are_named(tmp_path: Path, diff
     autoencoder = diffusers_autoencoder(tiny_autoencoder_config("dc-ae-f32c32-sana-1.1", depth=1)).state_dict()
     path = write(tmp_path, autoencoder, "ae.safetensors")
     assert refusal(lambda: load_transformer(path)) == f"{path.name} is a DC-AE, the autoencoder of SANA; {ADVICE}"
-    path = write(tmp_path, diffusers, "sana.safetensors")
-    assert refusal(lambda: load_autoencoder(path)) == f"sana.safetensors is a SANA transformer; {VAE_ADVICE}"
+    official = official_transformer(diffusers)
+    linear = {name.replace("_conv.conv", "_conv.linear"): part for name, part in official.items()}
+    for tensors in (diffusers, official, linear):
+        path = write(tmp_path, tensors, "sana.safetensors")
+        assert refusal(partial(load_autoencoder, path)) == f"sana.safetensors is a SANA transformer; {VAE_ADVICE}"
 
 
 def test_an_empty_file_is_named(tmp_path: Path) -> None:
