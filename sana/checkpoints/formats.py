@@ -1,7 +1,11 @@
 """Formats of quantised weights, as data: by which tensor names each is known. The host and the shell read these tables."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 
 class QuantisedFormat(NamedTuple):
@@ -14,6 +18,7 @@ class QuantisedFormat(NamedTuple):
 
 
 COMFY_LAYER = ".comfy_quant"  # behind the name of a layer: its format, JSON as bytes
+COMFY_FOUR_BITS = ("nvfp4", "convrot_w4a4", "asym_w4a8_int8")  # of these, in which two numbers share a byte
 COMFY_MODEL = "scaled_fp8"  # of files for older hosts, which tell the format once for all matrices
 COMFY = QuantisedFormat(
     "ComfyUI",
@@ -37,3 +42,22 @@ def companions(names: Iterable[str]) -> list[str]:
     """The names, sorted, that only stand beside quantised weights."""
     ends = tuple(end for row in FORMATS for end in (*row.marks, *row.companions))
     return sorted(name for name in names if name.endswith(ends))
+
+
+def layer_format(tensors: Mapping[str, Tensor], layer: str) -> dict[str, object]:
+    """What ComfyUI tells of a layer: the name of its format as `format`, and more; {}: nothing that is JSON of an object."""
+    stored = tensors.get(layer + COMFY_LAYER)
+    try:
+        found = {} if stored is None else json.loads(stored.to("cpu", torch.uint8).contiguous().numpy().tobytes())
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def numbers_per_element(tensors: Mapping[str, Tensor], name: str) -> int:
+    """How many numbers of a matrix one element of its tensor holds: two in formats of 4 bits. name: ends in ".weight".
+
+    Packing halves the second axis of a matrix and leaves its first one alone.
+    """
+    told = layer_format(tensors, name.removesuffix(".weight")).get("format")
+    return 2 if tensors[name].dtype == torch.uint8 or told in COMFY_FOUR_BITS else 1

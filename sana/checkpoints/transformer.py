@@ -28,6 +28,7 @@ from ..networks.operations import Operations
 from ..networks.transformer import SanaTransformer
 from .files import CheckpointError, TensorFile, read_json, read_tensors
 from .filling import fill
+from .formats import numbers_per_element
 from .header import read_header, told_identity
 from .kinds import describe
 from .names import control_blocks, is_transformer, to_transformer_names
@@ -189,7 +190,7 @@ def detect_transformer(
     """
     hidden_size, channels = _matrix(tensors, "patch_embed.proj.weight", file)
     _, text_width = _matrix(tensors, "caption_projection.linear_1.weight", file)
-    _, ff_width = _matrix(tensors, "transformer_blocks.0.ff.conv_point.weight", file)
+    depthwise = _tensor(tensors, "transformer_blocks.0.ff.conv_depth.weight", file)  # no matrix, so nobody packs it
     guidance_embed = any(name.startswith("time_embed.guidance_embedder.") for name in tensors)
     base, interpolation = _positions(file)
     return TransformerConfig(
@@ -198,7 +199,7 @@ def detect_transformer(
         cross_heads=cross_heads or _cross_heads(hidden_size, file),
         text_width=text_width,
         channels=channels,
-        ff_width=ff_width,
+        ff_width=depthwise.shape[0] // 2,
         qk_norm=any(name.endswith((".norm_q.weight", ".norm_k.weight")) for name in tensors),
         guidance_embed=guidance_embed,
         continuous_time=guidance_embed or file.config.get("timestep_scale") == 0.001,
@@ -208,16 +209,23 @@ def detect_transformer(
     )
 
 
-def _matrix(tensors: Mapping[str, Tensor], name: str, file: TensorFile) -> torch.Size:
-    """Rows and columns of a matrix that tells a size of the network."""
-    if name not in tensors:
-        raise CheckpointError(f"{file.path.name} lacks {name}; the download may be incomplete")
-    if tensors[name].ndim != 2:
-        sizes = tuple(tensors[name].shape)
+def _matrix(tensors: Mapping[str, Tensor], name: str, file: TensorFile) -> tuple[int, int]:
+    """Outputs and inputs of a matrix that tells sizes of the network, in numbers, however many of them share a byte."""
+    matrix = _tensor(tensors, name, file)
+    if matrix.ndim != 2:
+        sizes = tuple(matrix.shape)
         raise CheckpointError(
             f"{file.path.name}: tensor {name} has shape {sizes} and is no matrix; it is another model"
         )
-    return tensors[name].shape
+    rows, columns = matrix.shape
+    return rows, columns * numbers_per_element(tensors, name)
+
+
+def _tensor(tensors: Mapping[str, Tensor], name: str, file: TensorFile) -> Tensor:
+    """A tensor that tells a size of the network."""
+    if name not in tensors:
+        raise CheckpointError(f"{file.path.name} lacks {name}; the download may be incomplete")
+    return tensors[name]
 
 
 def _cross_heads(hidden_size: int, file: TensorFile) -> int:

@@ -171,6 +171,42 @@ def test_the_scheduler_of_a_pipeline_tells_the_flow_shift(
         assert (identity.variant, identity.flow_shift) == (variant, flow_shift)
 
 
+@pytest.mark.parametrize("points", [False, True], ids=["linear", "with 1x1 convolutions"])
+@pytest.mark.parametrize(
+    ("form", "dtype", "columns"),
+    [
+        ("float8_e4m3fn", torch.float8_e4m3fn, 1),
+        ("int8_tensorwise", torch.int8, 1),
+        ("nvfp4", torch.uint8, 2),
+        (None, torch.uint8, 2),  # the header tells the format, not a tensor
+        ("convrot_w4a4", torch.int8, 2),
+        ("asym_w4a8_int8", torch.int8, 2),
+    ],
+)
+def test_sizes_are_those_of_the_numbers_and_not_of_the_bytes(
+    diffusers: Tensors, form: str | None, dtype: torch.dtype, columns: int, points: bool
+) -> None:
+    """A format of 4 bits halves the second axis of a matrix."""
+    told = torch.frombuffer(bytearray(json.dumps({"format": form}).encode()), dtype=torch.uint8)
+    packed = dict(diffusers)
+    for name, tensor in diffusers.items():
+        point = tensor.shape[2:] == (1, 1)
+        if tensor.ndim == 2 and name.endswith(".weight") or (point and points):
+            rows, numbers = tensor.shape[:2]
+            packed[name] = torch.empty(rows, numbers // columns, dtype=dtype)
+            packed |= {f"{name.removesuffix('weight')}comfy_quant": told} if form else {}
+    assert (packed["patch_embed.proj.weight"].dtype == dtype) == points
+    found = identify_transformer(TensorFile(FILE, packed, config=HEADS))
+    assert found == identify_transformer(TensorFile(FILE, diffusers, config=HEADS))
+
+
+def test_a_format_that_is_no_json_tells_nothing(diffusers: Tensors) -> None:
+    broken = {"caption_projection.linear_1.comfy_quant": torch.zeros(9, dtype=torch.uint8)}
+    broken["patch_embed.proj.comfy_quant"] = torch.frombuffer(bytearray(b"[1]"), dtype=torch.uint8)
+    found = identify_transformer(TensorFile(FILE, {**diffusers, **broken}, config=HEADS))
+    assert found == identify_transformer(TensorFile(FILE, diffusers, config=HEADS))
+
+
 def test_a_network_that_was_never_released_is_custom(diffusers: Tensors) -> None:
     identity = identify_transformer(TensorFile(FILE, diffusers, config=HEADS))
     assert identity.config == tiny_config("sana-0.6b-1024px")
