@@ -46,6 +46,7 @@ def _transformer_lines(identity: TransformerIdentity) -> list[str]:
     traits += ["query and key norms"] if config.qk_norm else []
     traits += ["a guidance embedding"] if config.guidance_embed else []
     traits += ["a position table"] if config.position_base else []
+    traits += [f"a Mix-FFN padded to {config.ff_width}"] if row and config.ff_width != row.transformer.ff_width else []
     traits += [f"a ControlNet of {config.control_blocks} blocks"] if config.control_blocks else []
     encoder = (
         "Gemma-2-2b-it"

@@ -37,6 +37,7 @@ SIXTEEN_BITS = ("float16", "bfloat16")  # what models are released in; 8 bits on
 SIBLING_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}  # by the suffix that diffusers gives to a copy in 16 bits
 # Sides in pixels that the position buffer of an official file was made for, by its length, with the position settings.
 POSITIONS_2K_4K = {64**2: (64, 1.0), 128**2: (128, 2.0)}
+FF_MULTIPLE = 64  # to which NVlabs' convert_sana_to_svdquant.py rounds up the inner width of the Mix-FFN, with zeros
 
 
 class FoundTransformer(NamedTuple):
@@ -114,12 +115,19 @@ def _given_identity(variant: str, tensors: Mapping[str, Tensor], file: TensorFil
     fitting = replace(
         row.transformer, position_base=found.position_base, position_interpolation=found.position_interpolation
     )
-    if fitting != found:
+    if not _is_padded_or_same(found, fitting):
         raise CheckpointError(
             f"{file.path.name} has {found.depth} blocks of width {found.hidden_size} and is no {variant}; give the variant "
             "that it is, or none"
         )
-    return TransformerIdentity(row.transformer, variant, row.base_size, row.flow_shift, row.dtype, "the given variant")
+    config = replace(row.transformer, ff_width=found.ff_width)
+    return TransformerIdentity(config, variant, row.base_size, row.flow_shift, row.dtype, "the given variant")
+
+
+def _is_padded_or_same(found: TransformerConfig, released: TransformerConfig) -> bool:
+    """Whether a network is a released one, as it is or with a Mix-FFN that a converter has made wider without effect."""
+    padded = math.ceil(released.ff_width / FF_MULTIPLE) * FF_MULTIPLE
+    return found in (released, replace(released, ff_width=padded))
 
 
 def _complete_identity(config: TransformerConfig, stored: str, file: TensorFile) -> TransformerIdentity:
@@ -135,7 +143,7 @@ def _complete_identity(config: TransformerConfig, stored: str, file: TensorFile)
     rows = [
         (name, row)
         for name, row in VARIANTS.items()
-        if row.transformer == config and base_size in (None, row.base_size)
+        if _is_padded_or_same(config, row.transformer) and base_size in (None, row.base_size)
     ]
     if not rows:
         default = None if config.guidance_embed else DEFAULT_FLOW_SHIFT

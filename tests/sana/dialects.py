@@ -78,6 +78,23 @@ def official_transformer(tensors: Tensors, positions: int = 1024) -> Tensors:
     return found
 
 
+def padded(tensors: Tensors, inner: int) -> Tensors:
+    """A transformer in diffusers' names whose Mix-FFN has zeros up to a width, each half of it by itself.
+
+    NVlabs/Sana tools/convert_scripts/convert_sana_to_svdquant.py, handle_mismatched_shapes.
+    """
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        if ".ff.conv_point." in name:
+            zeros = tensor.new_zeros(tensor.shape[0], inner - tensor.shape[1], 1, 1)
+            found[name] = torch.cat([tensor, zeros], dim=1)
+        elif ".ff." in name:
+            halves = tensor.chunk(2)
+            zeros = tensor.new_zeros(inner - len(halves[0]), *tensor.shape[1:])
+            found[name] = torch.cat([halves[0], zeros, halves[1], zeros])
+    return found
+
+
 def official_controlnet(trunk: Tensors, control: Tensors) -> Tensors:
     """A transformer and its ControlNet in one file, as NVlabs publishes it: the embeddings are there once."""
     found = official_transformer(trunk)

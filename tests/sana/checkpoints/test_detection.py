@@ -1,6 +1,7 @@
 """What a file holds, from its tensors, and what they cannot tell, from what stands beside them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from sana.checkpoints.names import HEADER_TENSOR
 from sana.checkpoints.transformer import identify_transformer
 from sana.config import AUTOENCODERS, VARIANTS, TransformerIdentity
 from sana.networks.transformer import SanaTransformer
+from tests.sana.dialects import padded
 from tests.sana.released import released
 from tests.sana.twins import tiny_config
 
@@ -169,6 +171,32 @@ def test_the_scheduler_of_a_pipeline_tells_the_flow_shift(
     for path in (tmp_path / "transformer", tmp_path / "transformer" / "model.safetensors"):
         identity = identify_transformer(TensorFile(path, dict(network.state_dict()), config=config))
         assert (identity.variant, identity.flow_shift) == (variant, flow_shift)
+
+
+@pytest.mark.parametrize(
+    ("name", "inner", "known"),
+    [
+        ("Sana_1600M_1024px", 5632, True),
+        ("Sana_1600M_4Kpx", 5632, True),
+        ("Sprint_1.6B", 5632, True),
+        ("Sana_1600M_1024px", 5664, False),
+        ("Sana_1600M_1024px", 5696, False),  # a multiple of 64, but not the next one
+        ("Sana_600M_1024px", 2944, False),  # 2880 is a multiple of 64 already
+    ],
+)
+def test_zeros_that_a_converter_adds_do_not_hide_the_variant(name: str, inner: int, known: bool) -> None:
+    file = released("transformers", "diffusers", name)
+    plain = identify_transformer(TensorFile(FILE, file.tensors, config=file.config))
+    wider = TensorFile(FILE, padded(file.tensors, inner), config=file.config)
+    found = identify_transformer(wider)
+    assert found.config == replace(plain.config, ff_width=inner)
+    assert (replace(found, config=plain.config) == plain) == known and (found.variant == "custom") != known
+    if known:
+        given = identify_transformer(wider, plain.variant)
+        assert (given.config, given.variant, given.base_size) == (found.config, plain.variant, plain.base_size)
+    else:
+        with pytest.raises(CheckpointError, match=f"^model.safetensors has .* and is no {plain.variant}; give"):
+            identify_transformer(wider, plain.variant)
 
 
 @pytest.mark.parametrize("points", [False, True], ids=["linear", "with 1x1 convolutions"])

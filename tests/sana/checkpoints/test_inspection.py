@@ -18,7 +18,7 @@ from sana.checkpoints.names import HEADER_TENSOR
 from sana.checkpoints.transformer import identify_transformer, transformer_tensors
 from sana.checkpoints.writing import convert
 from sana.config import TransformerIdentity
-from tests.sana.dialects import early_diffusers_transformer, official_transformer, original_autoencoder
+from tests.sana.dialects import early_diffusers_transformer, official_transformer, original_autoencoder, padded
 from tests.sana.released import released
 from tests.sana.twins import (
     STRUCTURES,
@@ -65,6 +65,16 @@ def test_five_lines_on_a_released_transformer(tmp_path: Path) -> None:
         "made for 1024 px (from its position buffer), no flow shift (Sprint), guidance 4.5",
         "compute in bfloat16 or float32; needs a DC-AE f32c32 and Gemma-2-2b-it",
     ]
+
+
+def test_a_padded_mix_ffn_is_told(tmp_path: Path) -> None:
+    tensors = released("transformers", "diffusers", "Sana_1600M_1024px").tensors
+    told = {}
+    for form in (tensors, padded(tensors, 5632)):
+        lines = describe_file(write_empty(tmp_path / "sana.safetensors", form)).splitlines()
+        told[len(told)] = lines[2:]
+    assert told[0][0] == "sana-1.6b-1024px, as Efficient-Large-Model/Sana_1600M_1024px_BF16: 20 blocks of width 2240"
+    assert told[1] == [f"{told[0][0]}, a Mix-FFN padded to 5632", *told[0][1:]]
 
 
 def test_five_lines_on_a_released_autoencoder(tmp_path: Path) -> None:

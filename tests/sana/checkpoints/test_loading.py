@@ -20,7 +20,7 @@ from sana.checkpoints.transformer import build_transformer, find_transformer
 from sana.config import AutoencoderConfig
 from sana.networks.autoencoder import DCAutoencoder
 from sana.networks.transformer import SanaTransformer
-from tests.sana.dialects import early_diffusers_transformer, official_transformer, original_autoencoder
+from tests.sana.dialects import early_diffusers_transformer, official_transformer, original_autoencoder, padded
 from tests.sana.measures import mapped_bytes, peak_bytes, relative_error
 from tests.sana.twins import (
     FAMILIES,
@@ -67,6 +67,15 @@ def refusal(call: Callable[[], object]) -> str:
 
 
 # Layouts
+
+
+def test_a_padded_mix_ffn_gives_the_same_velocity(tmp_path: Path, diffusers: Tensors) -> None:
+    inputs = torch.randn(2, 32, 3, 5), torch.tensor([999.0, 20.0]), torch.randn(2, 7, TEXT_WIDTH)
+    plain = load_transformer(write(tmp_path / "plain", diffusers))
+    wider = load_transformer(write(tmp_path / "wider", padded(diffusers, 256)))
+    assert (plain.config.ff_width, wider.config.ff_width) == (240, 256)
+    with torch.no_grad():
+        assert relative_error(wider(*inputs), plain(*inputs)) <= 1e-6
 
 
 @pytest.mark.parametrize("variant", STRUCTURES)
