@@ -48,6 +48,8 @@ STRANGERS = {
     "networks.transformer": {"networks.autoencoder", "networks.streaming"},
     "networks.autoencoder": {"networks.transformer"},
     "text.gemma": {"networks.transformer", "networks.autoencoder"},
+    "checkpoints.pickles": {"config", "networks", "text", "checkpoints.files", "checkpoints.archives"},
+    "checkpoints.archives": {"config", "networks", "text", "checkpoints.files", "checkpoints.names"},
     "checkpoints.files": {"config", "networks", "text", "checkpoints.names", "checkpoints.kinds"},
     "checkpoints.names": {"config", "networks", "text", "checkpoints.files"},
 }

@@ -1,27 +1,25 @@
 """Tensors out of files: safetensors, PyTorch pickles, folders of shards, and what stands beside them.
 
-Files are mapped into memory, not read, and pickles are opened with `weights_only`, which refuses code. Nothing here knows
-what the tensors mean.
+Files are mapped into memory, not read. Nothing here knows what the tensors mean.
 """
 
 import json
 import os
-import pickle
 import re
-import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from .archives import DAMAGE, STARTS, read_archive
+from .pickles import RefusedPickle
 
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
 SAFETENSORS = (".safetensors", ".sft")
 SUFFIXES = (*SAFETENSORS, *PICKLES)
-PICKLE_STARTS = (b"PK\x03\x04", b"\x80")  # of the zip files of today, and of the format before PyTorch 1.6
 HEADER_PLACE = 8  # bytes before the header of safetensors, which is a JSON object
 # What people have in the place of a checkpoint, by how it begins in small letters.
 STAND_INS = {
@@ -30,52 +28,12 @@ STAND_INS = {
     b"{": "JSON without tensors; give the file or folder that holds them",
     b"gguf": "GGUF, which SANA is not read from; use safetensors",
 }
-# What PyTorch's unpickler raises where the bytes make no sense.
-DAMAGE = (
-    RuntimeError,
-    EOFError,
-    ValueError,
-    OSError,
-    LookupError,
-    AssertionError,
-    TypeError,
-    AttributeError,
-    struct.error,
-)
-# Keys under which training code files its tensors; the first one that has any counts.
-WRAPPERS = (
-    *("state_dict", "model", "module", "model_state_dict", "params", "net", "generator", "student", "weights"),
-    *("state_dict_ema", "ema", "model_ema", "ema_model", "params_ema"),
-)
 # What PyTorch writes into names of a network that was compiled, sharded or recomputed, not counted at their beginning,
 # where it stands before every name, as any prefix does.
 NAME_PARTS = re.compile(r"(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# What numbers and arrays of NumPy are made of in a pickle. Training code keeps such beside tensors, as the state of its
-# random numbers.
-ARRAY_PARTS = (
-    *("numpy.ndarray", "numpy.dtype"),
-    *("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
-    *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
-)
 PLAIN_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")  # of a model, in a folder with other things
 DIFFUSERS_CLASSES = ("SanaTransformer2DModel", "SanaControlNetModel", "AutoencoderDC")  # in their config.json
 SHARD = re.compile(r"-\d{5}-of-(\d{5})(?=\.|$)")  # of a stem; older files name their format behind it
-
-
-class Unread:
-    """Stands where a pickle has something that nobody asks for, and does nothing."""
-
-    def __init__(self, *parts: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-    @classmethod
-    def named(cls, name: str) -> type:
-        """A class of this kind that says it is MODULE.NAME. PyTorch's list of what a pickle may hold goes by such names."""
-        module, _, short = name.rpartition(".")
-        return type(short, (cls,), {"__module__": module})
 
 
 class CheckpointError(ValueError):
@@ -232,10 +190,10 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{path.name} cannot be opened ({error.strerror}); check who may read it") from error
     if start[HEADER_PLACE : HEADER_PLACE + 1] == b"{":
         return _read_safetensors(path)
-    if start.startswith(PICKLE_STARTS):
+    if start.startswith(STARTS):
         if path.suffix in SAFETENSORS:  # by which PyTorch and the host choose how to read it
             raise CheckpointError(f"{path.name} is a PyTorch file; rename it to {path.stem}.pth")
-        return _read_pickle(path), {}
+        return _read_archive(path), {}
     for beginning, what in STAND_INS.items():
         if start.lstrip().lower().startswith(beginning):
             raise CheckpointError(f"{path.name} is {what}")
@@ -250,17 +208,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise _unreadable(path, f" ({error})") from error
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def _read_archive(path: Path) -> dict[str, Tensor]:
     try:
-        found = _load_pickle(path)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path.name} needs code to be read and is refused, because opening it could run anything; "
-            "use a file that holds tensors only, such as .safetensors"
-        ) from error
+        tensors = read_archive(path)
+    except RefusedPickle as error:
+        raise CheckpointError(f"{path.name} {error}") from error
     except DAMAGE as error:
         raise _unreadable(path) from error
-    tensors = _tensors_in(found)
     if not tensors:
         raise CheckpointError(f"{path.name} holds no tensors; give a checkpoint of a SANA model")
     return tensors
@@ -276,44 +230,3 @@ def _unreadable(path: Path, detail: str = "") -> CheckpointError:
     )
     hint = "the download may be incomplete" if path.suffix in SUFFIXES else "it is no checkpoint"
     return CheckpointError(f"{path.name} is not a readable {kind} file{detail}; {hint}")
-
-
-def _tensors_in(found: object) -> dict[str, Tensor]:
-    if not isinstance(found, Mapping):
-        return {}
-    wrapped = (_tensors_in(found.get(wrapper)) for wrapper in WRAPPERS)
-    own = {name: value for name, value in found.items() if isinstance(value, Tensor)}
-    return next(filter(None, wrapped), own)
-
-
-@contextmanager
-def _arrays_unread() -> Iterator[None]:
-    """Has stand-ins in the place of what arrays of NumPy are made of.
-
-    Others may have marked the real ones as safe, as ComfyUI does. Of two things with one name PyTorch takes any, and the
-    real ones do not take a stand-in for a part.
-    """
-    kept = torch.serialization.get_safe_globals()
-    others = [found for found in kept if _global_name(found) not in ARRAY_PARTS]
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals([*others, *map(Unread.named, ARRAY_PARTS)])
-    try:
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(kept)
-
-
-def _global_name(found: object) -> str:
-    return found[1] if isinstance(found, tuple) else f"{found.__module__}.{found.__qualname__}"
-
-
-def _load_pickle(path: Path) -> object:
-    with _arrays_unread():
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            # The format before PyTorch 1.6 cannot be mapped.
-            return torch.load(path, map_location="cpu", weights_only=True)
