@@ -1,6 +1,7 @@
 """Pictures: from files, to tensors, and from what an autoencoder decodes."""
 
 import struct
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,23 +12,27 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
+from .reading import check_file
+
 # What is opened, by Pillow's names. Others may start a program to be read, as EPS does.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 SUFFIXES = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".avifs"),
 )
+MOST_PIXELS = (
+    8192**2
+)  # 200 MB in RGB; the largest that a model draws has a quarter, and cameras of today have 61 million
 SIDEWAYS = range(5, 9)  # Exif orientations that swap height and width
 # What Pillow and its libraries raise where the bytes of a picture make no sense.
 DAMAGE = (
     *(OSError, SyntaxError, ValueError, TypeError, RuntimeError, EOFError, LookupError, ArithmeticError, struct.error),
-    Image.DecompressionBombError,
 )
 
 
 def read_picture(path: Path) -> Image.Image:
     """A picture from a file in one of FORMATS, upright as its camera says.
 
-    Raises ValueError, with the path, if it is none or broken.
+    Raises ValueError, with the path, if it is none, broken, or larger than MOST_PIXELS.
     """
     with _opened(path) as picture:
         return _in_8_bits(ImageOps.exif_transpose(picture))
@@ -55,12 +60,26 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     Image.init()
     known = [name for name in FORMATS if name in Image.OPEN]  # older versions of Pillow have no AVIF
     try:
-        with Image.open(path, formats=known) as picture:
+        check_file(path)
+        with _quietly_opened(path, known) as picture:
+            if picture.width * picture.height > MOST_PIXELS:
+                raise Image.DecompressionBombError
             yield picture
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{path} has more than {MOST_PIXELS:,} px, which is 8192 x 8192; make it smaller first"
+        ) from error
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is not a picture; give a PNG or JPEG file") from error
     except DAMAGE as error:
         raise ValueError(f"{path} cannot be read as a picture ({error}); give another file") from error
+
+
+def _quietly_opened(path: Path, formats: list[str]) -> Image.Image:
+    """Without Pillow's warning of a picture that is refused anyway."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(path, formats=formats)
 
 
 def on_white(picture: Image.Image) -> Image.Image:

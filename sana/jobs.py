@@ -15,6 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from .checkpoints.files import read_tensors, replacing
+from .reading import check_file, parse_json
 
 CHUNK = "sana"  # of a PNG, the text that holds its record
 SAMPLE = 64  # numbers of each tensor that tell a model from another; training changes all of them
@@ -33,12 +34,15 @@ class Job(NamedTuple):
 def read_prompts(path: Path) -> list[str]:
     """The lines of a text file that are not blank. A line ends at a line feed, and at no other character.
 
-    Raises ValueError for a file that is no UTF-8 or holds no prompt, and OSError.
+    Raises ValueError for what is no file, is no UTF-8 or holds no prompt, and OSError.
     """
     try:
+        check_file(path)
         text = path.read_bytes().decode("utf-8-sig")  # editors of Windows begin a file with a mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text in UTF-8; write one prompt on each line") from error
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}); give a text file with one prompt on each line") from error
     prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"{path} holds no prompt; write one on each line")
@@ -105,8 +109,9 @@ def _key(record: Record) -> int:
 def read_record(path: Path) -> Record | None:
     """What a picture was drawn with, from the beginning of its file; None for what is no picture of this package."""
     try:
+        check_file(path)
         with PngImageFile(path) as picture:  # not Image.open, which refuses our largest
-            found = json.loads(picture.info[CHUNK])
+            found = parse_json(picture.info[CHUNK])
     except (OSError, SyntaxError, ValueError, LookupError, TypeError):
         return None
     return found if isinstance(found, dict) else None

@@ -29,13 +29,14 @@ RUNTIME = {"torch", "safetensors", "einops", "numpy", "PIL", "tqdm", "tokenizers
 # The rooms of sana/, from the ground up, and which others each may use. A room is a folder or a module beside the folders.
 ROOMS = {
     "config": set(),
-    "images": set(),
+    "reading": set(),
+    "images": {"reading"},
     "networks": {"config"},
     "text": {"config", "networks"},
     "sampling": {"config", "networks"},
-    "checkpoints": {"config", "networks", "text"},
+    "checkpoints": {"config", "reading", "networks", "text"},
     "plan": {"config", "text", "sampling"},
-    "jobs": {"checkpoints"},
+    "jobs": {"reading", "checkpoints"},
     "pipeline": {"config", "images", "networks", "text", "sampling", "checkpoints", "plan"},
     "training": {"config", "images", "networks", "text", "sampling", "checkpoints", "plan", "pipeline"},
 }

@@ -5,7 +5,6 @@ it outside the tensors: in the header of the file (diffusers' trainers), or in a
 (`PeftModel.save_pretrained`).
 """
 
-import json
 import logging
 import math
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..reading import parse_json
 from .files import NAME_PARTS, CheckpointError, read_json
 from .names import IN_BLOCK, OUTSIDE, OUTSIDE_SPRINT
 
@@ -109,7 +109,7 @@ def read_settings(metadata: Mapping[str, str] | None, path: Path) -> Settings:
 
 def _told(metadata: Mapping[str, str] | None) -> Settings:
     try:
-        found = json.loads((metadata or {}).get(HEADER, "{}"))
+        found = parse_json((metadata or {}).get(HEADER, "{}"))
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
@@ -189,7 +189,7 @@ def _number(value: object) -> float | None:
     """A finite number, or a text that is one."""
     try:
         found = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return found if math.isfinite(found) else None
 

@@ -14,13 +14,15 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..reading import MOST_JSON_BYTES, check_file, parse_json, read_bytes
 from .archives import DAMAGE, STARTS, read_archive
 from .pickles import RefusedPickle
 
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
 SAFETENSORS = (".safetensors", ".sft")
 SUFFIXES = (*SAFETENSORS, *PICKLES)
-HEADER_PLACE = 8  # bytes before the header of safetensors, which is a JSON object
+HEADER_PLACE = 8  # bytes before the header of safetensors, which tell its length; it is a JSON object
+MOST_HEADER_BYTES = 2**22  # of safetensors; the largest release has 1,600 tensors and 0.2 MB
 # What people have in the place of a checkpoint, by how it begins in small letters.
 STAND_INS = {
     b"version https://git-lfs": "a Git LFS pointer; run git lfs pull, or download the file itself",
@@ -98,6 +100,7 @@ def tensor_names(path: Path) -> dict[str, None]:
         names: dict[str, None] = {}
         for file in files:
             if file.suffix in SAFETENSORS:
+                _check_header(file)
                 with safe_open(file, framework="pt") as opened:
                     names.update(dict.fromkeys(NAME_PARTS.sub("", name) for name in opened.keys()))
         return names
@@ -110,7 +113,7 @@ def read_json(path: Path) -> dict[str, object]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(read_bytes(path, MOST_JSON_BYTES))
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from error
     return found if isinstance(found, dict) else {}
@@ -183,11 +186,7 @@ def _chosen(groups: dict[tuple[str, int], list[Path]], folder: Path) -> list[Pat
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors, and what the header says. The content tells what kind of file it is, whatever its name."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(64)
-    except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be opened ({error.strerror}); check who may read it") from error
+    start = _read_start(path)
     if start[HEADER_PLACE : HEADER_PLACE + 1] == b"{":
         return _read_safetensors(path)
     if start.startswith(STARTS):
@@ -200,7 +199,30 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     raise _unreadable(path)
 
 
+def _read_start(path: Path) -> bytes:
+    """The first bytes of a file. Raises CheckpointError for what is none, and for one that may not be read."""
+    try:
+        check_file(path)
+        with path.open("rb") as file:
+            return file.read(64)
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be opened ({error.strerror}); check who may read it") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path.name} cannot be opened ({error}); give a checkpoint file") from error
+
+
+def _check_header(path: Path) -> None:
+    """Raises CheckpointError if the header of safetensors is longer than that of any model, before it is read."""
+    length = int.from_bytes(_read_start(path)[:HEADER_PLACE], "little")
+    if MOST_HEADER_BYTES < length <= path.stat().st_size:  # one that is longer than its file is a damaged one
+        raise CheckpointError(
+            f"{path.name} has a header of {length:,} bytes, and no model needs more than {MOST_HEADER_BYTES:,}; take the "
+            "original file"
+        )
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    _check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import AutoencoderConfig, TransformerConfig, TransformerIdentity
+from ..reading import parse_json
 from .files import CheckpointError, TensorFile
 from .names import HEADER_TENSOR, dialect_prefix
 
@@ -36,7 +37,7 @@ def read_header(file: TensorFile) -> dict[str, object]:
     """What `transformer_header`, `autoencoder_header` or `header_tensor` wrote; {} if none did."""
     stored = file.metadata.get(HEADER) or stored_bytes(file, HEADER_TENSOR) or b"{}"
     try:
-        found = json.loads(stored)
+        found = parse_json(stored)
     except ValueError:  # an entry of somebody else
         return {}
     return found if isinstance(found, dict) else {}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..config import GemmaConfig, TransformerConfig
 from ..networks.operations import Operations
+from ..reading import parse_json
 from ..text.gemma import Gemma2
 from ..text.text_encoder import BOS, EOS, PAD, GemmaTextEncoder, JsonTokenizer, SentencePieceTokenizer, Tokenizer
 from .files import CheckpointError, TensorFile, read_tensors
@@ -93,7 +94,7 @@ def gemma_config(tensors: dict[str, Tensor], file: TensorFile) -> GemmaConfig:
 
 def _loaded(stored: bytes, file: TensorFile) -> object:
     try:
-        return json.loads(stored)
+        return parse_json(stored)
     except ValueError as error:
         raise CheckpointError(
             f"{file.path.name}: its tensor {CONFIG} is no JSON ({error}); download it again"

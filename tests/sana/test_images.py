@@ -1,6 +1,8 @@
 """Pictures from files and to tensors, and back."""
 
+import struct
 import subprocess
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -133,3 +135,36 @@ def test_pixels_survive_the_way_to_a_tensor_and_back() -> None:
 def test_a_decoded_image_is_rounded_to_the_nearest_of_256_values() -> None:
     image = torch.tensor([-1.5, -1.0, 0.0, 0.499 / 127.5, 0.501 / 127.5, 1.0, 1.5]).expand(3, 1, -1)
     assert np.asarray(to_picture(image))[0, :, 0].tolist() == [0, 0, 128, 128, 128, 255, 255]
+
+
+def blank_png(path: Path, width: int, height: int) -> Path:
+    """A grey picture of one colour, by its rows: a small file of any size."""
+    packed = zlib.compressobj(9)
+    data = b"".join(packed.compress(bytes(1 + width)) for _ in range(height)) + packed.flush()
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), (b"IDAT", data), (b"IEND", b""))
+    body = (
+        struct.pack(">I", len(part)) + kind + part + struct.pack(">I", zlib.crc32(kind + part)) for kind, part in chunks
+    )
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(body))
+    return path
+
+
+@pytest.mark.parametrize("size", [(8193, 8192), (13_300, 13_300), (20_000, 20_000), (2**31 - 1, 1)])
+def test_a_picture_that_unfolds_is_refused_before_it_does(
+    tmp_path: Path, size: tuple[int, int], recwarn: pytest.WarningsRecorder
+) -> None:
+    path = blank_png(tmp_path / "p.png", 1, 1)
+    whole = path.read_bytes()
+    header = whole[12:16] + struct.pack(">II", *size) + whole[24:29]
+    path.write_bytes(whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:])
+    for read in (read_size, read_picture):
+        with pytest.raises(ValueError) as caught:
+            read(path)
+        assert str(caught.value) == f"{path} has more than 67,108,864 px, which is 8192 x 8192; make it smaller first"
+    assert not recwarn.list
+
+
+def test_the_largest_picture_is_read(tmp_path: Path) -> None:
+    path = blank_png(tmp_path / "p.png", 8192, 8192)
+    assert read_size(path) == (8192, 8192)
+    assert read_picture(path).getextrema() == (0, 0)
