@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from . import autoencoder, controlnet, latent, loaders, sampling, text
+from .host.breakdown import contained
 from .host.register import register
 
 NODES = (*loaders.NODES, *text.NODES, *latent.NODES, *sampling.NODES, *autoencoder.NODES, *controlnet.NODES)
@@ -10,7 +11,7 @@ NODES = (*loaders.NODES, *text.NODES, *latent.NODES, *sampling.NODES, *autoencod
 
 class SanaExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return list(NODES)
+        return [contained(node) for node in NODES]
 
 
 async def comfy_entrypoint() -> SanaExtension:
