@@ -23,6 +23,7 @@ from .jobs import Job, Record, check_free, fingerprint, free_names, missing_jobs
 from .pipeline import SanaPipeline, model_path
 from .plan import Settings, make_plan
 from .sampling.solvers import SOLVERS
+from .saving import remove_leftovers
 from .text.prompt import INSTRUCTION
 
 PROJECT = "comfyui-sana"
@@ -152,6 +153,7 @@ def run_generate(options: argparse.Namespace) -> int:
     check_device(options.device)
     out = options.out or UNNAMED
     check_output(out)
+    remove_leftovers(out.parent)
     jobs = read_jobs(options)
     pictures = sum(job.batch_size for job in jobs)
     settings = read_settings(options)

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
-from .checkpoints.files import read_tensors, replacing
+from .checkpoints.files import read_tensors
 from .reading import check_file, parse_json
+from .saving import replacing
 
 CHUNK = "sana"  # of a PNG, the text that holds its record
 SAMPLE = 64  # numbers of each tensor that tell a model from another; training changes all of them

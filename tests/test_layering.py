@@ -30,15 +30,16 @@ RUNTIME = {"torch", "safetensors", "einops", "numpy", "PIL", "tqdm", "tokenizers
 ROOMS = {
     "config": set(),
     "reading": set(),
+    "saving": set(),
     "images": {"reading"},
     "networks": {"config"},
     "text": {"config", "networks"},
     "sampling": {"config", "networks"},
-    "checkpoints": {"config", "reading", "networks", "text"},
+    "checkpoints": {"config", "reading", "saving", "networks", "text"},
     "plan": {"config", "text", "sampling"},
-    "jobs": {"reading", "checkpoints"},
+    "jobs": {"reading", "saving", "checkpoints"},
     "pipeline": {"config", "images", "networks", "text", "sampling", "checkpoints", "plan"},
-    "training": {"config", "images", "networks", "text", "sampling", "checkpoints", "plan", "pipeline"},
+    "training": {"config", "images", "saving", "networks", "text", "sampling", "checkpoints", "plan", "pipeline"},
 }
 # What meets only where it is put together: each of these modules, and all that it uses, knows none of its strangers.
 STRANGERS = {

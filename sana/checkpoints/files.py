@@ -3,11 +3,9 @@
 Files are mapped into memory, not read. Nothing here knows what the tensors mean.
 """
 
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,20 +49,6 @@ class TensorFile:
     metadata: dict[str, str] = field(default_factory=dict)  # of a safetensors header
     config: dict[str, object] = field(default_factory=dict)  # of a `config.json` in the same folder
     siblings: frozenset[str] = frozenset()  # "fp16" of `name.fp16.safetensors` in the same folder as `name.safetensors`
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives an empty file beside this one to write to. It takes the place of `path` at the end, or vanishes after an error."""
-    unfinished = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        unfinished.touch()
-        mode = unfinished.stat().st_mode
-        yield unfinished
-        unfinished.chmod(mode)  # safetensors lets nobody else read what it writes
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path | str, component: str | None = None) -> TensorFile:
@@ -117,13 +101,6 @@ def read_json(path: Path) -> dict[str, object]:
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from error
     return found if isinstance(found, dict) else {}
-
-
-def write_json(path: Path, value: Mapping[str, object]) -> None:
-    """Write a JSON object as a whole or not at all; its folder is made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as unfinished:
-        unfinished.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_config(folder: Path) -> dict[str, object]:

@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,9 +19,10 @@ from ..config import (
 )
 from ..networks.autoencoder import DCAutoencoder
 from ..networks.transformer import SanaTransformer
+from ..saving import remove_leftovers, replacing, write_json
 from ..text.text_encoder import GemmaTextEncoder
 from .autoencoder import autoencoder_name, autoencoder_tensors, detect_autoencoder
-from .files import CheckpointError, read_tensors, replacing, write_json
+from .files import CheckpointError, read_tensors
 from .filling import FLOAT_DTYPES, FP8_DTYPES, check_numbers, check_tensors
 from .header import autoencoder_header, transformer_header
 from .kinds import describe
@@ -64,11 +64,9 @@ def convert(
     check_tensors(network.state_dict(), tensors, file.path.name)
     tensors = with_convolutions(tensors)
     stored = {name: _stored(tensor, dtype) for name, tensor in tensors.items()}
-    try:
-        with replacing(target) as unfinished:
-            save_file(stored, unfinished, {"format": "pt", **header})
-    except (SafetensorError, OSError) as error:
-        raise OSError(f"{target} cannot be written ({error}); give another place") from error
+    remove_leftovers(target.parent)
+    with replacing(target) as unfinished:
+        save_file(stored, unfinished, {"format": "pt", **header})
     return f"{target}: {what}, {len(tensors)} tensors"
 
 
@@ -89,7 +87,8 @@ def write_pipeline(
     _write(folder / "text_encoder", "model.safetensors", gemma.state_dict(), gemma_json(gemma.config), torch.float32)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(identity.flow_shift))
     write_json(folder / "tokenizer" / "tokenizer_config.json", TOKENIZER)
-    (folder / "tokenizer" / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+    with replacing(folder / "tokenizer" / "tokenizer.json") as unfinished:
+        unfinished.write_bytes(tokenizer.read_bytes())
     write_json(folder / "model_index.json", INDEX)
 
 

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..checkpoints.files import replacing
 from ..images import to_unit
 from ..networks.autoencoder import DCAutoencoder
+from ..saving import replacing
 from .flow import FlowBatch
 from .scenes import KIND_SHARE, RESOLUTIONS, Kind, Resolution, Scene, caption, draw, sample_scene
 

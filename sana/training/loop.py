@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from ..checkpoints.files import replacing, write_json
 from ..networks.devices import computes_bfloat16
+from ..saving import replacing, write_json
 
 PATIENCE = timedelta(hours=2)  # for the process that saves or draws; NCCL alone gives up after 10 minutes
 

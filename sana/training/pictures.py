@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..checkpoints.files import replacing
 from ..images import SUFFIXES, read_picture, read_size, to_tensor
 from ..networks.autoencoder import DCAutoencoder, encode_within_memory
 from ..sampling.resolution import nearest_bucket
+from ..saving import replacing
 from ..text.prompt import INSTRUCTION
 from ..text.text_encoder import GemmaTextEncoder
 from .flow import FlowBatch

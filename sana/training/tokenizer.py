@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from ..checkpoints.files import replacing
+from ..saving import replacing
 from ..text.text_encoder import BOS, PAD
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")

@@ -13,12 +13,12 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer, PreTrainedTokenizerFast
 
-from sana.checkpoints.files import write_json
 from sana.checkpoints.text_encoder import gemma_json
 from sana.checkpoints.writing import scheduler_json, write_pipeline
 from sana.config import GemmaConfig, TransformerConfig, TransformerIdentity
 from sana.networks.autoencoder import DCAutoencoder
 from sana.networks.transformer import SanaTransformer
+from sana.saving import write_json
 from sana.text.gemma import Gemma2
 from sana.text.prompt import INSTRUCTION
 from sana.text.text_encoder import BOS, GemmaTextEncoder, JsonTokenizer

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sana.checkpoints.files import CheckpointError, TensorFile, read_json, read_tensors, replacing, tensor_names
+from sana.checkpoints.files import CheckpointError, TensorFile, read_json, read_tensors, tensor_names
 from tests.sana.measures import mapped_bytes
 
 Tensors = dict[str, Tensor]
@@ -408,24 +408,6 @@ def test_only_an_object_is_a_configuration(tmp_path: Path) -> None:
     for value, expected in (([1], {}), (None, {}), ({"a": [1]}, {"a": [1]})):
         path.write_text(json.dumps(value))
         assert read_json(path) == expected
-
-
-# Writing
-
-
-def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path, tensors: Tensors) -> None:
-    path, other = tmp_path / "model.safetensors", tmp_path / "model.part"
-    path.write_text("before")
-    other.write_text("of somebody else")
-    with pytest.raises(KeyboardInterrupt), replacing(path) as unfinished:
-        unfinished.write_text("half")
-        raise KeyboardInterrupt
-    assert path.read_text() == "before"
-    with replacing(path) as unfinished:
-        save_file(tensors, unfinished)
-    assert_holds(read_tensors(path), tensors)
-    assert path.stat().st_mode == other.stat().st_mode  # others may read it as any file
-    assert sorted(tmp_path.iterdir()) == [other, path]
 
 
 def test_numbers_of_numpy_are_passed_over_where_others_have_marked_the_real_ones(

@@ -8,9 +8,9 @@ from diffusers import AutoencoderDC, SanaTransformer2DModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sana.checkpoints.files import write_json
 from sana.checkpoints.writing import autoencoder_json, convert, transformer_json, write_transformer
 from sana.config import VARIANTS, TransformerIdentity
+from sana.saving import write_json
 from tests.sana.dialects import official_transformer, original_autoencoder
 from tests.sana.twins import (
     FAMILIES,

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 import sana
 from sana.__main__ import INTERRUPTED
 from sana.checkpoints import writing
+from tests.sana.mishaps import kill_while, write_half
 from tests.sana.shell.commands import Shell, error_line, record
 
 ROOT = Path(sana.__file__).parents[1]
@@ -102,3 +103,14 @@ def test_a_conversion_that_stops_leaves_what_was_there(
     assert outcome.code == (1 if isinstance(error, Exception) else INTERRUPTED)
     assert [path.name for path in shell.folder.iterdir()] == ["out.safetensors"]
     assert target.read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["generate", "convert"])
+def test_a_command_removes_what_a_killed_one_was_writing(shell: Shell, model: Path, command: str) -> None:
+    kill_while(lambda: write_half(shell.folder / "out.png"))
+    assert len(list(shell.folder.iterdir())) == 1
+    if command == "generate":
+        (path,) = shell.draw("a cat")
+    else:
+        assert shell.run("convert", model / "vae", path := shell.folder / "out.safetensors").code == 0
+    assert list(shell.folder.iterdir()) == [path]
