@@ -25,6 +25,9 @@ from .filling import fill
 from .header import read_header
 from .kinds import describe
 from .names import is_autoencoder, to_autoencoder_names
+from .numbers import LARGEST, MOST_PARTS, beside, count_parts, number
+
+MOST_STAGES = 16  # that halve the resolution one after another; the deepest release has 8
 
 
 def load_autoencoder(
@@ -72,16 +75,33 @@ def detect_autoencoder(tensors: Mapping[str, Tensor], file: TensorFile) -> Autoe
         shortcuts=attention,  # only DC-AE 1.5 has neither
         out_activation="relu" if any(stage.attention for stage in decoder) else "silu",
     )
-    scale = file.config.get("scaling_factor", read_header(file).get("latent_scale"))
-    if type(scale) not in (int, float):
+    _check_sizes(config, file.path.name)
+    scale = number(file.config, "scaling_factor", beside(file.path.name))
+    told = {key: value for key, value in read_header(file).items() if type(value) in (int, float)}
+    scale = scale or number(told, "latent_scale", f"the header of {file.path.name}")
+    if scale is None:
         rows = [row for row in AUTOENCODERS.values() if replace(row, latent_scale=config.latent_scale) == config]
         scale = rows[0].latent_scale if rows else config.latent_scale
-    return replace(config, latent_scale=float(scale))
+    return replace(config, latent_scale=scale)
+
+
+def _check_sizes(config: AutoencoderConfig, name: str) -> None:
+    """Raises CheckpointError for sizes that no DC-AE has. name: of the file."""
+    if len(config.encoder) != len(config.decoder):
+        raise CheckpointError(
+            f"{name} has {len(config.encoder)} stages that encode and {len(config.decoder)} that decode; it is another model"
+        )
+    for stage in (*config.encoder, *config.decoder):
+        sizes = (stage.width, config.latent_channels, *stage.scales)
+        if not all(0 < size <= LARGEST for size in sizes) or stage.depth > MOST_PARTS:
+            raise CheckpointError(
+                f"{name} has a stage of {stage.depth} blocks with {stage.width} channels, kernels of {stage.scales} and "
+                f"{config.latent_channels} latent channels; it is another model"
+            )
 
 
 def _stages(tensors: Mapping[str, Tensor], root: str, file: TensorFile) -> tuple[StageConfig, ...]:
-    found = {int(match[1]) for name in tensors if (match := re.match(re.escape(root) + r"\.(\d+)\.", name))}
-    stages = [_stage(tensors, f"{root}.{i}.") for i in range(max(found, default=0) + 1)]
+    stages = [_stage(tensors, f"{root}.{i}.") for i in range(count_parts(tensors, root, file.path.name, MOST_STAGES))]
     if len(stages) < 3 or None in stages[1:]:
         raise CheckpointError(f"{file.path.name} lacks tensors of {root}; the download may be incomplete")
     if stages[0] is None:  # it left no tensor; every family doubles the width in the next stage

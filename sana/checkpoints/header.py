@@ -64,7 +64,9 @@ def _filled(kind: type[Filled], values: object) -> Filled | None:
 
 
 def _is_a(value: object, kind: type) -> bool:
-    """Whether a value has a type. An integer is a float too: JSON writes numbers without a fraction so."""
+    """Whether a value has a type. An integer is a float too: JSON writes numbers without a fraction so. A truth is no number."""
+    if isinstance(value, bool):
+        return kind is bool
     return isinstance(value, kind) or (isinstance(value, int) and (kind is float or float in get_args(kind)))
 
 

@@ -19,13 +19,13 @@ from .filling import fill
 from .header import stored_bytes
 from .kinds import describe
 from .names import dialect_prefix
+from .numbers import LARGEST, count_parts
 
 MARK = "layers.0.post_feedforward_layernorm.weight"
 # Tensors of bytes in single-file encoders: the tokenizer (the first is the host's convention) and the configuration.
 TOKENIZERS = {"spiece_model": SentencePieceTokenizer, "tokenizer_json": JsonTokenizer}
 CONFIG = "gemma_config"
 BUFFER = ".rotary_emb.inv_freq"  # which older files hold for every layer; it is computed
-LARGEST = 2**31  # above every number in a configuration
 MODEL_TYPE = "gemma2"  # in a Hugging Face config.json
 SOURCE = "Efficient-Large-Model/gemma-2-2b-it"
 
@@ -83,13 +83,31 @@ def gemma_config(tensors: dict[str, Tensor], file: TensorFile) -> GemmaConfig:
     """The configuration beside or in the file, or that of Gemma-2-2b. Raises CheckpointError for other sizes."""
     stored = stored_bytes(file, CONFIG)
     if stored is not None:
-        return _from_json(_loaded(stored, file), file.path.name)
+        return _checked(_from_json(_loaded(stored, file), file.path.name), tensors, file.path.name)
     if file.config.get("model_type") == MODEL_TYPE:
-        return _from_json(file.config, file.path.name)
-    width = tensors["norm.weight"].shape[0]
+        return _checked(_from_json(file.config, file.path.name), tensors, file.path.name)
+    norm = tensors.get("norm.weight")
+    if norm is None or norm.ndim != 1:
+        raise CheckpointError(f"{file.path.name} lacks norm.weight, or it is no row; the download may be incomplete")
+    width = norm.shape[0]
     if width == GemmaConfig.hidden_size:
         return GemmaConfig()
     raise CheckpointError(f"{file.path.name} has width {width}, not that of Gemma-2-2b; put its config.json beside it")
+
+
+def _checked(config: GemmaConfig, tensors: Mapping[str, Tensor], name: str) -> GemmaConfig:
+    """Raises CheckpointError for a number of layers that the tensors do not have, and for heads that share none."""
+    layers = count_parts(tensors, "layers", name)
+    if config.num_hidden_layers != layers:
+        raise CheckpointError(
+            f"{name} has {layers} layers, and its configuration tells of {config.num_hidden_layers}; take its original config.json"
+        )
+    if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
+        raise CheckpointError(
+            f"{name} has {config.num_attention_heads} heads of {config.head_dim} that share {config.num_key_value_heads} keys, "
+            "which no Gemma-2 has; take its original config.json"
+        )
+    return config
 
 
 def _loaded(stored: bytes, file: TensorFile) -> object:
@@ -118,8 +136,10 @@ def _from_json(stored: object, name: str) -> GemmaConfig:
     found = {field.name: values[field.name] for field in fields(GemmaConfig) if field.name in values}
     for key, value in found.items():
         whole = isinstance(getattr(GemmaConfig, key), int) and key != "query_pre_attn_scalar"
-        if type(value) is not int and (whole or type(value) is not float) or not 0 < value < LARGEST:
-            raise CheckpointError(f"{name} has {key} {value!r}, which no Gemma-2 has; take its original config.json")
+        if type(value) is not int and (whole or type(value) is not float) or not 0 < value <= LARGEST:
+            raise CheckpointError(
+                f"{name} has {key} {str(value)[:50]!r}, which no Gemma-2 has; take its original config.json"
+            )
     return GemmaConfig(**found)
 
 

@@ -7,7 +7,7 @@ the table of variants, which all have one guidance.
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -32,6 +32,7 @@ from .formats import numbers_per_element
 from .header import read_header, told_identity
 from .kinds import describe
 from .names import control_blocks, is_transformer, to_transformer_names
+from .numbers import beside, check_heads, check_transformer, count_parts, number, whole
 
 SIXTEEN_BITS = ("float16", "bfloat16")  # what models are released in; 8 bits only store, and float32 holds any of them
 SIBLING_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}  # by the suffix that diffusers gives to a copy in 16 bits
@@ -93,12 +94,23 @@ def _identity(tensors: Mapping[str, Tensor], file: TensorFile, variant: str | No
     header = read_header(file)
     told = None if variant else told_identity(header)
     if told is not None:
+        _check_told(told, file.path.name)
         return replace(told, dtype=_release_dtype(told.dtype, told.variant))
     if variant is None:
         found = _complete_identity(detect_transformer(tensors, file), _stored_dtype(tensors, file), file)
     else:
         found = _given_identity(variant, tensors, file)
     return replace(found, guidance_scale=_guidance_scale(header, file))
+
+
+def _check_told(told: TransformerIdentity, name: str) -> None:
+    """Raises CheckpointError for numbers that no header of ours tells."""
+    check_transformer(told.config, name)
+    check_heads(told.config.hidden_size, told.config.cross_heads, name)
+    numbers, place = asdict(told), f"the header of {name}"
+    whole(numbers, "base_size", place)
+    number(numbers, "flow_shift", place)
+    number(numbers, "guidance_scale", place)
 
 
 def _release_dtype(stored: str, variant: str) -> str:
@@ -132,8 +144,8 @@ def _is_padded_or_same(found: TransformerConfig, released: TransformerConfig) ->
 
 def _complete_identity(config: TransformerConfig, stored: str, file: TensorFile) -> TransformerIdentity:
     """Base size and flow shift from the configuration beside the tensors, a buffer among them, or the table."""
-    sample_size, buffer = file.config.get("sample_size"), _position_buffer(file)
-    if isinstance(sample_size, int):
+    sample_size, buffer = whole(file.config, "sample_size", beside(file.path.name)), _position_buffer(file)
+    if sample_size is not None:
         base_size, origin = sample_size * DOWNSAMPLE, "config.json"
     elif buffer:
         base_size, origin = math.isqrt(buffer) * DOWNSAMPLE, "its position buffer"
@@ -178,15 +190,16 @@ def _position_buffer(file: TensorFile) -> int:
 def _sibling_flow_shift(file: TensorFile) -> float | None:
     """From the scheduler of a diffusers pipeline folder."""
     folder = file.path if file.path.is_dir() else file.path.parent
-    scheduler = read_json(folder.parent / "scheduler" / "scheduler_config.json")
-    value = scheduler.get("flow_shift", scheduler.get("shift"))
-    return float(value) if isinstance(value, int | float) else None
+    path = folder.parent / "scheduler" / "scheduler_config.json"
+    scheduler = read_json(path)
+    return number(scheduler, "flow_shift", str(path)) or number(scheduler, "shift", str(path))
 
 
 def _guidance_scale(header: Mapping[str, object], file: TensorFile) -> float:
     """What the header or the configuration tells under `guidance_scale`, a key of ours; else that of the released models."""
-    value = header.get("guidance_scale", file.config.get("guidance_scale"))
-    return float(value) if type(value) in (int, float) else DEFAULT_GUIDANCE_SCALE
+    name = file.path.name
+    told = number(header, "guidance_scale", f"the header of {name}")
+    return told or number(file.config, "guidance_scale", beside(name)) or DEFAULT_GUIDANCE_SCALE
 
 
 def detect_transformer(
@@ -201,9 +214,9 @@ def detect_transformer(
     depthwise = _tensor(tensors, "transformer_blocks.0.ff.conv_depth.weight", file)  # no matrix, so nobody packs it
     guidance_embed = any(name.startswith("time_embed.guidance_embedder.") for name in tensors)
     base, interpolation = _positions(file)
-    return TransformerConfig(
+    config = TransformerConfig(
         hidden_size=hidden_size,
-        depth=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("transformer_blocks.")),
+        depth=count_parts(tensors, "transformer_blocks", file.path.name),
         cross_heads=cross_heads or _cross_heads(hidden_size, file),
         text_width=text_width,
         channels=channels,
@@ -215,6 +228,8 @@ def detect_transformer(
         position_interpolation=interpolation,
         control_blocks=control_blocks(file.tensors),
     )
+    check_transformer(config, file.path.name)
+    return config
 
 
 def _matrix(tensors: Mapping[str, Tensor], name: str, file: TensorFile) -> tuple[int, int]:
@@ -238,8 +253,9 @@ def _tensor(tensors: Mapping[str, Tensor], name: str, file: TensorFile) -> Tenso
 
 def _cross_heads(hidden_size: int, file: TensorFile) -> int:
     """The heads of the cross-attention leave no trace in the tensors; every release has heads 112 or 72 wide."""
-    heads = file.config.get("num_cross_attention_heads")
-    if isinstance(heads, int):
+    heads = whole(file.config, "num_cross_attention_heads", beside(file.path.name))
+    if heads is not None:
+        check_heads(hidden_size, heads, file.path.name)
         return heads
     for width in (112, 72):
         if hidden_size % width == 0:
@@ -252,9 +268,10 @@ def _cross_heads(hidden_size: int, file: TensorFile) -> int:
 
 def _positions(file: TensorFile) -> tuple[int | None, float]:
     """Base and interpolation of the position table: in the configuration, or told by the buffer of an official file."""
-    interpolation, sample_size = file.config.get("interpolation_scale"), file.config.get("sample_size")
-    if isinstance(interpolation, int | float) and isinstance(sample_size, int):
-        return sample_size, float(interpolation)
+    interpolation = number(file.config, "interpolation_scale", beside(file.path.name))
+    sample_size = whole(file.config, "sample_size", beside(file.path.name))
+    if interpolation is not None and sample_size is not None:
+        return sample_size, interpolation
     return POSITIONS_2K_4K.get(_position_buffer(file), (None, 1.0))
 
 
