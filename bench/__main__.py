@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from sana.interruption import INTERRUPTED, begin
+
 from .cases import Case, all_cases
 from .machine import device_name, write_result
 from .race import Floor, count_flops, counterpart, race
@@ -136,4 +138,9 @@ def run(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        begin()
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\nStopped; finished cases are kept.", file=sys.stderr)
+        sys.exit(INTERRUPTED)

@@ -19,6 +19,7 @@ from .checkpoints.transformer import identify_transformer
 from .checkpoints.writing import convert
 from .config import DOWNSAMPLE, VARIANTS
 from .images import read_picture
+from .interruption import INTERRUPTED, begin
 from .jobs import Job, Record, check_free, fingerprint, free_names, missing_jobs, names, read_prompts, write_png
 from .pipeline import SanaPipeline, model_path
 from .plan import Settings, make_plan
@@ -28,15 +29,15 @@ from .text.prompt import INSTRUCTION
 
 PROJECT = "comfyui-sana"
 DTYPES = ("float32", "bfloat16", "float16")
-INTERRUPTED = 130  # exit code after Ctrl-C
 UNNAMED = Path("sana.png")  # without --out
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code."""
-    logging.basicConfig(format="%(message)s")
-    options = parser().parse_args(arguments)
     try:
+        begin()
+        logging.basicConfig(format="%(message)s")
+        options = parser().parse_args(arguments)
         return options.run(options)
     except KeyboardInterrupt:
         print("\nStopped; finished pictures are kept.", file=sys.stderr)

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import argparse
 import os
+import runpy
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
+interruption = SimpleNamespace(**runpy.run_path(str(ROOT / "sana" / "interruption.py")))
+if __name__ == "__main__":
+    interruption.expect()
 
 import downloads  # noqa: E402
 import environment  # noqa: E402
@@ -123,8 +128,9 @@ def summarise(stages: Sequence[Stage], codes: dict[str, int]) -> int:
 
 if __name__ == "__main__":
     try:
+        interruption.begin()
         sys.exit(main(sys.argv[1:]))
     except environment.SetupError as error:
         sys.exit(f"{error}")
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(interruption.INTERRUPTED)

@@ -31,6 +31,7 @@ ROOMS = {
     "config": set(),
     "reading": set(),
     "saving": set(),
+    "interruption": set(),
     "images": {"reading"},
     "networks": {"config"},
     "text": {"config", "networks"},
@@ -39,7 +40,18 @@ ROOMS = {
     "plan": {"config", "text", "sampling"},
     "jobs": {"reading", "saving", "checkpoints"},
     "pipeline": {"config", "images", "networks", "text", "sampling", "checkpoints", "plan"},
-    "training": {"config", "images", "saving", "networks", "text", "sampling", "checkpoints", "plan", "pipeline"},
+    "training": {
+        "config",
+        "images",
+        "saving",
+        "interruption",
+        "networks",
+        "text",
+        "sampling",
+        "checkpoints",
+        "plan",
+        "pipeline",
+    },
 }
 # What meets only where it is put together: each of these modules, and all that it uses, knows none of its strangers.
 STRANGERS = {

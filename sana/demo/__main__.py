@@ -7,11 +7,16 @@ has, and else in the environment .venv/demo, which the first run makes. Standard
 from __future__ import annotations
 
 import os
+import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
+interruption = SimpleNamespace(**runpy.run_path(str(ROOT / "sana" / "interruption.py")))
+if __name__ == "__main__":
+    interruption.expect()
 
 import environment  # noqa: E402
 
@@ -49,8 +54,9 @@ def choose_python() -> tuple[Path, list[str]]:
 
 if __name__ == "__main__":
     try:
+        interruption.begin()
         sys.exit(main(sys.argv[1:]))
     except environment.SetupError as error:
         sys.exit(f"{error}")
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(interruption.INTERRUPTED)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..config import VARIANTS
+from ..interruption import INTERRUPTED, begin
 from ..pipeline import model_path
 
 try:
@@ -29,12 +30,13 @@ DEMO_NUMBERS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code."""
-    options = parser().parse_args(arguments)
     try:
+        begin()
+        options = parser().parse_args(arguments)
         return options.run(options)
     except KeyboardInterrupt:
         print("\nStopped; the same command goes on from the last saved step, if one was saved.", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
