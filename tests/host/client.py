@@ -15,6 +15,7 @@ from PIL import Image
 
 # A type of binary messages: four bytes of type, four of a size, and that many of metadata (JSON), then a picture
 PREVIEW_WITH_METADATA = 4
+HELD = "sana_test_held"  # the event of watcher.py
 Event = dict[str, object]
 WHITE_PICTURE = {
     "white": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0xFFFFFF}},
@@ -91,6 +92,22 @@ class Client:
     def interrupt(self) -> None:
         """Asks the running prompt to stop. From inside a prompt: call it from `on_event` of queue()."""
         requests.post(f"{self.url}/interrupt", json={}, timeout=60).raise_for_status()
+
+    def interrupt_at(self, prompt: dict[str, dict], **place: object) -> "Run":
+        """Runs `prompt`, which is held at a place by `watcher.py` and interrupted there. place: the fields of its `Hold`.
+
+        Raises RuntimeError if the prompt does not come there.
+        """
+        requests.post(f"{self.url}/sana_test/hold", json=place, timeout=60).raise_for_status()
+
+        def interrupt_when_held(name: str, data: Event) -> None:
+            if name == HELD:
+                self.interrupt()
+
+        run = self.queue(prompt, on_event=interrupt_when_held)
+        if not run.data(HELD):
+            raise RuntimeError(f"the prompt was not held at {place}")
+        return run
 
     def free(self) -> None:
         """Has the server unload all models and forget cached results before the next prompt."""

@@ -164,3 +164,8 @@ def test_lora_has_an_effect(page: Frontend, weights: Server) -> None:
 
 def test_templates_are_listed(server: Server) -> None:
     assert set(server.get("workflow_templates")[PACK]) == EXPECTED
+
+
+def test_no_workflow_started_a_program_or_connected_to_anything(server: Server) -> None:
+    """The last test here."""
+    assert server.watched() == []
