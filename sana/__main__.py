@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .checkpoints.files import read_tensors
 from .checkpoints.inspection import describe_file
-from .checkpoints.transformer import identify_transformer
+from .checkpoints.transformer import find_transformer
 from .checkpoints.writing import convert
 from .config import DOWNSAMPLE, VARIANTS
 from .images import read_picture
@@ -204,8 +204,8 @@ def read_fingerprint(options: argparse.Namespace) -> str:
 
 def common_record(options: argparse.Namespace, settings: Settings) -> Record:
     """What the records of all pictures share, read from the transformer's file without loading it."""
-    identity = identify_transformer(read_tensors(model_path(options.model), "transformer"), options.variant)
-    return make_plan([""], settings, identity, DOWNSAMPLE).record()
+    found = find_transformer(read_tensors(model_path(options.model), "transformer"), options.variant)
+    return make_plan([""], settings, found.identity, DOWNSAMPLE).record()
 
 
 def read_settings(options: argparse.Namespace) -> Settings:

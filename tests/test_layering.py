@@ -65,6 +65,7 @@ STRANGERS = {
     "checkpoints.pickles": {"config", "networks", "text", "checkpoints.files", "checkpoints.archives"},
     "checkpoints.archives": {"config", "networks", "text", "checkpoints.files", "checkpoints.names"},
     "checkpoints.files": {"config", "networks", "text", "checkpoints.names", "checkpoints.kinds"},
+    "networks.packed": {"networks.transformer", "networks.autoencoder"},
     "checkpoints.names": {"config", "networks", "text", "checkpoints.files"},
 }
 MUTATORS = {"append", "extend", "insert", "update", "setdefault", "pop", "popitem", "remove", "discard", "add", "clear"}

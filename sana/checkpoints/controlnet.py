@@ -11,6 +11,7 @@ from .files import CheckpointError, read_tensors
 from .filling import fill
 from .kinds import describe
 from .names import is_controlnet, to_control_names
+from .packing import with_packed
 from .transformer import detect_transformer
 
 
@@ -28,6 +29,7 @@ def load_controlnet(
     file = read_tensors(path, "controlnet")
     if not is_controlnet(file.tensors):
         raise CheckpointError(f"{file.path.name} is {describe(file.tensors)}; give a ControlNet for SANA")
+    file = with_packed(file)
     tensors = to_control_names(file.tensors)
     network = SanaControlNet(detect_transformer(tensors, file), operations=operations, dtype=dtype, device="meta")
     return fill(network, tensors, file.path.name, dtype, device)

@@ -6,15 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from ..networks.autoencoder import DCAutoencoder
-from ..networks.transformer import SanaTransformer
-from ..text.gemma import Gemma2
+from ..networks.packed import PackedWeight, put_weight
 from .files import CheckpointError
-from .formats import companions, host_reads
+from .formats import companions
+from .packing import FP8_DTYPES
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-CONVERTIBLE = (SanaTransformer, DCAutoencoder)  # what `writing.convert` writes
-HOST_READS = (SanaTransformer, Gemma2)  # what the host computes with in its own quantised formats
 
 
 def fill(
@@ -26,13 +23,21 @@ def fill(
 ) -> nn.Module:
     """Give a network on meta its tensors, one at a time in dtype and on device. name: of the file, for errors.
 
+    Packed weights stay packed, and give numbers in dtype; None: in that of the other tensors.
     Raises CheckpointError as `check_numbers` and `check_tensors` do.
     """
     check_numbers(network, tensors, name)
-    check_tensors(network.state_dict(), tensors, name)
+    expected = network.state_dict()
+    check_tensors(expected, tensors, name)
+    packed = {key: weight for key, weight in tensors.items() if isinstance(weight, PackedWeight)}
+    plain = {key: tensor for key, tensor in tensors.items() if key not in packed}
+    # Not strict, for want of the packed ones; all have been checked.
     network.load_state_dict(
-        {key: _placed(tensor, dtype, device) for key, tensor in tensors.items()}, strict=True, assign=True
+        {key: _placed(tensor, dtype, device) for key, tensor in plain.items()}, strict=False, assign=True
     )
+    given = dtype or next((t.dtype for t in plain.values() if t.dtype in FLOAT_DTYPES), torch.float32)
+    for key, weight in packed.items():
+        put_weight(network, key, weight.cut_to(expected[key].shape).to(device, given))
     return network.eval().requires_grad_(False)
 
 
@@ -42,14 +47,14 @@ def check_numbers(
     """Raises CheckpointError if the weights of a network are quantised or in another dtype. name: of the file."""
     scales = companions(tensors)
     if scales:
-        hosted = isinstance(network, HOST_READS) and host_reads(scales)
-        advice = "load it in ComfyUI, or take" if hosted else "take"
-        raise CheckpointError(f"{name} is quantised, with {scales[0]} beside its weights; {advice} a file that is not")
+        raise CheckpointError(
+            f"{name} is quantised, with {scales[0]} beside its weights, in a way that is not read here; take a file that is not"
+        )
     expected = network.state_dict()
     for key, tensor in tensors.items():
         if key in expected and expected[key].is_floating_point() and tensor.dtype not in dtypes:
             stored = str(tensor.dtype).removeprefix("torch.")
-            convertible = isinstance(network, CONVERTIBLE) and tensor.dtype in FP8_DTYPES
+            convertible = isinstance(network, DCAutoencoder) and tensor.dtype in FP8_DTYPES
             advice = ", which `python -m sana convert --dtype bfloat16` makes of it" if convertible else ""
             raise CheckpointError(
                 f"{name} holds {stored} tensors, first {key}, which this package cannot compute with; use a float32, float16 or "
@@ -68,7 +73,8 @@ def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor],
         count = "1 tensor that does" if len(extra) == 1 else f"{len(extra)} tensors that do"
         raise CheckpointError(f"{name} has {count} not belong to it, first {extra[0]}; it is another model")
     for key, tensor in tensors.items():
-        if tensor.shape != expected[key].shape:
+        fits = tensor.fits if isinstance(tensor, PackedWeight) else tensor.shape.__eq__
+        if not fits(expected[key].shape):
             sizes = f"{tuple(tensor.shape)} instead of {tuple(expected[key].shape)}"
             raise CheckpointError(
                 f"{name}: tensor {key} has shape {sizes}; it is another model or was made for another size"

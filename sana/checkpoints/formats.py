@@ -14,7 +14,6 @@ class QuantisedFormat(NamedTuple):
     writer: str
     marks: tuple[str, ...]  # ends of names that only this format has
     companions: tuple[str, ...] = ()  # ends of other names that stand beside a packed matrix, such as scales
-    in_host: bool = False  # whether ComfyUI computes with it
 
 
 COMFY_LAYER = ".comfy_quant"  # behind the name of a layer: its format, JSON as bytes
@@ -23,19 +22,13 @@ COMFY_MODEL = "scaled_fp8"  # of files for older hosts, which tell the format on
 COMFY = QuantisedFormat(
     "ComfyUI",
     (COMFY_LAYER, COMFY_MODEL),
-    (".weight_scale", ".weight_scale_2", ".input_scale", ".scale_weight"),
-    in_host=True,
+    (".weight_scale", ".weight_scale_2", ".input_scale", ".scale_weight", ".scale_input", ".pre_quant_scale"),
 )
 BITSANDBYTES = QuantisedFormat("bitsandbytes", (".absmax", ".quant_map", ".SCB"))
 QUANTO = QuantisedFormat("optimum-quanto", ("._data", "._scale", "._shift"))
+COMPRESSED = QuantisedFormat("compressed-tensors", (".weight_packed", ".weight_zero_point", ".weight_shape"))
 SVDQUANT = QuantisedFormat("nunchaku", ("ff.inverted_conv.qweight",))
-FORMATS = (COMFY, BITSANDBYTES, QUANTO, SVDQUANT)
-
-
-def host_reads(names: Iterable[str]) -> bool:
-    """Whether names are marks of a format that ComfyUI computes with."""
-    marks = tuple(mark for row in FORMATS if row.in_host for mark in row.marks)
-    return any(name.endswith(marks) for name in names)
+FORMATS = (COMFY, BITSANDBYTES, COMPRESSED, QUANTO, SVDQUANT)
 
 
 def companions(names: Iterable[str]) -> list[str]:

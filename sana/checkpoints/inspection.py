@@ -7,7 +7,8 @@ from .autoencoder import autoencoder_name, autoencoder_tensors, detect_autoencod
 from .files import TensorFile, read_tensors
 from .kinds import QUANTO, SVDQUANT, UNMERGED, describe
 from .names import is_autoencoder, is_transformer
-from .transformer import identify_transformer
+from .packing import packed_kinds
+from .transformer import find_transformer
 
 # What to do with some of what `kinds.describe` knows.
 USES = {
@@ -24,7 +25,9 @@ def describe_file(path: Path | str) -> str:
     file = read_tensors(path, "transformer")
     name, content = file.path.name, f"{len(file.tensors)} tensors, {_amount(file)}"
     if is_transformer(file.tensors):
-        return "\n".join([f"{name}: a SANA transformer", content, *_transformer_lines(identify_transformer(file))])
+        found = find_transformer(file)
+        packed = [f"quantised matrices: {', '.join(kinds)}"] if (kinds := [*packed_kinds(found.tensors)]) else []
+        return "\n".join([f"{name}: a SANA transformer", content, *packed, *_transformer_lines(found.identity)])
     if is_autoencoder(file.tensors):
         config = detect_autoencoder(autoencoder_tensors(file), file)
         return "\n".join([f"{name}: a DC-AE, the autoencoder of SANA", content, *_autoencoder_lines(config)])

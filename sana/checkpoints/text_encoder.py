@@ -20,6 +20,7 @@ from .header import stored_bytes
 from .kinds import describe
 from .names import dialect_prefix
 from .numbers import LARGEST, count_parts
+from .packing import with_packed
 
 MARK = "layers.0.post_feedforward_layernorm.weight"
 # Tensors of bytes in single-file encoders: the tokenizer (the first is the host's convention) and the configuration.
@@ -55,6 +56,8 @@ def load_text_encoder(
     Raises CheckpointError if the file is no Gemma-2, lacks tensors, or has no tokenizer.
     """
     file = read_tensors(path, "text_encoder")
+    if is_gemma(file.tensors):
+        file = with_packed(file)
     tensors = gemma_tensors(file)
     config = gemma_config(tensors, file)
     tokenizer = find_tokenizer(file, config)

@@ -33,6 +33,7 @@ from .header import read_header, told_identity
 from .kinds import describe
 from .names import control_blocks, is_transformer, to_transformer_names
 from .numbers import beside, check_heads, check_transformer, count_parts, number, whole
+from .packing import with_packed
 
 SIXTEEN_BITS = ("float16", "bfloat16")  # what models are released in; 8 bits only store, and float32 holds any of them
 SIBLING_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}  # by the suffix that diffusers gives to a copy in 16 bits
@@ -77,16 +78,20 @@ def build_transformer(
 
 
 def find_transformer(file: TensorFile, variant: str | None = None) -> FoundTransformer:
-    """The transformer in a file, and what it is. Raises as `load_transformer` does."""
+    """The transformer in a file, with packed weights where it is quantised, and what it is. Raises as `load_transformer`."""
+    return _found(with_packed(file) if is_transformer(file.tensors) else file, variant)
+
+
+def identify_transformer(file: TensorFile, variant: str | None = None) -> TransformerIdentity:
+    """What the transformer in a file is that the host will load, which may know more formats. Raises as `load_transformer`."""
+    return _found(file, variant).identity
+
+
+def _found(file: TensorFile, variant: str | None) -> FoundTransformer:
     if variant is not None and variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is unknown; use one of {', '.join(VARIANTS)}")
     tensors = transformer_tensors(file)
     return FoundTransformer(_identity(tensors, file, variant), tensors, file.path.name)
-
-
-def identify_transformer(file: TensorFile, variant: str | None = None) -> TransformerIdentity:
-    """What the transformer in a file is. Raises as `load_transformer` does."""
-    return find_transformer(file, variant).identity
 
 
 def _identity(tensors: Mapping[str, Tensor], file: TensorFile, variant: str | None) -> TransformerIdentity:

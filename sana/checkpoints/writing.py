@@ -18,15 +18,17 @@ from ..config import (
     TransformerIdentity,
 )
 from ..networks.autoencoder import DCAutoencoder
+from ..networks.packed import PackedWeight
 from ..networks.transformer import SanaTransformer
 from ..saving import remove_leftovers, replacing, write_json
 from ..text.text_encoder import GemmaTextEncoder
 from .autoencoder import autoencoder_name, autoencoder_tensors, detect_autoencoder
 from .files import CheckpointError, read_tensors
-from .filling import FLOAT_DTYPES, FP8_DTYPES, check_numbers, check_tensors
+from .filling import FLOAT_DTYPES, check_numbers, check_tensors
 from .header import autoencoder_header, transformer_header
 from .kinds import describe
 from .names import control_blocks, is_autoencoder, is_transformer, with_convolutions
+from .packing import FP8_DTYPES
 from .text_encoder import gemma_json
 from .transformer import find_transformer
 
@@ -38,8 +40,9 @@ def convert(
 ) -> str:
     """Write the transformer or autoencoder of source as target, a safetensors file, and say what was written.
 
-    dtype: of the numbers; None: as they are. Raises CheckpointError if source is neither, is incomplete, is quantised or holds a ControlNet, ValueError for a
-    target that is no `.safetensors` file, and OSError for one that cannot be written. The target appears when it is complete, or not at all.
+    dtype: of the numbers; None: as they are, which quantised ones cannot be but for float8 without scales. Raises CheckpointError if source is neither, is
+    incomplete or holds a ControlNet, ValueError for a target that is no `.safetensors` file, and OSError for one that cannot be written. The target appears when
+    it is complete, or not at all.
     """
     target = Path(target)
     if target.suffix != ".safetensors":
@@ -62,8 +65,13 @@ def convert(
         raise CheckpointError(f"{file.path.name} is {describe(file.tensors)}; give a SANA transformer or a DC-AE")
     check_numbers(network, tensors, file.path.name, (*FLOAT_DTYPES, *FP8_DTYPES))
     check_tensors(network.state_dict(), tensors, file.path.name)
-    tensors = with_convolutions(tensors)
-    stored = {name: _stored(tensor, dtype) for name, tensor in tensors.items()}
+    kinds = {tensor.kind for tensor in tensors.values() if isinstance(tensor, PackedWeight)}
+    lost = kinds - {str(fp8).removeprefix("torch.") for fp8 in FP8_DTYPES}
+    if lost and dtype is None:
+        raise CheckpointError(
+            f"{file.path.name} has weights in {', '.join(sorted(lost))}; unpack them by --dtype bfloat16"
+        )
+    stored = with_convolutions({name: _stored(tensor, dtype) for name, tensor in tensors.items()})
     remove_leftovers(target.parent)
     with replacing(target) as unfinished:
         save_file(stored, unfinished, {"format": "pt", **header})
@@ -196,5 +204,7 @@ def _write(
     write_json(folder / "config.json", config)
 
 
-def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _stored(tensor: Tensor | PackedWeight, dtype: torch.dtype | None) -> Tensor:
+    if isinstance(tensor, PackedWeight):
+        return tensor.parts["packed"].view(tensor.shape) if dtype is None else tensor(dtype)
     return tensor.to(dtype if tensor.is_floating_point() else None).contiguous()

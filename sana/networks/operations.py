@@ -7,20 +7,22 @@ from torch.nn import functional as F
 from .onednn import onednn_linear, suits_onednn
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`, by oneDNN on a CPU where that is quicker; elsewhere the two questions asked here are all it takes."""
+    if x.is_cpu and not torch.is_grad_enabled() and suits_onednn(x, weight, bias):
+        return onednn_linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
 class Operations:
     """A namespace like `torch.nn`, for the argument `operations` of every network."""
 
     Conv2d = nn.Conv2d
 
     class Linear(nn.Linear):
-        """By oneDNN on a CPU where that is quicker; elsewhere the two questions asked here are all it takes."""
-
         def forward(self, x: Tensor) -> Tensor:
             """x: (..., D). Returns (..., outputs)."""
-            weight, bias = self.weight, self.bias
-            if x.is_cpu and not torch.is_grad_enabled() and suits_onednn(x, weight, bias):
-                return onednn_linear(x, weight, bias)
-            return F.linear(x, weight, bias)
+            return linear(x, self.weight, self.bias)
 
     class RMSNorm(nn.RMSNorm):
         """Under autocast too in the dtype of what comes in: for a weight of another, PyTorch warns and takes longer."""

@@ -10,11 +10,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..checkpoints.files import TensorFile, read_tensors
-from ..checkpoints.transformer import identify_transformer
+from ..checkpoints.transformer import find_transformer
 from ..checkpoints.writing import write_transformer
 from ..config import TransformerIdentity
 from ..images import on_white, read_picture
 from ..networks.autoencoder import DCAutoencoder
+from ..networks.packed import PackedWeight
 from ..pipeline import SanaPipeline, model_path
 from ..plan import Settings
 from ..sampling.guidance import Condition
@@ -102,7 +103,11 @@ def finetune(
 
 def _trainable(file: TensorFile, variant: str | None) -> TransformerIdentity:
     """What a transformer is. Raises ValueError for one of a kind that cannot be trained."""
-    identity = identify_transformer(file, variant)
+    identity, tensors, _ = find_transformer(file, variant)
+    if any(isinstance(tensor, PackedWeight) for tensor in tensors.values()):
+        raise ValueError(
+            f"{file.path.name} is quantised, and here every weight is trained; unpack it by `python -m sana convert --dtype bfloat16`"
+        )
     if identity.config.guidance_embed:
         raise ValueError(
             f"{file.path.name} is a Sprint model, which learns from a teacher; fine-tune a SANA or SANA-1.5 model"

@@ -297,19 +297,6 @@ def in_dtype(dtype: torch.dtype, fragment: str) -> Callable[[Tensors], Tensors]:
     return lambda tensors: {name: t.to(dtype) if fragment in name else t for name, t in tensors.items()}
 
 
-def scaled_fp8(tensors: Tensors) -> Tensors:
-    """As hosts store it: a scale beside every matrix."""
-    scales = {n.removesuffix("weight") + "scale_weight": torch.ones(()) for n in tensors if n.endswith("to_q.weight")}
-    mark = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
-    return in_dtype(torch.float8_e4m3fn, ".to_q.weight")(tensors) | scales | mark
-
-
-def packed(tensors: Tensors) -> Tensors:
-    """Four bits a number, two in a byte, with statistics beside them."""
-    name = "transformer_blocks.0.attn1.to_q.weight"
-    return {**tensors, name: torch.zeros(96 * 48, 1, dtype=torch.uint8), f"{name}.absmax": torch.ones(144)}
-
-
 UNUSABLE = "which this package cannot compute with; use a float32, float16 or bfloat16 file"
 CONVERTED = ", which `python -m sana convert --dtype bfloat16` makes of it"
 BROKEN = {
@@ -335,34 +322,14 @@ BROKEN = {
         with_tensor("patch_embed.proj.weight", 96),
         ": tensor patch_embed.proj.weight has shape (96,) and is no matrix; it is another model",
     ),
-    "fp8": (
-        in_dtype(torch.float8_e4m3fn, ".to_q.weight"),
-        f" holds float8_e4m3fn tensors, first transformer_blocks.0.attn1.to_q.weight, {UNUSABLE}{CONVERTED}",
-    ),
-    "fp8 with range": (
-        in_dtype(torch.float8_e5m2, "transformer_blocks.1.ff.conv_point.weight"),
-        f" holds float8_e5m2 tensors, first transformer_blocks.1.ff.conv_point.weight, {UNUSABLE}{CONVERTED}",
-    ),
-    "scaled fp8": (
-        scaled_fp8,
-        " is quantised, with scaled_fp8 beside its weights; load it in ComfyUI, or take a file that is not",
-    ),
-    "marked by the host": (
-        with_tensor("transformer_blocks.0.attn1.to_q.comfy_quant", 27, dtype=torch.uint8),
-        " is quantised, with transformer_blocks.0.attn1.to_q.comfy_quant beside its weights; load it in ComfyUI, or take a "
-        "file that is not",
-    ),
-    "scales alone": (
-        with_tensor("transformer_blocks.0.attn1.to_q.weight_scale"),
-        " is quantised, with transformer_blocks.0.attn1.to_q.weight_scale beside its weights; take a file that is not",
+    "scales of another quantiser": (
+        with_tensor("transformer_blocks.0.attn1.to_q._scale"),
+        " is quantised, with transformer_blocks.0.attn1.to_q._scale beside its weights, in a way that is not read here; "
+        "take a file that is not",
     ),
     "int8": (
         in_dtype(torch.int8, "transformer_blocks.0.attn2.to_q.weight"),
         f" holds int8 tensors, first transformer_blocks.0.attn2.to_q.weight, {UNUSABLE}",
-    ),
-    "four bits": (
-        packed,
-        " is quantised, with transformer_blocks.0.attn1.to_q.weight.absmax beside its weights; take a file that is not",
     ),
 }
 
@@ -392,6 +359,10 @@ def test_a_broken_transformer_is_named(tmp_path: Path, diffusers: Tensors, case:
             with_tensor("decoder.norm_out.bias", 4),
             ": tensor decoder.norm_out.bias has shape (4,) instead of (64,); "
             "it is another model or was made for another size",
+        ),
+        (
+            in_dtype(torch.float8_e5m2, "decoder.conv_in.weight"),
+            f" holds float8_e5m2 tensors, first decoder.conv_in.weight, {UNUSABLE}{CONVERTED}",
         ),
         (
             in_dtype(torch.int8, "decoder.conv_in.weight"),

@@ -182,9 +182,10 @@ def narrower(tensors: Tensors) -> Tensors:
 
 
 def in_four_bits(tensors: Tensors) -> Tensors:
-    """One matrix as bitsandbytes stores it."""
+    """One matrix as compressed-tensors stores it."""
     name = "layers.0.mlp.up_proj.weight"
-    return {**tensors, name: torch.zeros(64 * 64, 1, dtype=torch.uint8), f"{name}.absmax": torch.ones(128)}
+    rest = {key: tensor for key, tensor in tensors.items() if key != name}
+    return {**rest, f"{name}_packed": torch.zeros(128, 8, dtype=torch.int32), f"{name}_scale": torch.ones(128, 1)}
 
 
 @pytest.mark.parametrize(
@@ -206,7 +207,8 @@ def in_four_bits(tensors: Tensors) -> Tensors:
         ),
         (
             in_four_bits,
-            "is quantised, with layers.0.mlp.up_proj.weight.absmax beside its weights; take a file that is not",
+            "is quantised, with layers.0.mlp.up_proj.weight_packed beside its weights, in a way that is not read here; "
+            "take a file that is not",
         ),
     ],
 )
