@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from .checkpoints.files import read_tensors
 from .checkpoints.inspection import describe_file
+from .checkpoints.lora import lora_files
 from .checkpoints.transformer import find_transformer
 from .checkpoints.writing import convert
 from .config import DOWNSAMPLE, VARIANTS
@@ -100,6 +101,13 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     add("--autoencoder", help='for a transformer alone: file or folder of its DC-AE, or "demo"')
     add("--text-encoder", help='for a transformer alone: file or folder of Gemma-2-2b-it, or "demo"')
     add("--variant", choices=tuple(VARIANTS), help="for a file that cannot tell 1K from 2K or 4K")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[=STRENGTH]",
+        help="a LoRA for the transformer or the text encoder, of any trainer; may be given several times (strength: 1)",
+    )
     add("--negative", default="", help="what to avoid")
     size_help = "pixels, a multiple of 32 (default: the model's; with --image the image's, unless that is far larger)"
     add("--height", type=int, help=size_help)
@@ -160,7 +168,10 @@ def run_generate(options: argparse.Namespace) -> int:
     settings = read_settings(options)
     if options.out and not (options.resume or options.overwrite):
         check_free(out, pictures)
-    files = {"files": read_fingerprint(options)}
+    loras = [read_strength(text) for text in options.lora]
+    files: Record = {"files": read_fingerprint(options, loras)}
+    if loras:
+        files = {**files, "loras": [f"{path.name}={strength:g}" for path, strength in loras]}
     if options.resume:
         jobs = list(missing_jobs(jobs, out, {**common_record(options, settings), **files}))
     if not jobs:
@@ -175,6 +186,7 @@ def run_generate(options: argparse.Namespace) -> int:
         dtype=getattr(torch, options.dtype) if options.dtype else None,
         device=options.device,
         compiled=options.compile,
+        loras=loras,
     )
     with tqdm(total=len(jobs) * pipeline.plan("", settings).step_count, unit="step") as bar:
         for job in jobs:
@@ -192,14 +204,26 @@ def read_jobs(options: argparse.Namespace) -> list[Job]:
     return [Job(prompt, options.seed, options.batch_size) for prompt in prompts]
 
 
-def read_fingerprint(options: argparse.Namespace) -> str:
-    """Of the networks and the pictures to start from. Raises as `fingerprint` does."""
+def read_strength(text: str) -> tuple[Path, float]:
+    """A file and its strength, from FILE or FILE=STRENGTH. Raises ValueError for a strength that is no number."""
+    name, sign, strength = text.rpartition("=")
+    if not sign or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(name), float(strength)
+    except ValueError as error:
+        raise ValueError(f"--lora is {text}, and {strength!r} is no strength; give FILE or FILE=0.8") from error
+
+
+def read_fingerprint(options: argparse.Namespace, loras: Sequence[tuple[Path, float]]) -> str:
+    """Of the networks, the LoRAs and the pictures to start from. Raises as `fingerprint` does."""
     models = {
         "transformer": model_path(options.model),
         "vae": model_path(options.autoencoder or options.model),
         "text_encoder": model_path(options.text_encoder or options.model),
     }
-    return fingerprint(models, [path for path in (options.image, options.mask) if path])
+    pictures = [path for path in (options.image, options.mask) if path]
+    return fingerprint(models, [*pictures, *(file for path, _ in loras for file in lora_files(path))])
 
 
 def common_record(options: argparse.Namespace, settings: Settings) -> Record:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .checkpoints.autoencoder import check_autoencoder, load_autoencoder
 from .checkpoints.files import CheckpointError, TensorFile, read_tensors
+from .checkpoints.lora import read_merges
 from .checkpoints.names import is_autoencoder
-from .checkpoints.text_encoder import check_text_encoder, is_gemma, load_text_encoder
+from .checkpoints.text_encoder import build_text_encoder, check_text_encoder, find_text_encoder, is_gemma
 from .checkpoints.transformer import build_transformer, find_transformer
 from .config import TransformerIdentity
 from .images import to_cells, to_mask, to_picture, to_tensor
@@ -74,6 +75,7 @@ class SanaPipeline:
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         compiled: bool = False,
+        loras: Sequence[tuple[Path | str, float]] = (),
     ) -> "SanaPipeline":
         """model: "demo", a diffusers folder, or a transformer file, which needs autoencoder and text_encoder as well, each
         a file or folder, or "demo".
@@ -81,19 +83,23 @@ class SanaPipeline:
         variant: a name from VARIANTS, for files that cannot tell. dtype: of all parts, but float16, which overflows elsewhere,
         of the transformer only; None: float32 on a CPU, else that of the release for the transformer and bfloat16 for the
         rest, with float32 in the place of bfloat16 on GPUs that only emulate it. compiled: run the transformer through torch.compile.
-        Raises CheckpointError for files that are something else, and FileNotFoundError.
+        loras: files or folders, each with its strength, for the transformer, the text encoder or both; 1 is as it was trained.
+        Raises CheckpointError for files that are something else, ValueError for a strength that is no finite number, and
+        FileNotFoundError.
         """
         model = model_path(model)
         autoencoder, text_encoder = (part and model_path(part) for part in (autoencoder, text_encoder))
         file = read_tensors(model, "transformer")
         found = find_transformer(file, variant)
         check_parts(model, file, autoencoder, text_encoder)
+        text = find_text_encoder(read_tensors(text_encoder or model, "text_encoder"))
+        merges, text_merges = read_merges(loras, found.identity.config, text.config)
         own, safe = default_dtypes(found.identity.dtype, torch.device(device))
         others = safe if dtype in (None, torch.float16) else dtype
         return cls(
-            build_transformer(found, dtype or own, device),
+            build_transformer(found, dtype or own, device, merges=merges),
             load_autoencoder(autoencoder or model, others, device),
-            load_text_encoder(text_encoder or model, others, device),
+            build_text_encoder(text, others, device, merges=text_merges),
             found.identity,
             compiled=compiled,
         )

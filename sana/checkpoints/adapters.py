@@ -27,11 +27,14 @@ log = logging.getLogger(__name__)
 DOTTED = ("transformer.base_model.model.", "transformer.", "base_model.model.", "diffusion_model.", "")
 # The same where _ stands for every dot: LyCORIS, OneTrainer and kohya.
 UNDERSCORED = ("lycoris_", "lora_transformer_", "lora_unet_")
-# Before the path of a layer of the text encoder, such as layers.0.mlp.up_proj.
-TEXT_DOTTED = tuple(
-    whole + part
-    for whole in ("text_encoder.", "text_encoder.base_model.model.", "base_model.model.", "")
-    for part in ("", "model.")
+# Before the path of a layer of the text encoder, such as layers.0.mlp.up_proj. The last two are the host's.
+TEXT_DOTTED = (
+    *(
+        whole + part
+        for whole in ("text_encoder.", "text_encoder.base_model.model.", "base_model.model.", "")
+        for part in ("", "model.")
+    ),
+    *("text_encoders.gemma2_2b.transformer.model.", "text_encoders.transformer.model."),
 )
 TEXT_UNDERSCORED = ("lora_te1_", "lora_te1_model_", "lora_te_", "lora_te_model_")
 TEXT_LAYER = re.compile(r"(?:^|[._])(?<!encoder[._])layers[._]\d+[._](?:self_attn|mlp)[._]")
@@ -82,7 +85,12 @@ def text_layer_names(path: str) -> Iterator[str]:
 
 def layers_of(names: Iterable[str]) -> set[str]:
     """What a file calls the layers that it changes: its names without their ends."""
-    return {layer for name in names if (layer := _split(name)[0])}
+    return {layer for name in names if (layer := split_name(name)[0])}
+
+
+def is_lora(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are changes of other weights."""
+    return any(split_name(_plain(name))[1] not in ("", ".alpha") for name in names)
 
 
 def describe_lora(names: Iterable[str]) -> str:
@@ -90,7 +98,7 @@ def describe_lora(names: Iterable[str]) -> str:
     found = list(names)
     if any(TEXT_LAYER.search(name) for name in found):
         return "SANA's text encoder, which Load LoRA (Model and CLIP) takes"
-    if any(_our_layers(_split(name)[0], sprint=False) for name in found):
+    if any(_our_layers(split_name(name)[0], sprint=False) for name in found):
         return "several layers of SANA in one, as a product that cannot be cut apart"
     for marks, model in OTHERS:
         if any(mark in name for mark in marks for name in found):
@@ -104,7 +112,12 @@ def read_settings(metadata: Mapping[str, str] | None, path: Path) -> Settings:
     An `adapter_config.json` counts for `adapter_model.*`, and for a file that lies alone with it.
     """
     told = _told(metadata)
-    return told or next(filter(None, map(_beside, dict.fromkeys([path, path.resolve()]))), {})
+    return told or next(filter(None, (_read_beside(file, path.name) for file in settings_beside(path))), {})
+
+
+def settings_beside(path: Path) -> list[Path]:
+    """The files beside a LoRA that may tell of it: an `adapter_config.json`, where the LoRA is or where a link to it leads."""
+    return [place.parent / BESIDE for place in dict.fromkeys([path, path.resolve()]) if _counts_beside(place)]
 
 
 def _told(metadata: Mapping[str, str] | None) -> Settings:
@@ -115,17 +128,17 @@ def _told(metadata: Mapping[str, str] | None) -> Settings:
     return found if isinstance(found, dict) else {}
 
 
-def _beside(path: Path) -> Settings:
-    beside = path.parent / BESIDE
-    if not beside.is_file():
-        return {}
-    alone = sum(other.suffix == path.suffix for other in path.parent.iterdir()) == 1
-    if path.stem != "adapter_model" and not alone:
-        return {}
+def _counts_beside(path: Path) -> bool:
+    if not (path.parent / BESIDE).is_file():
+        return False
+    return path.stem == "adapter_model" or sum(other.suffix == path.suffix for other in path.parent.iterdir()) == 1
+
+
+def _read_beside(beside: Path, name: str) -> Settings:
     try:
         return read_json(beside)
     except CheckpointError as error:
-        log.warning("The strength of %s is not known: %s", path.name, error)
+        log.warning("The strength of %s is not known: %s", name, error)
         return {}
 
 
@@ -172,7 +185,7 @@ def strength_of(settings: Settings, layer: str) -> float | None:
     return alpha / math.sqrt(rank) if fields.get("use_rslora") is True else alpha / rank
 
 
-def _split(name: str) -> tuple[str, str]:
+def split_name(name: str) -> tuple[str, str]:
     """Layer and end of a name; two empty strings for one that changes no layer."""
     if not name.endswith(ENDS):
         return "", ""
@@ -226,7 +239,7 @@ def _with_our_names(lora: Lora, sprint: bool) -> Lora:
     """Layers with official names under ours. One of theirs that is several of ours is cut as its weight would be."""
     found = {}
     for name, tensor in lora.items():
-        layer, end = _split(name)
+        layer, end = split_name(name)
         targets = _our_layers(layer, sprint) if end else ()
         if not targets or (len(targets) > 1 and end in KRONECKER):
             found[name] = tensor
@@ -259,7 +272,7 @@ def _with_scales(lora: Lora) -> Lora:
     """PEFT's magnitudes of DoRA, one a row, as the scales that LyCORIS and the host know."""
     found = {}
     for name, tensor in lora.items():
-        layer, end = _split(name)
+        layer, end = split_name(name)
         scale = end in MAGNITUDES
         found[f"{layer}.dora_scale" if scale else name] = tensor.reshape(-1, 1) if scale else tensor
     return found

@@ -1,10 +1,12 @@
 """Networks get their weights: every tensor there, none left over, of the right shape and in numbers to compute with."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
+from ..networks.adapters import Merge
 from ..networks.autoencoder import DCAutoencoder
 from ..networks.packed import PackedWeight, put_weight
 from .files import CheckpointError
@@ -12,6 +14,7 @@ from .formats import companions
 from .packing import FP8_DTYPES
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+NO_MERGES: Mapping[str, Merge] = MappingProxyType({})
 
 
 def fill(
@@ -20,24 +23,30 @@ def fill(
     name: str,
     dtype: torch.dtype | None,
     device: torch.device | str,
+    merges: Mapping[str, Merge] = NO_MERGES,
 ) -> nn.Module:
     """Give a network on meta its tensors, one at a time in dtype and on device. name: of the file, for errors.
 
-    Packed weights stay packed, and give numbers in dtype; None: in that of the other tensors.
-    Raises CheckpointError as `check_numbers` and `check_tensors` do.
+    merges: what becomes of some weights, by name, before they get this dtype; None as dtype is then the one that they had.
+    Packed weights stay packed, are merged whenever they are unpacked, and give numbers in dtype; None: in that of the other
+    tensors. Raises CheckpointError as `check_numbers` and `check_tensors` do.
     """
     check_numbers(network, tensors, name)
     expected = network.state_dict()
     check_tensors(expected, tensors, name)
     packed = {key: weight for key, weight in tensors.items() if isinstance(weight, PackedWeight)}
     plain = {key: tensor for key, tensor in tensors.items() if key not in packed}
-    # Not strict, for want of the packed ones; all have been checked.
-    network.load_state_dict(
-        {key: _placed(tensor, dtype, device) for key, tensor in plain.items()}, strict=False, assign=True
-    )
+    placed = {
+        key: _placed(merges[key](tensor) if key in merges else tensor, dtype or tensor.dtype, device)
+        for key, tensor in plain.items()
+    }
+    network.load_state_dict(placed, strict=False, assign=True)  # for want of the packed ones; all have been checked
     given = dtype or next((t.dtype for t in plain.values() if t.dtype in FLOAT_DTYPES), torch.float32)
     for key, weight in packed.items():
-        put_weight(network, key, weight.cut_to(expected[key].shape).to(device, given))
+        whole = weight.cut_to(expected[key].shape)
+        if key in merges:
+            whole.changes.append(merges[key])
+        put_weight(network, key, whole.to(device, given))
     return network.eval().requires_grad_(False)
 
 

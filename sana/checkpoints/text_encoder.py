@@ -5,17 +5,19 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..config import GemmaConfig, TransformerConfig
+from ..networks.adapters import Merge
 from ..networks.operations import Operations
 from ..reading import parse_json
 from ..text.gemma import Gemma2
 from ..text.text_encoder import BOS, EOS, PAD, GemmaTextEncoder, JsonTokenizer, SentencePieceTokenizer, Tokenizer
 from .files import CheckpointError, TensorFile, read_tensors
-from .filling import fill
+from .filling import NO_MERGES, fill
 from .header import stored_bytes
 from .kinds import describe
 from .names import dialect_prefix
@@ -29,6 +31,15 @@ CONFIG = "gemma_config"
 BUFFER = ".rotary_emb.inv_freq"  # which older files hold for every layer; it is computed
 MODEL_TYPE = "gemma2"  # in a Hugging Face config.json
 SOURCE = "Efficient-Large-Model/gemma-2-2b-it"
+
+
+class FoundTextEncoder(NamedTuple):
+    """A text encoder in an opened file, recognised and renamed, but not yet built."""
+
+    config: GemmaConfig
+    tokenizer: Tokenizer
+    tensors: dict[str, Tensor]
+    name: str  # of the file, for errors
 
 
 def check_text_encoder(
@@ -55,14 +66,28 @@ def load_text_encoder(
     tensor `spiece_model`. dtype: of the weights, float32 or bfloat16 (float16 overflows); None: as in the file.
     Raises CheckpointError if the file is no Gemma-2, lacks tensors, or has no tokenizer.
     """
-    file = read_tensors(path, "text_encoder")
+    return build_text_encoder(find_text_encoder(read_tensors(path, "text_encoder")), dtype, device, operations)
+
+
+def find_text_encoder(file: TensorFile) -> FoundTextEncoder:
+    """The text encoder in a file, with its tokenizer. Raises as `load_text_encoder` does."""
     if is_gemma(file.tensors):
         file = with_packed(file)
     tensors = gemma_tensors(file)
     config = gemma_config(tensors, file)
-    tokenizer = find_tokenizer(file, config)
-    model = Gemma2(config, operations=operations, device="meta")
-    return GemmaTextEncoder(fill(model, tensors, file.path.name, dtype, device), tokenizer)
+    return FoundTextEncoder(config, find_tokenizer(file, config), tensors, file.path.name)
+
+
+def build_text_encoder(
+    found: FoundTextEncoder,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+    operations: type | ModuleType = Operations,
+    merges: Mapping[str, Merge] = NO_MERGES,
+) -> GemmaTextEncoder:
+    """The network with its weights. merges: as for `fill`. Raises CheckpointError if it lacks tensors."""
+    model = Gemma2(found.config, operations=operations, device="meta")
+    return GemmaTextEncoder(fill(model, found.tensors, found.name, dtype, device, merges), found.tokenizer)
 
 
 def is_gemma(names: Mapping[str, object]) -> bool:

@@ -24,10 +24,11 @@ from ..config import (
     TransformerConfig,
     TransformerIdentity,
 )
+from ..networks.adapters import Merge
 from ..networks.operations import Operations
 from ..networks.transformer import SanaTransformer
 from .files import CheckpointError, TensorFile, read_json, read_tensors
-from .filling import fill
+from .filling import NO_MERGES, fill
 from .formats import numbers_per_element
 from .header import read_header, told_identity
 from .kinds import describe
@@ -71,10 +72,11 @@ def build_transformer(
     dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
     operations: type | ModuleType = Operations,
+    merges: Mapping[str, Merge] = NO_MERGES,
 ) -> SanaTransformer:
-    """The network with its weights. Raises CheckpointError if it lacks tensors."""
+    """The network with its weights. merges: as for `fill`. Raises CheckpointError if it lacks tensors."""
     network = SanaTransformer(found.identity.config, operations=operations, dtype=dtype, device="meta")
-    return fill(network, found.tensors, found.name, dtype, device)
+    return fill(network, found.tensors, found.name, dtype, device, merges)
 
 
 def find_transformer(file: TensorFile, variant: str | None = None) -> FoundTransformer:

@@ -117,10 +117,9 @@ class PackedWeight(nn.Module):
         weight = self.unpack(self.parts).view(self.packed_shape)
         if self.shape != self.packed_shape:
             weight = weight[tuple(map(slice, self.shape))]
-        weight = weight.to(dtype or self.dtype)
         for change in self.changes:
             weight = change(weight)
-        return weight
+        return weight.to(dtype or self.dtype)
 
     def rows(self, index: Tensor) -> Tensor:
         """The rows at an index of any shape, as `F.embedding` gives them, unpacked alone where that is possible."""

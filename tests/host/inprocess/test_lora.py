@@ -18,7 +18,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sana
-from tests.host.inprocess.small import DEMO, EQUAL, Small, difference, load, picture
+from tests.host.inprocess.small import (
+    DEMO,
+    EQUAL,
+    OTHER_PROMPT,
+    PROMPT,
+    Small,
+    difference,
+    load,
+    picture,
+    pipeline_latent,
+)
 from tests.sana.twins import diffusers_transformer
 
 RANK, ALPHA, STRENGTH = 2, 4.0, 0.5
@@ -269,6 +279,33 @@ def test_lora_of_the_text_encoder(small: Small, node: str, layer: str) -> None:
     assert difference(ours, theirs) <= EQUAL
     assert difference(ours, before) > CHANGED
     assert torch.equal(small.encode("a red circle")[0][0], before)
+
+
+@pytest.mark.parametrize("kind", ["LoRA", *CHANGES])
+def test_the_standalone_pipeline_draws_the_same_with_a_lora(
+    small: Small, weights: dict[str, Tensor], matrices: dict[str, tuple[Tensor, Tensor]], kind: str
+) -> None:
+    """One file for the transformer and the text encoder, at a strength below 1."""
+    torch.manual_seed(4)
+    tensors = {}
+    for path in CONVOLUTIONS:
+        down, up = matrices[path]
+        found = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(ALPHA)}
+        found = found if kind == "LoRA" else CHANGES[kind](weights[f"{path}.weight"].flatten(1))[0]
+        tensors |= {f"lora_unet_{path.replace('.', '_')}.{part}": tensor for part, tensor in found.items()}
+    text = "lora_te1_layers_0_self_attn_v_proj"
+    rows, columns = small.clip.cond_stage_model.state_dict()[f"{PART}.weight"].shape
+    tensors |= {f"{text}.lora_down.weight": torch.randn(RANK, columns) / 4}
+    tensors |= {f"{text}.lora_up.weight": torch.randn(rows, RANK) / 4}
+    name = write_lora(small, "both", tensors)
+    inputs = {"model": small.model, "clip": small.clip, "lora_name": name}
+    model, clip = small.host.call("LoraLoader", **inputs, strength_model=STRENGTH, strength_clip=STRENGTH)
+    latent = replace(small, model=model, clip=clip).sample()
+    loras = [(small.host.base / "models" / "loras" / name, STRENGTH)]
+    pipeline = sana.SanaPipeline.load(small.path, autoencoder=DEMO, text_encoder=DEMO, loras=loras)
+    found = pipeline_latent(pipeline, PROMPT, negative=OTHER_PROMPT)
+    assert difference(found, latent) <= EQUAL
+    assert difference(found, pipeline_latent(small.pipeline, PROMPT, negative=OTHER_PROMPT)) > CHANGED
 
 
 @pytest.mark.cpu

@@ -7,17 +7,15 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from diffusers import SanaPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from diffusers.training_utils import _collate_lora_metadata
 from peft import LoHaConfig, LoKrConfig, LoraConfig
-from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from sana.checkpoints import adapters
 from sana.checkpoints.names import to_transformer_names
+from tests.sana.adapted import adapted, merged, save_as_diffusers, save_as_peft
 from tests.sana.dialects import official_transformer
 from tests.sana.twins import diffusers_transformer, randomise, tiny_config
 
@@ -38,47 +36,6 @@ STRENGTHS = {
     "single layers by pattern": {"r": 4, "lora_alpha": 8, "alpha_pattern": {r"transformer_blocks\.[02]\..*": 1}},
     "rsLoRA of single layers": {"r": 4, "lora_alpha": 8, "use_rslora": True, "rank_pattern": {"attn1.to_q": 9}},
 }
-
-
-def adapted(config: peft.PeftConfig) -> tuple[nn.Module, dict[str, Tensor]]:
-    """diffusers' network with a random adapter, and its weights before."""
-    torch.manual_seed(0)
-    network = randomise(diffusers_transformer(CONFIG))
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    network.add_adapter(config)
-    for name, parameter in network.named_parameters():
-        if any(part in name for part in ("lora_", "lokr_", "hada_")):
-            nn.init.normal_(parameter.data, std=0.2)
-            if "magnitude" in name:
-                parameter.data = parameter.data.abs() + 0.5
-    return network, before
-
-
-def merged(network: nn.Module) -> dict[str, Tensor]:
-    """The weights of the adapted layers as PEFT merges them."""
-    layers = {name: layer for name, layer in network.named_modules() if hasattr(layer, "base_layer")}
-    for layer in layers.values():
-        layer.merge()
-    return {name: layer.base_layer.weight.detach().clone() for name, layer in layers.items() if hasattr(layer, "merge")}
-
-
-def save_as_diffusers(network: nn.Module, folder: Path) -> Path:
-    """As its training script for SANA writes it: rank and alpha in the header alone."""
-    SanaPipeline.save_lora_weights(
-        folder,
-        transformer_lora_layers=get_peft_model_state_dict(network),
-        **_collate_lora_metadata({"transformer": network}),
-    )
-    return folder / "pytorch_lora_weights.safetensors"
-
-
-def save_as_peft(network: nn.Module, folder: Path, name: str = "adapter_model.safetensors") -> Path:
-    """As `PeftModel.save_pretrained` writes it: an adapter_config.json beside the tensors."""
-    tensors = {f"base_model.model.{key}": part for key, part in get_peft_model_state_dict(network).items()}
-    folder.mkdir(exist_ok=True)
-    save_file({key: part.contiguous() for key, part in tensors.items()}, folder / name)
-    network.peft_config["default"].save_pretrained(folder)
-    return folder / name
 
 
 def prepared(path: Path) -> dict[str, Tensor]:
@@ -121,7 +78,7 @@ def assert_merged(lora: dict[str, Tensor], prefix: str, before: dict[str, Tensor
 @pytest.mark.parametrize("save", [save_as_diffusers, save_as_peft])
 @pytest.mark.parametrize("strength", STRENGTHS)
 def test_strength_is_what_peft_says(tmp_path: Path, strength: str, save: object) -> None:
-    network, before = adapted(LoraConfig(target_modules=TARGETS, **STRENGTHS[strength]))
+    network, before = adapted(CONFIG, LoraConfig(target_modules=TARGETS, **STRENGTHS[strength]))
     lora = prepared(save(network, tmp_path))
     prefix = "transformer." if save is save_as_diffusers else "base_model.model."
     assert_merged(lora, prefix, before, merged(network))
@@ -129,7 +86,7 @@ def test_strength_is_what_peft_says(tmp_path: Path, strength: str, save: object)
 
 def test_a_header_tells_what_the_issue_of_alpha_was_about(tmp_path: Path) -> None:
     """Rank 4 and alpha 16 once made a quarter of the strength."""
-    network, _ = adapted(LoraConfig(r=4, lora_alpha=16, target_modules=TARGETS))
+    network, _ = adapted(CONFIG, LoraConfig(r=4, lora_alpha=16, target_modules=TARGETS))
     path = save_as_diffusers(network, tmp_path)
     with safe_open(path, framework="pt") as file:
         told = json.loads(file.metadata()[LORA_ADAPTER_METADATA_KEY])
@@ -139,7 +96,7 @@ def test_a_header_tells_what_the_issue_of_alpha_was_about(tmp_path: Path) -> Non
 
 
 def test_dora_of_peft(tmp_path: Path) -> None:
-    network, before = adapted(LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=TARGETS))
+    network, before = adapted(CONFIG, LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=TARGETS))
     lora = prepared(save_as_peft(network, tmp_path))
     assert not any("magnitude" in name for name in lora)
     assert_merged(lora, "base_model.model.", before, merged(network))
@@ -157,7 +114,7 @@ def test_dora_of_peft(tmp_path: Path) -> None:
     ids=["LoHa", "LoKr", "LoKr with one product", "LoKr with the other product", "LoKr of products"],
 )
 def test_products_of_peft(tmp_path: Path, config: peft.PeftConfig) -> None:
-    network, before = adapted(config)
+    network, before = adapted(CONFIG, config)
     assert_merged(prepared(save_as_peft(network, tmp_path)), "base_model.model.", before, merged(network))
 
 
@@ -252,7 +209,7 @@ def test_a_scale_for_columns_and_a_core_belong_to_every_part_of_a_fused_layer() 
 
 
 def test_a_configuration_among_other_loras_is_for_the_adapter_it_was_written_with(tmp_path: Path) -> None:
-    network, _ = adapted(LoraConfig(r=4, lora_alpha=16, target_modules=TARGETS))
+    network, _ = adapted(CONFIG, LoraConfig(r=4, lora_alpha=16, target_modules=TARGETS))
     renamed = save_as_peft(network, tmp_path, "style.safetensors")
     assert adapters.read_settings(None, renamed)["lora_alpha"] == 16
     save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")

@@ -16,12 +16,14 @@ from diffusers import (
     SCMScheduler,
 )
 from diffusers import SanaPipeline as DiffusersPipeline
+from peft import LoraConfig
 from torch import Tensor
 from transformers import Gemma2Model
 
 from sana.pipeline import SanaPipeline
 from sana.text.prompt import DIFFUSERS_INSTRUCTION, INSTRUCTION
-from tests.sana.models import PROMPTS, reference_text, reference_tokenizer
+from tests.sana.adapted import adapted, save_as_diffusers
+from tests.sana.models import PROMPTS, TRANSFORMER, reference_text, reference_tokenizer
 from tests.sana.pipeline.drawing import SIZE, drawn, picture, sample
 
 EQUAL = 1e-4  # of pixels in [0, 1]; measured: 5e-6
@@ -90,6 +92,25 @@ def test_pictures_are_those_of_diffusers(
         assert (images(pipeline, [prompt] * 2, negative="Blurry", **options) - found).abs().mean() > DIFFERENT
     other = (images(pipeline, prompts, negative="Sharp", **options) - found).abs().mean()
     assert other > DIFFERENT if guidance_scale > 1 else other == 0
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_pictures_with_a_lora_are_those_of_diffusers(
+    folder: Path, parts: dict[str, object], tmp_path: Path, strength: float
+) -> None:
+    """The file is as diffusers' training writes it, with rank and alpha in its header."""
+    network, _ = adapted(TRANSFORMER, LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "to_v", "conv_point"]))
+    lora = save_as_diffusers(network, tmp_path)
+    theirs = DiffusersPipeline(
+        **{**parts, "transformer": SanaTransformer2DModel.from_pretrained(folder / "transformer")}
+    )
+    theirs.load_lora_weights(tmp_path, adapter_name="style")
+    theirs.set_adapters("style", strength)
+    expected = expected_images(theirs, [PROMPTS[0]], 4, negative_prompt=[""], latents=drawn(5))
+    options = {"steps": 4, "seed": 5, "reference": "diffusers"}
+    found = images(SanaPipeline.load(folder, loras=[(lora, strength)]), [PROMPTS[0]], **options)
+    assert difference(found, expected) < EQUAL
+    assert (images(SanaPipeline.load(folder), [PROMPTS[0]], **options) - found).abs().mean() > DIFFERENT
 
 
 def test_pictures_by_the_rules_of_nvlabs_are_those_of_diffusers_given_their_text(

@@ -1,0 +1,251 @@
+"""LoRA files for networks: which weights they change and into what, how much of a file fits, and what fits nothing.
+
+`adapters.py` has the names; `networks/adapters.py` has the arithmetic.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..config import GemmaConfig, TransformerConfig
+from ..networks.adapters import Change, Changes, Factors
+from ..networks.transformer import SanaTransformer
+from ..text.gemma import Gemma2
+from .adapters import (
+    Settings,
+    describe_lora,
+    is_lora,
+    layer_names,
+    prepare,
+    read_settings,
+    settings_beside,
+    split_name,
+    text_layer_names,
+)
+from .files import CheckpointError, read_tensors
+from .kinds import describe
+
+Shapes = Mapping[str, torch.Size]  # of the parameters of a network, by name
+Merges = Mapping[str, Changes]  # by the name of a weight
+Parts = dict[str, Tensor]  # of a layer in a file, by the ends of their names
+
+# Ends of names of the two factors of a LoRA, and of its core.
+UPS = (".lora_B.weight", ".lora_B", ".lora_up.weight")
+DOWNS = (".lora_A.weight", ".lora_A", ".lora_down.weight")
+WHOLE = {".set_weight": "replacement", ".diff": "difference"}
+ADVICE = "use a LoRA made for this model"
+
+log = logging.getLogger(__name__)
+
+
+class Part(NamedTuple):
+    """A network that LoRAs are for: what files call its layers, and the shapes of its parameters."""
+
+    names: Callable[[str], Iterator[str]]
+    shapes: Shapes
+
+    @classmethod
+    def transformer(cls, config: TransformerConfig) -> "Part":
+        return cls(layer_names, _shapes(SanaTransformer(config, device="meta")))
+
+    @classmethod
+    def text_encoder(cls, config: GemmaConfig) -> "Part":
+        return cls(text_layer_names, _shapes(Gemma2(config, device="meta")))
+
+    def weights(self) -> dict[str, str]:
+        """Its weights, by every name that files have for their layers. Biases belong to the layers of their weights."""
+        paths = {name.removesuffix(".weight"): name for name in self.shapes if not name.endswith(".bias")}
+        return {layer: name for path, name in paths.items() for layer in self.names(path)}
+
+
+def _shapes(network: nn.Module) -> Shapes:
+    return {name: tensor.shape for name, tensor in network.state_dict().items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """An opened LoRA file. name: of the file, for errors."""
+
+    name: str
+    tensors: dict[str, Tensor]
+    settings: Settings
+    sprint: bool | None = None  # None: as the names in the file are
+
+    @cached_property
+    def layers(self) -> dict[str, Parts]:
+        """The parts of each layer, by what the file calls it, or by our name for an official one."""
+        sprint = any("cfg_embedder" in name for name in self.tensors) if self.sprint is None else self.sprint
+        found: dict[str, Parts] = {}
+        for name, tensor in prepare(self.tensors, self.settings, sprint=sprint).items():
+            layer, end = split_name(name)
+            if layer:
+                found.setdefault(layer, {})[end] = tensor
+        return found
+
+    def changes(self, part: Part) -> dict[str, dict[str, Change]]:
+        """The changes of weights and biases of a network, by layer of the file and by parameter.
+
+        Raises CheckpointError for a layer of another shape, and for factors that are missing or do not fit each other.
+        """
+        weights = part.weights()
+        found = {layer: self._changes(layer, weights[layer]) for layer in self.layers if layer in weights}
+        for layer, changes in found.items():
+            for name, change in changes.items():
+                self._check(layer, name, change, part.shapes)
+        return found
+
+    def _changes(self, layer: str, weight: str) -> dict[str, Change]:
+        """By parameter: of the weight, and of the bias beside it."""
+        parts = self.layers[layer]
+        bias = parts.get(".diff_b")
+        found = {} if bias is None else {f"{weight.removesuffix('.weight')}.bias": _whole("difference", bias)}
+        try:
+            change = _change(parts)
+        except KeyError as error:
+            raise CheckpointError(
+                f"{self.name} lacks {layer}{error.args[0]}; the download may be incomplete"
+            ) from error
+        return found if change is None else {weight: change, **found}
+
+    def _check(self, layer: str, name: str, change: Change, shapes: Shapes) -> None:
+        tensors = [tensor for part in change.parts for tensor in part if tensor is not None]
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors) or not math.isfinite(change.scale):
+            raise CheckpointError(
+                f"{self.name} holds numbers at {layer} that are not finite; it is damaged, or its training failed"
+            )
+        try:
+            rows, columns = change.shape
+        except (ValueError, IndexError) as error:
+            raise CheckpointError(f"{self.name} is damaged at {layer}: {error}; download it again") from error
+        if name not in shapes:
+            raise CheckpointError(f"{self.name} changes {name}, which this model does not have; {ADVICE}")
+        height, *rest = shapes[name]
+        if (rows, columns) != (height, math.prod(rest)):
+            raise CheckpointError(
+                f"{self.name} was made for another model: it changes {rows} x {columns} numbers of {name}, which has "
+                f"{height} x {math.prod(rest)} here; {ADVICE}"
+            )
+
+
+def read_lora(path: Path | str, *, sprint: bool | None = None) -> Lora:
+    """A LoRA in a file, or in the folder that PEFT or a trainer wrote.
+
+    Raises CheckpointError if it is something else, and FileNotFoundError.
+    sprint: whether the model is Sprint, whose official names mean other layers; None: as the names tell.
+    """
+    path = _existing(path)
+    file = read_tensors(path)
+    if not is_lora(file.tensors):
+        raise CheckpointError(f"{path.name} is {describe(file.tensors)}; give a LoRA")
+    inside = path / "adapter_model.safetensors" if path.is_dir() else path
+    return Lora(path.name, file.tensors, read_settings(file.metadata, inside), sprint)
+
+
+def lora_files(path: Path | str) -> list[Path]:
+    """The files that decide what a LoRA does: its own, or all of a folder, and the settings beside it.
+
+    Raises FileNotFoundError.
+    """
+    path = _existing(path)
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.is_file())
+    return [path, *settings_beside(path)]
+
+
+def _existing(path: Path | str) -> Path:
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; give the file of a LoRA, or the folder that holds one")
+    return path
+
+
+def read_merges(
+    loras: Sequence[tuple[Path | str, float]], transformer: TransformerConfig, text_encoder: GemmaConfig | None
+) -> tuple[Merges, Merges]:
+    """What LoRA files, each with a strength, make of the weights of a transformer and of a text encoder.
+
+    text_encoder: None if it does not count. Warns of a file of which a part fits. Raises CheckpointError for one of which
+    nothing does, as `Lora.changes` does, and ValueError for a strength that is no finite number.
+    """
+    if not loras:
+        return {}, {}
+    parts = [Part.transformer(transformer)]
+    parts += [] if text_encoder is None else [Part.text_encoder(text_encoder)]
+    found: list[dict[str, list[tuple[Change, float]]]] = [{}, {}]
+    for path, strength in loras:
+        if not math.isfinite(strength):
+            raise ValueError(f"the strength of {path} is {strength}; it must be a finite number, such as 1")
+        lora = read_lora(path, sprint=transformer.guidance_embed)
+        fitting = [lora.changes(part) for part in parts]
+        told = tell_fit(lora, set().union(*fitting))
+        if told:
+            log.warning(told)
+        for known, layers in zip(found, fitting, strict=False):
+            for changes in layers.values() if strength else ():
+                for name, change in changes.items():
+                    known.setdefault(name, []).append((change, strength))
+    first, second = ({name: Changes(changes) for name, changes in known.items()} for known in found)
+    return first, second
+
+
+def tell_fit(lora: Lora, fitting: set[str]) -> str:
+    """A warning where a part of a LoRA fits, else "". Raises CheckpointError if nothing does. fitting: layers that do."""
+    total = len(lora.layers)
+    if not fitting:
+        raise CheckpointError(
+            f"nothing of {lora.name} fits: its names are those of {describe_lora(lora.tensors)}, first "
+            f"{next(iter(lora.tensors))}; {ADVICE}"
+        )
+    if len(fitting) == total:
+        return ""
+    return f"{len(fitting)} of the {total} layers of {lora.name} fit the model; the rest has no effect"
+
+
+def _change(parts: Parts) -> Change | None:
+    """What becomes of a weight; None: nothing, there are other parts alone. Raises KeyError for the end that is missing."""
+    for end, kind in WHOLE.items():
+        if end in parts:
+            return _whole(kind, parts[end])
+    lengths = parts.get(".dora_scale")
+    if any(end.startswith(".hada_") for end in parts):
+        factors = tuple(_factors(parts, f".hada_w{k}_a", f".hada_w{k}_b", f".hada_t{k}") for k in (1, 2))
+        return Change("LoHa", factors, _scale(parts, factors[:1]), lengths)
+    if any(end.startswith(".lokr_") for end in parts):
+        factors = tuple(
+            Factors(parts[f".lokr_w{k}"])
+            if f".lokr_w{k}" in parts
+            else _factors(parts, f".lokr_w{k}_a", f".lokr_w{k}_b", f".lokr_t{k}")
+            for k in (1, 2)
+        )
+        return Change("LoKr", factors, _scale(parts, factors[::-1]), lengths)
+    up, down = (next((end for end in ends if end in parts), None) for ends in (UPS, DOWNS))
+    if up is None and down is None:
+        return None
+    up = up or UPS[DOWNS.index(down)]
+    factors = (Factors(parts[up], parts[down or DOWNS[UPS.index(up)]], parts.get(".lora_mid.weight")),)
+    return Change("LoRA", factors, _scale(parts, factors), lengths)
+
+
+def _whole(kind: str, tensor: Tensor) -> Change:
+    return Change(kind, (Factors(tensor),))
+
+
+def _factors(parts: Parts, up: str, down: str, core: str) -> Factors:
+    """Of LoHa or LoKr, where a core makes the first factor stand on its side."""
+    if core not in parts:
+        return Factors(parts[up], parts[down])
+    return Factors(parts[up].mT, parts[down], parts[core])
+
+
+def _scale(parts: Parts, factors: Sequence[Factors]) -> float:
+    """alpha / rank, that of the first that has one; 1 without an alpha or a rank."""
+    rank = next((part.rank for part in factors if part.rank), None)
+    alpha = parts.get(".alpha")
+    return 1.0 if alpha is None or rank is None else float(alpha.flatten()[0]) / rank
