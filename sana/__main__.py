@@ -22,7 +22,7 @@ from .config import DOWNSAMPLE, VARIANTS
 from .images import read_picture
 from .interruption import INTERRUPTED, begin
 from .jobs import Job, Record, check_free, fingerprint, free_names, missing_jobs, names, read_prompts, write_png
-from .pipeline import SanaPipeline, model_path
+from .pipeline import SanaPipeline, check_control, model_path
 from .plan import Settings, make_plan
 from .sampling.solvers import SOLVERS
 from .saving import remove_leftovers
@@ -31,6 +31,7 @@ from .text.prompt import INSTRUCTION
 PROJECT = "comfyui-sana"
 DTYPES = ("float32", "bfloat16", "float16")
 UNNAMED = Path("sana.png")  # without --out
+PICTURES = ("image", "mask", "control_image")  # options that are files of pictures
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,7 +110,9 @@ def add_generate(command: argparse.ArgumentParser) -> None:
         help="a LoRA for the transformer or the text encoder, of any trainer; may be given several times (strength: 1)",
     )
     add("--negative", default="", help="what to avoid")
-    size_help = "pixels, a multiple of 32 (default: the model's; with --image the image's, unless that is far larger)"
+    size_help = (
+        "pixels, a multiple of 32 (default: the model's; with --image or --control-image that one's, unless far larger)"
+    )
     add("--height", type=int, help=size_help)
     add("--width", type=int, help=size_help)
     add("--steps", type=int, help="evaluations of the model (default: 20; Sprint: 2)")
@@ -129,8 +132,8 @@ def add_generate(command: argparse.ArgumentParser) -> None:
         "--reference",
         choices=("nvlabs", "diffusers"),
         default="nvlabs",
-        help="whose rules for prompts; diffusers has lower case, single quotes in the default instruction, and a mask of "
-        "its own for the negative prompt (default: nvlabs)",
+        help="whose rules; diffusers has prompts in lower case, single quotes in the default instruction, a mask of its own "
+        "for the negative prompt, and a ControlNet that branches off one block earlier (default: nvlabs)",
     )
     add("--instruction", default=INSTRUCTION, help="text before the prompt; '' for none (default: NVIDIA's)")
     add("--seed", type=int, default=0, help="of the first picture; the k-th has seed + k (default: 0)")
@@ -141,6 +144,15 @@ def add_generate(command: argparse.ArgumentParser) -> None:
         "--strength",
         type=float,
         help="share of the schedule to run from --image, in (0, 1] (default: 0.5; with --mask: 1)",
+    )
+    add("--control", type=Path, metavar="FILE", help="a ControlNet, which follows --control-image")
+    add(
+        "--control-image", type=Path, metavar="PNG", help="picture for the ControlNet, such as edges; cut as --image is"
+    )
+    add("--control-scale", type=float, default=1.0, help="how strongly the ControlNet acts (default: 1)")
+    add("--control-from", type=float, default=0.0, help="share of the schedule after which it acts (default: 0)")
+    add(
+        "--control-to", type=float, default=1.0, help="share of the schedule after which it no longer does (default: 1)"
     )
     add("--max-bytes", type=int, help="bound on the working memory of the autoencoder")
     add(
@@ -166,6 +178,7 @@ def run_generate(options: argparse.Namespace) -> int:
     jobs = read_jobs(options)
     pictures = sum(job.batch_size for job in jobs)
     settings = read_settings(options)
+    check_control(settings, options.control is not None)
     if options.out and not (options.resume or options.overwrite):
         check_free(out, pictures)
     loras = [read_strength(text) for text in options.lora]
@@ -187,6 +200,7 @@ def run_generate(options: argparse.Namespace) -> int:
         device=options.device,
         compiled=options.compile,
         loras=loras,
+        control=options.control,
     )
     with tqdm(total=len(jobs) * pipeline.plan("", settings).step_count, unit="step") as bar:
         for job in jobs:
@@ -216,13 +230,15 @@ def read_strength(text: str) -> tuple[Path, float]:
 
 
 def read_fingerprint(options: argparse.Namespace, loras: Sequence[tuple[Path, float]]) -> str:
-    """Of the networks, the LoRAs and the pictures to start from. Raises as `fingerprint` does."""
+    """Of the networks, the LoRAs and the pictures that are given. Raises as `fingerprint` does."""
     models = {
         "transformer": model_path(options.model),
         "vae": model_path(options.autoencoder or options.model),
         "text_encoder": model_path(options.text_encoder or options.model),
     }
-    pictures = [path for path in (options.image, options.mask) if path]
+    if options.control:
+        models["controlnet"] = options.control
+    pictures = [path for path in (options.image, options.mask, options.control_image) if path]
     return fingerprint(models, [*pictures, *(file for path, _ in loras for file in lora_files(path))])
 
 
@@ -238,7 +254,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
     given = {name: value for name, value in vars(options).items() if name in names}
     given["guidance_interval"] = tuple(options.guidance_interval)
     given["instruction"] = options.instruction or None
-    given.update((name, read_picture(given[name])) for name in ("image", "mask") if given[name])
+    given.update((name, read_picture(given[name])) for name in PICTURES if given[name])
     return Settings(**given)
 
 

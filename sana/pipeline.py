@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from .checkpoints.autoencoder import check_autoencoder, load_autoencoder
+from .checkpoints.controlnet import check_controlnet, load_controlnet
 from .checkpoints.files import CheckpointError, TensorFile, read_tensors
 from .checkpoints.lora import read_merges
 from .checkpoints.names import is_autoencoder
@@ -20,14 +21,16 @@ from .checkpoints.transformer import build_transformer, find_transformer
 from .config import TransformerIdentity
 from .images import to_cells, to_mask, to_picture, to_tensor
 from .networks.autoencoder import DCAutoencoder, decode_within_memory, encode_within_memory
+from .networks.controlnet import SanaControlNet
 from .networks.devices import computes_bfloat16
 from .networks.memory import is_out_of_memory
 from .networks.streaming import check_bound
 from .networks.transformer import SanaTransformer
 from .plan import Plan, Settings, make_plan
+from .sampling.control import ControlledTransformer, within
 from .sampling.guidance import Condition, Velocity, guided_denoiser, inpainting_denoiser, scm_denoiser
 from .sampling.noise import noise_source
-from .sampling.solvers import SOLVERS, Step, scm_start, scm_steps
+from .sampling.solvers import SOLVERS, Denoiser, Step, scm_start, scm_steps
 from .text.text_encoder import GemmaTextEncoder
 
 MODELS = {"demo": Path(__file__).parent / "demo" / "checkpoint"}  # names that stand for a folder
@@ -42,8 +45,9 @@ class SamplingError(RuntimeError):
 class SanaPipeline:
     """A SANA transformer with its autoencoder and its text encoder.
 
-    text_encoder: None for a caller that encodes the texts itself, see `follow`. compiled: as for `load`.
-    Raises CheckpointError for an autoencoder or a text encoder that is not made for the transformer.
+    text_encoder: None for a caller that encodes the texts itself, see `follow`. compiled: as for `load`. controlnet: one whose
+    image each plan gives; None: none.
+    Raises CheckpointError for an autoencoder, a text encoder or a ControlNet that is not made for the transformer.
     """
 
     def __init__(
@@ -54,14 +58,18 @@ class SanaPipeline:
         identity: TransformerIdentity,
         *,
         compiled: bool = False,
+        controlnet: SanaControlNet | None = None,
     ) -> None:
         check_autoencoder(autoencoder.config, transformer.config)
         if text_encoder is not None:
             check_text_encoder(text_encoder.model.config, transformer.config)
+        if controlnet is not None:
+            check_controlnet(controlnet.config, transformer.config)
         self.transformer = transformer
         self.autoencoder = autoencoder
         self.text_encoder = text_encoder
         self.identity = identity
+        self.controlnet = controlnet
         self.velocity = compiled_velocity(transformer) if compiled else transformer.velocity
 
     @classmethod
@@ -76,6 +84,7 @@ class SanaPipeline:
         device: torch.device | str = "cpu",
         compiled: bool = False,
         loras: Sequence[tuple[Path | str, float]] = (),
+        control: Path | str | None = None,
     ) -> "SanaPipeline":
         """model: "demo", a diffusers folder, or a transformer file, which needs autoencoder and text_encoder as well, each
         a file or folder, or "demo".
@@ -84,6 +93,7 @@ class SanaPipeline:
         of the transformer only; None: float32 on a CPU, else that of the release for the transformer and bfloat16 for the
         rest, with float32 in the place of bfloat16 on GPUs that only emulate it. compiled: run the transformer through torch.compile.
         loras: files or folders, each with its strength, for the transformer, the text encoder or both; 1 is as it was trained.
+        control: file or folder of a ControlNet, which then needs `Settings.control_image`.
         Raises CheckpointError for files that are something else, ValueError for a strength that is no finite number, and
         FileNotFoundError.
         """
@@ -102,6 +112,7 @@ class SanaPipeline:
             build_text_encoder(text, others, device, merges=text_merges),
             found.identity,
             compiled=compiled,
+            controlnet=None if control is None else load_controlnet(control, dtype or own, device),
         )
 
     def __call__(self, prompt: str | Sequence[str], *, batch_size: int = 1, **options: object) -> list[Image.Image]:
@@ -124,6 +135,7 @@ class SanaPipeline:
 
     def plan(self, prompt: str | Sequence[str], settings: Settings, *, batch_size: int = 1) -> Plan:
         """What settings come to for this model. prompt, batch_size: as for `__call__`. Raises ValueError as it does."""
+        check_control(settings, self.controlnet is not None)
         prompts = [prompt] * batch_size if isinstance(prompt, str) else list(prompt)
         return make_plan(prompts, settings, self.identity, self.autoencoder.config.downsample)
 
@@ -162,7 +174,7 @@ class SanaPipeline:
         if max_bytes is None:
             return
         check_bound(autoencoder.decoder, torch.Size((1, *self._latent_shape(plan))), autoencoder.dtype, max_bytes)
-        if plan.settings.image is not None:
+        if plan.settings.image is not None or plan.settings.control_image is not None:
             check_bound(autoencoder.encoder, torch.Size((1, 3, *plan.size)), autoencoder.dtype, max_bytes)
 
     def _latent_shape(self, plan: Plan) -> tuple[int, int, int]:
@@ -183,16 +195,32 @@ class SanaPipeline:
                     "With this strength and number of steps nothing of the image is kept; use less, or more steps."
                 )
         else:
-            denoise = guided_denoiser(
-                self.transformer, cond, uncond, plan.guidance, sigmas=plan.sigmas, velocity=self.velocity
-            )
+            denoise = self._guided_denoiser(plan, cond, uncond)
             steps, x = SOLVERS[plan.settings.solver].steps, noise
         if plan.settings.image is not None:
-            clean = self._encode_image(plan).expand_as(noise)
+            clean = self._encode_image(plan.settings.image, plan).expand_as(noise)
             x = torch.lerp(clean, noise, first)
             if plan.settings.mask is not None:
                 denoise = inpainting_denoiser(denoise, clean, noise, _latent_mask(plan, noise))
         yield from steps(denoise, x, plan.sigmas)
+
+    def _guided_denoiser(self, plan: Plan, cond: Condition, uncond: Condition | None) -> Denoiser:
+        """With the ControlNet, at the noise levels and by the scale of the plan."""
+        settings = plan.settings
+        plain = partial(guided_denoiser, cond=cond, uncond=uncond, guidance=plan.guidance, sigmas=plan.sigmas)
+        if self.controlnet is None or settings.control_scale == 0:
+            return plain(self.transformer, velocity=self.velocity)
+        controlled = ControlledTransformer(
+            self.transformer,
+            self.controlnet,
+            self._encode_image(settings.control_image, plan),
+            settings.control_scale,
+            own_start=settings.reference == "diffusers",
+            run=self.velocity,
+        )
+        if plan.control_levels == (0, 1):
+            return plain(controlled)
+        return within(plan.control_levels, plain(controlled), plain(self.transformer, velocity=self.velocity))
 
     def _encode(self, plan: Plan) -> tuple[Condition, Condition | None]:
         """The prompts and the negative prompt. A prompt of several pictures is encoded once."""
@@ -205,11 +233,19 @@ class SanaPipeline:
         text, text_mask = self.text_encoder([plan.negative], None)
         return cond, Condition(text.expand_as(cond.text), text_mask.expand_as(cond.text_mask))
 
-    def _encode_image(self, plan: Plan) -> Tensor:
-        """The latent (1, 32, H, W) of the image to start from."""
-        image = to_tensor(plan.settings.image, *plan.size).to(self.transformer.scale_shift_table.device)
+    def _encode_image(self, picture: Image.Image, plan: Plan) -> Tensor:
+        """The latent (1, 32, H, W) of a picture at the size of the plan's."""
+        image = to_tensor(picture, *plan.size).to(self.transformer.scale_shift_table.device)
         latent = encode_within_memory(self.autoencoder, image, plan.settings.max_bytes)
         return latent * self.autoencoder.config.latent_scale
+
+
+def check_control(settings: Settings, given: bool) -> None:
+    """Raises ValueError for a ControlNet without a picture or a picture without a ControlNet. given: whether there is one."""
+    if given and settings.control_image is None:
+        raise ValueError("a ControlNet needs the picture that it follows; give a control_image as well")
+    if settings.control_image is not None and not given:
+        raise ValueError("a control_image needs the ControlNet that follows it; give a control file as well")
 
 
 def _latent_mask(plan: Plan, like: Tensor) -> Tensor:

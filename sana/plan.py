@@ -1,16 +1,18 @@
 """What to draw: the settings that a caller gives, and what they come to for one model, with nothing left open."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, TypeVar
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from .config import TransformerIdentity
 from .sampling.guidance import Guidance
 from .sampling.resolution import check_size, nearest_bucket
-from .sampling.schedule import angle_sigmas, partial_sigmas, scm_angles
+from .sampling.schedule import angle_sigmas, partial_sigmas, scm_angles, shift_sigma
 from .sampling.solvers import SOLVERS
 from .text.prompt import DIFFUSERS_INSTRUCTION, INSTRUCTION
 
@@ -19,7 +21,13 @@ DEFAULT_STRENGTH = 0.5  # of an image to start from, without a mask
 # Settings that Sprint, which has no guidance by a second evaluation and another schedule, has no use for.
 NOT_OF_SPRINT = ("negative", "mask", "pag_scale", "pag_blocks", "guidance_interval", "solver", "flow_shift")
 LARGE = 2  # times the pixels of the model's square, from which on an image does not suggest its own size
-NOT_RECORDED = ("seed", "image", "mask", "max_bytes")  # those of a batch or a machine, and what is no JSON
+NOT_RECORDED = (
+    "seed",
+    "image",
+    "mask",
+    "control_image",
+    "max_bytes",
+)  # those of a batch or a machine, and what is no JSON
 
 Setting = TypeVar("Setting")
 
@@ -28,8 +36,9 @@ Setting = TypeVar("Setting")
 class Settings:
     """What decides a batch of pictures, beside the model and the prompts. None: what the model or the rest suggest.
 
-    Raises ValueError for an unknown solver or reference, a strength outside (0, 1], and a mask or a strength below 1
-    without an image; `make_plan` checks sizes, steps and scales.
+    Raises ValueError for an unknown solver or reference, a strength outside (0, 1], a mask or a strength below 1 without
+    an image, and for a ControlNet a scale that is no number, a range that is not 0 <= from < to <= 1, or either without a
+    control_image; `make_plan` checks sizes, steps and scales.
     """
 
     negative: str = ""
@@ -41,8 +50,8 @@ class Settings:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     pag_scale: float = 0.0
     pag_blocks: Sequence[int] | None = None
-    # Whose rules for prompts. diffusers': lower case, an official instruction with other quotes, and for the negative
-    # prompt a mask of its own (`Guidance.mask_convention`)
+    # Whose rules. diffusers': prompts in lower case, an official instruction with other quotes, for the negative prompt a
+    # mask of its own (`Guidance.mask_convention`), and a ControlNet that branches off before the first block
     reference: Literal["nvlabs", "diffusers"] = "nvlabs"
     solver: str = "flow_dpm"
     flow_shift: float | None = None
@@ -51,6 +60,10 @@ class Settings:
     mask: Image.Image | None = None  # of `image`: white is painted anew, black is kept
     # Share of the noise schedule to run, in (0, 1]; None: 0.5 for an image without a mask, else 1
     strength: float | None = None
+    control_image: Image.Image | None = None  # for a ControlNet; cut to the size of the picture
+    control_scale: float = 1.0  # of its corrections; 0: none
+    control_from: float = 0.0  # where in the schedule it begins to act, as a share of it
+    control_to: float = 1.0  # where it ends
     max_bytes: int | None = None  # bound on the working memory of the autoencoder
 
     def __post_init__(self) -> None:
@@ -64,6 +77,15 @@ class Settings:
             raise ValueError(f"strength is {self.strength}; it must be above 0 and at most 1")
         if self.strength not in (None, 1) and self.image is None:
             raise ValueError(f"strength {self.strength} needs an image to start from; give both")
+        if not math.isfinite(self.control_scale):
+            raise ValueError(f"control_scale is {self.control_scale}; it must be a finite number, such as 1")
+        if not 0 <= self.control_from < self.control_to <= 1:
+            raise ValueError(
+                f"control acts from {self.control_from} to {self.control_to}; these must be two rising numbers within 0 and 1"
+            )
+        alone = [name for name in ("control_scale", "control_from", "control_to") if name in self.changed]
+        if alone and self.control_image is None:
+            raise ValueError(f"{' and '.join(alone)} without a control_image has no effect; give both")
 
     @property
     def changed(self) -> dict[str, object]:
@@ -90,6 +112,7 @@ class Plan:
     steps: int  # of the whole schedule, of which `sigmas` may be a part
     sigmas: Tensor  # noise levels to visit, (step_count + 1,) falling to 0
     guidance: Guidance
+    control_levels: tuple[float, float]  # noise levels, the lower first, between which a ControlNet acts
     texts: tuple[str, ...]  # what is encoded of each prompt, after the instruction
     instruction: str | None
     negative: str | None  # what is encoded to be led away from; None: nothing is
@@ -112,8 +135,7 @@ class Plan:
         record: dict[str, object] = {"prompt": self.prompts[k], "seed": self.seeds[k], "model": self.variant}
         record["steps"] = self.steps
         record.update((name, value) for name, value in self.settings.changed.items() if name not in NOT_RECORDED)
-        if self.settings.image is not None:
-            record["image"] = "given"
+        record.update((name, "given") for name in ("image", "control_image") if name in self.settings.changed)
         return {**record, "guidance_scale": self.guidance.scale, "height": self.height, "width": self.width}
 
 
@@ -146,6 +168,7 @@ def make_plan(prompts: Sequence[str], settings: Settings, identity: TransformerI
         steps=steps,
         sigmas=_sprint_sigmas(settings, steps) if sprint else _flow_sigmas(settings, steps, identity.flow_shift),
         guidance=guidance,
+        control_levels=_control_levels(settings, identity.flow_shift),
         texts=tuple(prompt.lower() if diffusers else prompt for prompt in prompts),
         instruction=instruction,
         negative=negative.lower() if negative and diffusers else negative,
@@ -155,11 +178,13 @@ def make_plan(prompts: Sequence[str], settings: Settings, identity: TransformerI
 def _size(settings: Settings, base_size: int, downsample: int) -> tuple[int, int]:
     """Height and width of the pictures, px. Raises ValueError for sizes no model takes.
 
-    An image suggests its own, or if it is large the size nearest in shape among those the model was trained on.
+    An image suggests its own, or if it is large the size nearest in shape among those the model was trained on. So does one
+    for a ControlNet, where there is no image to start from.
     """
     suggested = (base_size, base_size)
-    if settings.image is not None:
-        width, height = settings.image.size
+    image = settings.control_image if settings.image is None else settings.image
+    if image is not None:
+        width, height = image.size
         suggested = tuple(max(downsample, side // downsample * downsample) for side in (height, width))
         if height * width > LARGE * base_size**2:
             suggested = nearest_bucket(height, width, base_size)
@@ -184,6 +209,14 @@ def _flow_sigmas(settings: Settings, steps: int, suggested_shift: float) -> Tens
     if settings.schedule_share == 1:
         return SOLVERS[settings.solver].sigmas(steps, flow_shift)
     return partial_sigmas(steps, flow_shift, settings.schedule_share)
+
+
+def _control_levels(settings: Settings, suggested_shift: float | None) -> tuple[float, float]:
+    """Where on the schedule a ControlNet acts, as the host has it: of levels that fall evenly, shifted by the flow shift."""
+    shift = _given(settings.flow_shift, suggested_shift or 1.0)  # Sprint, which has none, takes no ControlNet
+    shares = torch.tensor([1 - settings.control_to, 1 - settings.control_from], dtype=torch.float64)
+    low, high = shift_sigma(shares, shift).tolist()
+    return low, high
 
 
 def _sprint_sigmas(settings: Settings, steps: int) -> Tensor:

@@ -8,7 +8,7 @@ import comfy.ops
 import torch
 from torch import Tensor
 
-from ...sana.checkpoints.controlnet import load_controlnet
+from ...sana.checkpoints.controlnet import check_controlnet, load_controlnet
 from ...sana.networks.controlnet import SanaControlNet
 from ...sana.networks.transformer import BlockInputs
 from .model import SanaLatentFormat, SanaModel
@@ -16,10 +16,6 @@ from .model import SanaLatentFormat, SanaModel
 
 class HostControlNet(SanaControlNet):
     """The ControlNet with the calling convention of the host."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.input_block.weight.dtype
 
     def forward(
         self,
@@ -66,18 +62,7 @@ class SanaControl(comfy.controlnet.ControlNet):
         """Raises ValueError for a model that the ControlNet cannot correct."""
         if not isinstance(model, SanaModel):
             raise ValueError("this ControlNet is for SANA, and the model is another one; use a ControlNet made for it")
-        theirs, ours = model.identity.config, self.control_model.config
-        if theirs.guidance_embed:
-            raise ValueError("SANA-Sprint takes no ControlNet; use the SANA model that this one was made for")
-        if theirs.qk_norm != ours.qk_norm:
-            made_for, given = ("SANA-1.5", "SANA") if ours.qk_norm else ("SANA", "SANA-1.5")
-            raise ValueError(
-                f"this ControlNet was made for {made_for}, and the model is a {given}; use a {made_for} model"
-            )
-        if theirs.hidden_size != ours.hidden_size:
-            raise ValueError(
-                f"this ControlNet is {ours.hidden_size} wide and the SANA model {theirs.hidden_size}; use the one of its size"
-            )
+        check_controlnet(self.control_model.config, model.identity.config)
         super().pre_run(model, *arguments)
         self.model = model
 

@@ -5,6 +5,7 @@ from types import ModuleType
 
 import torch
 
+from ..config import TransformerConfig
 from ..networks.controlnet import SanaControlNet
 from ..networks.operations import Operations
 from .files import CheckpointError, read_tensors
@@ -13,6 +14,23 @@ from .kinds import describe
 from .names import is_controlnet, to_control_names
 from .packing import with_packed
 from .transformer import detect_transformer
+
+
+def check_controlnet(controlnet: TransformerConfig, transformer: TransformerConfig) -> None:
+    """Raises CheckpointError for a transformer that a ControlNet cannot correct."""
+    if transformer.guidance_embed:
+        raise CheckpointError("SANA-Sprint takes no ControlNet; use the SANA model that this one was made for")
+    if transformer.qk_norm != controlnet.qk_norm:
+        made_for, given = ("SANA-1.5", "SANA") if controlnet.qk_norm else ("SANA", "SANA-1.5")
+        raise CheckpointError(
+            f"this ControlNet was made for {made_for}, and the model is a {given}; use a {made_for} model"
+        )
+    for width, theirs, what in (
+        (controlnet.hidden_size, transformer.hidden_size, "is {} wide and the SANA model {}"),
+        (controlnet.text_width, transformer.text_width, "takes texts of width {} and the SANA model of width {}"),
+    ):
+        if width != theirs:
+            raise CheckpointError(f"this ControlNet {what.format(width, theirs)}; use the one of its size")
 
 
 def load_controlnet(

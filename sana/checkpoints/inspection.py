@@ -16,7 +16,7 @@ USES = {
     QUANTO: f"use {TRANSFORMER_SOURCE} instead",
     UNMERGED: "merge the adapter and save the model again, or load the adapter as a LoRA beside the model it is for",
     SVDQUANT: f"use {TRANSFORMER_SOURCE} instead",
-    "a ControlNet for SANA": "load it with the node Load SANA ControlNet, beside a SANA transformer",
+    "a ControlNet for SANA": "use it with a SANA transformer: --control in the shell, the node Load SANA ControlNet in ComfyUI",
 }
 
 

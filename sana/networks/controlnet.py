@@ -1,7 +1,8 @@
 """The ControlNet of SANA: copies of the first blocks that see a second image and correct the tokens of the transformer.
 
-The graph is NVlabs' (diffusion/model/nets/sana_multi_scale_controlnet.py). diffusers' SanaControlNetModel has the same tensors
-but branches off one block earlier and corrects one block later, which gives other pictures.
+The graph is NVlabs' (diffusion/model/nets/sana_multi_scale_controlnet.py): a transformer hands over its tokens after the first
+block, with the modulation. diffusers' SanaControlNetModel has the same tensors but makes both itself, with `embed` and
+`modulation`, so it branches off one block earlier, and corrects one block later, which gives other pictures.
 """
 
 from types import ModuleType
@@ -41,6 +42,18 @@ class SanaControlNet(nn.Module):
         self.input_block = build.linear(width, width)
         self.controlnet_blocks = nn.ModuleList(build.linear(width, width) for _ in range(config.control_blocks))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.input_block.weight.dtype
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Latent (B, 32, H, W) to tokens (B, H * W, D)."""
+        return self.patch_embed.proj(x.flatten(2).transpose(1, 2))
+
+    def modulation(self, timestep: Tensor) -> Modulation:
+        """As `SanaTransformer.modulation`, by the ControlNet's own weights. timestep: (B,)."""
+        return self.time_embed(timestep if self.config.continuous_time else timestep.floor(), None, self.dtype)
+
     def text_context(self, text: Tensor, text_mask: Tensor | None = None) -> TextContext:
         """As `SanaTransformer.text_context`, for the copied blocks."""
         text, mask = compact_text(text, text_mask)
@@ -52,7 +65,7 @@ class SanaControlNet(nn.Module):
 
         image: latent (B, 32, H, W) of the image that guides, N = H * W; modulation: the transformer's.
         """
-        x = tokens + self.input_block(self.patch_embed.proj(image.flatten(2).transpose(1, 2)))
+        x = tokens + self.input_block(self.embed(image))
         corrections = []
         for i, (block, out) in enumerate(zip(self.transformer_blocks, self.controlnet_blocks, strict=True)):
             x = block(x, image.shape[-1], modulation.blocks, context.keys_values[i], context.mask)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..networks.transformer import Modulation, SanaTransformer, TextContext
+from .control import ControlledTransformer
 from .solvers import Denoiser
 
 GUIDANCE_EMBED_SCALE = 0.1  # NVlabs/Sana diffusion/model/nets/sana_multi_scale.py, SanaMSCM, cfg_embed_scale
@@ -64,7 +65,7 @@ def check_blocks(blocks: Collection[int], depth: int) -> None:
 
 
 def guided_denoiser(
-    transformer: SanaTransformer,
+    transformer: SanaTransformer | ControlledTransformer,
     cond: Condition,
     uncond: Condition | None,
     guidance: Guidance,

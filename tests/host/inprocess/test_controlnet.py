@@ -8,14 +8,26 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.k_diffusion.sampling import sample_euler
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+import sana
 from bench.weights import randomise
 from sana.config import LATENT_SCALE
 from sana.networks.controlnet import SanaControlNet
 from sana.networks.transformer import Modulation, SanaTransformer, TextContext
-from tests.host.inprocess.small import EQUAL, Small, difference, load, picture, write_variant
+from tests.host.inprocess.small import (
+    EQUAL,
+    OTHER_PROMPT,
+    PROMPT,
+    Small,
+    difference,
+    load,
+    picture,
+    pipeline_latent,
+    write_variant,
+)
 
 NAME = "control.safetensors"
 Control = object
@@ -63,7 +75,7 @@ def control(small: Small, network: SanaControlNet) -> Control:
     return small.host.call("SanaControlNetLoader", control_net=NAME)[0]
 
 
-def apply(small: Small, control: Control, strength: float, end: float = 1.0) -> dict[str, object]:
+def apply(small: Small, control: Control, strength: float, end: float = 1.0, start: float = 0.0) -> dict[str, object]:
     """The conditions of `ControlNetApplyAdvanced`."""
     conditions = {"positive": small.positive, "negative": small.negative, "control_net": control, "image": picture()}
     return dict(
@@ -73,7 +85,7 @@ def apply(small: Small, control: Control, strength: float, end: float = 1.0) -> 
                 "ControlNetApplyAdvanced",
                 **conditions,
                 strength=strength,
-                start_percent=0.0,
+                start_percent=start,
                 end_percent=end,
                 vae=small.vae,
             ),
@@ -94,6 +106,22 @@ def test_control_is_that_of_the_standalone_networks(
     expected = small.reference(sample_euler, sigmas, small.empty(), transformer=transformer)
     assert difference(found, expected) < EQUAL
     assert difference(found, small.ksampler()) > 100 * EQUAL
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.0, 1.0), (0.0, 0.5), (0.3, 0.8), (0.6, 1.0)])
+def test_the_standalone_pipeline_draws_the_same_with_a_controlnet(
+    small: Small, network: SanaControlNet, control: Control, start: float, end: float
+) -> None:
+    """Apply ControlNet Advanced from one share of the schedule to another."""
+    steps, plain = 6, small.pipeline
+    pipeline = sana.SanaPipeline(
+        plain.transformer, plain.autoencoder, plain.text_encoder, plain.identity, controlnet=network
+    )
+    guide = Image.fromarray(picture()[0].mul(255).round().byte().numpy())
+    settings = {"control_image": guide, "control_scale": 0.7, "control_from": start, "control_to": end}
+    found = pipeline_latent(pipeline, PROMPT, negative=OTHER_PROMPT, steps=steps, **settings)
+    assert difference(found, small.sample(steps=steps, **apply(small, control, 0.7, end, start))) < EQUAL
+    assert difference(found, pipeline_latent(plain, PROMPT, negative=OTHER_PROMPT, steps=steps)) > 10 * EQUAL
 
 
 def test_control_sees_the_exact_time_in_bfloat16(

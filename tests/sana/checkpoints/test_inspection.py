@@ -137,7 +137,8 @@ def test_lines_on_other_files_say_what_they_are(tmp_path: Path) -> None:
     )
     assert describe_file(path).splitlines()[0] == "style.safetensors: a ControlNet for SANA"
     assert (
-        describe_file(path).splitlines()[2] == "load it with the node Load SANA ControlNet, beside a SANA transformer"
+        describe_file(path).splitlines()[2]
+        == "use it with a SANA transformer: --control in the shell, the node Load SANA ControlNet in ComfyUI"
     )
 
 

@@ -152,7 +152,9 @@ def test_every_setting_is_an_option_of_its_name(photo: Path) -> None:
     command = "generate x --negative a --height 64 --width 96 --steps 3 --seed 5 --guidance-scale 2 --max-bytes 9"
     more = "--pag-scale 1 --guidance-interval 0.1 0.9 --reference diffusers --solver flow_euler --flow-shift 4"
     pictures = ["--strength", "0.7", "--image", str(photo), "--mask", str(photo), "--instruction", ""]
-    settings = read_settings(parser().parse_args([*command.split(), *more.split(), *pictures]))
+    control = ["--control-image", str(photo), *"--control-scale 0.5 --control-from 0.1 --control-to 0.9".split()]
+    settings = read_settings(parser().parse_args([*command.split(), *more.split(), *pictures, *control]))
     assert {field.name for field in fields(Settings)} - {*settings.changed} == {"pag_blocks"}
     assert settings.guidance_interval == (0.1, 0.9) and settings.instruction is None
+    assert (settings.control_scale, settings.control_from, settings.control_to) == (0.5, 0.1, 0.9)
     assert read_settings(parser().parse_args(["generate", "x"])) == Settings()
