@@ -79,6 +79,9 @@ def parser() -> argparse.ArgumentParser:
         default=500,
         help="steps from one sheet of pictures that the model draws to the next, 0: none (default: 500)",
     )
+    tune.add_argument(
+        "--save-every", type=int, default=500, help="steps from one saved state to the next (default: 500)"
+    )
     tune.set_defaults(run=run_finetune)
     return top
 

@@ -23,8 +23,9 @@ from ..text.prompt import INSTRUCTION
 from ..text.text_encoder import GemmaTextEncoder, JsonTokenizer
 from .autoencoder import ReconstructionObjective, initialise, reconstruction_sheet, scene_crops, whole_scenes
 from .flow import FlowBatch, FlowObjective, initialise_transformer
+from .folder import claim
 from .latents import SceneLatents
-from .loop import TrainingConfig, check_counts, claim, process_state, train
+from .loop import TrainingConfig, check_counts, process_state, train
 from .scenes import KIND_SHARE, Kind, caption, held_out_scenes, sample_scene
 from .tokenizer import train_tokenizer
 
@@ -101,50 +102,50 @@ def train_demo(folder: Path, config: DemoConfig, start: Path | None = None) -> P
     FileNotFoundError for one that is not there.
     """
     started = load_start(start) if start else None
-    claim(folder, {"start": str(start.resolve()) if start else "nothing", "scenes": str(config.scenes)})
-    machine = process_state()
-    if started is None:
+    with claim(folder, {"start": str(start.resolve()) if start else "nothing", "scenes": str(config.scenes)}):
+        machine = process_state()
+        if started is None:
+            with machine.main_process_first():
+                tokenizer = make_tokenizer(folder / "tokenizer.json")
+            autoencoder = train_autoencoder(folder / "autoencoder", config.autoencoder_steps)
+            transformer, text_encoder = new_transformer(), new_text_encoder(tokenizer)
+        else:
+            tokenizer = start / "tokenizer" / "tokenizer.json"
+            autoencoder = started.autoencoder.requires_grad_(False)
+            transformer = started.transformer.train().requires_grad_(True)
+            text_encoder = started.text_encoder.train().requires_grad_(True)
+        autoencoder = refine_decoder(folder / "decoder", autoencoder, config.decoder_steps)
+        device = next(autoencoder.parameters()).device
         with machine.main_process_first():
-            tokenizer = make_tokenizer(folder / "tokenizer.json")
-        autoencoder = train_autoencoder(folder / "autoencoder", config.autoencoder_steps)
-        transformer, text_encoder = new_transformer(), new_text_encoder(tokenizer)
-    else:
-        tokenizer = start / "tokenizer" / "tokenizer.json"
-        autoencoder = started.autoencoder.requires_grad_(False)
-        transformer = started.transformer.train().requires_grad_(True)
-        text_encoder = started.text_encoder.train().requires_grad_(True)
-    autoencoder = refine_decoder(folder / "decoder", autoencoder, config.decoder_steps)
-    device = next(autoencoder.parameters()).device
-    with machine.main_process_first():
-        latents = SceneLatents.prepare(
-            autoencoder, folder / "latents.safetensors", count=config.scenes, seed=SEED, device=device
-        )
+            latents = SceneLatents.prepare(
+                autoencoder, folder / "latents.safetensors", count=config.scenes, seed=SEED, device=device
+            )
 
-    def batches(step: int, process: int) -> FlowBatch:
-        lesson = next(lesson for lesson in LESSONS if step < lesson.until * config.transformer_steps)
-        return latents.batch(
-            step, process, size=config.batch_size, shares=lesson.shares, layout_share=lesson.layout_share
-        )
+        def batches(step: int, process: int) -> FlowBatch:
+            lesson = next(lesson for lesson in LESSONS if step < lesson.until * config.transformer_steps)
+            return latents.batch(
+                step, process, size=config.batch_size, shares=lesson.shares, layout_share=lesson.layout_share
+            )
 
-    objective = FlowObjective(transformer, text_encoder, flow_shift=IDENTITY.flow_shift)
-    objective = train(
-        objective,
-        batches,
-        TrainingConfig(config.transformer_steps, learning_rate=1.5e-3, warmup=200, cooldown=0.4, ema_decay=0.999),
-        folder / "transformer",
-        partial(prompt_sheet, autoencoder=autoencoder),
-        objective.matrices(),
-    )
-    if machine.is_main_process:
-        write_pipeline(
-            folder / "checkpoint",
-            objective.transformer,
-            autoencoder,
-            objective.text_encoder,
-            tokenizer=tokenizer,
-            identity=IDENTITY,
+        objective = FlowObjective(transformer, text_encoder, flow_shift=IDENTITY.flow_shift)
+        objective = train(
+            objective,
+            batches,
+            TrainingConfig(config.transformer_steps, learning_rate=1.5e-3, warmup=200, cooldown=0.4, ema_decay=0.999),
+            folder / "transformer",
+            partial(prompt_sheet, autoencoder=autoencoder),
+            objective.matrices(),
         )
-    return folder / "checkpoint"
+        if machine.is_main_process:
+            write_pipeline(
+                folder / "checkpoint",
+                objective.transformer,
+                autoencoder,
+                objective.text_encoder,
+                tokenizer=tokenizer,
+                identity=IDENTITY,
+            )
+        return folder / "checkpoint"
 
 
 def load_start(start: Path) -> SanaPipeline:

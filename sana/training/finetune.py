@@ -21,7 +21,8 @@ from ..plan import Settings
 from ..sampling.guidance import Condition
 from ..text.text_encoder import GemmaTextEncoder
 from .flow import FlowObjective
-from .loop import TrainingConfig, check_counts, claim, process_state, train
+from .folder import claim
+from .loop import TrainingConfig, check_counts, process_state, train
 from .pictures import Picture, PictureStates, pad_texts, read_pictures, write_states
 
 SHEET_COLUMNS, SHEET_SIDE, SHEET_STEPS = 6, 256, 14
@@ -36,10 +37,11 @@ class FinetuneConfig:
     learning_rate: float = 1e-5
     recompute: bool = False  # activations of blocks in the backward pass: less memory, a third more work
     sheet_every: int = 500  # steps from one sheet to the next, see `caption_sheet`; 0: none
+    save_every: int = 500  # steps from one saved state to the next
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that no training can have."""
-        check_counts({"steps": self.steps, "batch_size": self.batch_size})
+        check_counts({"steps": self.steps, "batch_size": self.batch_size, "save_every": self.save_every})
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0 and below 1, such as 1e-5")
         if self.sheet_every < 0:
@@ -77,28 +79,35 @@ def finetune(
         device=machine.device,
     )
     given = {"variant": variant} if variant else {}
-    claim(folder, {"model": str(model.resolve()), "data": str(data.resolve()), **given})
-    encoders = f"{autoencoder or model}, {text_encoder or model}"
-    states = _encode(folder / "states", pictures, encoders, pipeline.autoencoder, pipeline.text_encoder)
-    pipeline.text_encoder = None  # it is the largest part, and no longer needed
-    transformer = pipeline.transformer.train().requires_grad_(True)
-    transformer.recompute = config.recompute
-    objective = FlowObjective(transformer, flow_shift=identity.flow_shift, null=states.null)
-    sheet = partial(
-        caption_sheet, pictures=pictures, states=states, autoencoder=pipeline.autoencoder, identity=identity
-    )
-    warmup, sheet_every = min(100, config.steps // 10), config.sheet_every or config.steps
-    objective = train(
-        objective,
-        partial(states.batch, size=config.batch_size),
-        TrainingConfig(config.steps, config.learning_rate, warmup=warmup, cooldown=0.1, sheet_every=sheet_every),
-        folder,
-        sheet if config.sheet_every else None,
-    )
-    if machine.is_main_process:
-        dtype = getattr(torch, identity.dtype)
-        write_transformer(folder / "transformer", objective.transformer, identity, dtype)
-    return folder / "transformer"
+    with claim(folder, {"model": str(model.resolve()), "data": str(data.resolve()), **given}):
+        encoders = f"{autoencoder or model}, {text_encoder or model}"
+        states = _encode(folder / "states", pictures, encoders, pipeline.autoencoder, pipeline.text_encoder)
+        pipeline.text_encoder = None  # it is the largest part, and no longer needed
+        transformer = pipeline.transformer.train().requires_grad_(True)
+        transformer.recompute = config.recompute
+        objective = FlowObjective(transformer, flow_shift=identity.flow_shift, null=states.null)
+        sheet = partial(
+            caption_sheet, pictures=pictures, states=states, autoencoder=pipeline.autoencoder, identity=identity
+        )
+        schedule = TrainingConfig(
+            config.steps,
+            config.learning_rate,
+            warmup=min(100, config.steps // 10),
+            cooldown=0.1,
+            save_every=config.save_every,
+            sheet_every=config.sheet_every or config.steps,
+        )
+        objective = train(
+            objective,
+            partial(states.batch, size=config.batch_size),
+            schedule,
+            folder,
+            sheet if config.sheet_every else None,
+        )
+        if machine.is_main_process:
+            dtype = getattr(torch, identity.dtype)
+            write_transformer(folder / "transformer", objective.transformer, identity, dtype)
+        return folder / "transformer"
 
 
 def _trainable(file: TensorFile, variant: str | None) -> TransformerIdentity:

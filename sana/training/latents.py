@@ -8,15 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ..config import DOWNSAMPLE, LATENT_CHANNELS
 from ..images import to_unit
 from ..networks.autoencoder import DCAutoencoder
 from ..saving import replacing
 from .flow import FlowBatch
+from .folder import read_computed
 from .scenes import KIND_SHARE, RESOLUTIONS, Kind, Resolution, Scene, caption, draw, sample_scene
 
 
@@ -36,8 +37,12 @@ class SceneLatents:
             encoded = {size_name(size): encode_scenes(autoencoder, size, count, seed, device) for size in RESOLUTIONS}
             with replacing(path) as unfinished:
                 save_file(encoded, unfinished)
-        with safe_open(path, framework="pt") as file:
-            return cls({size: file.get_tensor(size_name(size)) for size in RESOLUTIONS}, seed)
+        shapes = {
+            size_name(size): (count, LATENT_CHANNELS, size[0] // DOWNSAMPLE, size[1] // DOWNSAMPLE)
+            for size in RESOLUTIONS
+        }
+        found = read_computed(path, shapes)
+        return cls({size: found[size_name(size)] for size in RESOLUTIONS}, seed)
 
     @cached_property
     def numbers(self) -> dict[Resolution, dict[Kind, list[int]]]:

@@ -4,8 +4,10 @@ A step depends on nothing but the weights, the optimiser and the step number, wh
 run that was killed and resumed ends with the same weights as one that was not.
 """
 
-import json
 import logging
+import os
+import pickle
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +23,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ..networks.devices import computes_bfloat16
-from ..saving import replacing, write_json
+from ..saving import replacing
 
 PATIENCE = timedelta(hours=2)  # for the process that saves or draws; NCCL alone gives up after 10 minutes
+# What each optimizer remembers of a weight: "step" is a count, the others have the weight's shape.
+MEMORY = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
+ROW = re.compile(r"(\d{1,12}),[^,]+,[^,]+")  # of the log
 
 log = logging.getLogger(__name__)
 
@@ -61,17 +66,19 @@ def train(
 ) -> nn.Module:
     """Minimise `objective(batch)`, a scalar, and return the objective with averaged weights.
 
-    matrices: two-dimensional weights for Muon to update (see `optimizers`). folder: receives `state.pt` (resumed from if it
-    is there), `log.csv` (step, loss, images per second) and sheets as PNG. A finished run is not repeated, and the log says so.
-    A batch needs a length, the number of its images.
+    matrices: two-dimensional weights for Muon to update (see `optimizers`). folder: receives `state.pt` and the one before
+    (resumed from if they are there), `log.csv` (step, loss, images per second) and sheets as PNG. A finished run is not
+    repeated, and the log says so. A batch needs a length, the number of its images. Raises ValueError for a state that
+    cannot be resumed from, and OSError for a file that cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if computes_bfloat16(device) else "no")
     average = AveragedModel(objective, multi_avg_fn=partial(update_average, config.ema_decay), use_buffers=True)
     average.to(accelerator.device)
-    wrapped, *updates = accelerator.prepare(objective, *optimizers(objective, config, matrices))
-    state = TrainingState(folder / "state.pt", accelerator.unwrap_model(wrapped), average, updates)
+    plain = optimizers(objective, config, matrices)
+    wrapped, *updates = accelerator.prepare(objective, *plain)
+    state = TrainingState(folder / "state.pt", accelerator.unwrap_model(wrapped), average, plain)
     first = state.resume()
     if first >= config.steps and accelerator.is_main_process:
         log.warning("%s has all of its %d steps behind it; nothing is trained.", folder, first)
@@ -91,11 +98,14 @@ def train(
         if not accelerator.is_main_process:
             continue
         meter.note(float(loss.detach()), len(batch) * accelerator.num_processes)
-        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            state.save(step + 1)
-            meter.write(folder / "log.csv", step + 1)
+        # The state comes last: whenever the run is stopped, what the state has behind it has its sheet and its row.
         if sheet is not None and ((step + 1) % config.sheet_every == 0 or step + 1 == config.steps):
-            sheet(average.module).save(folder / f"sheet-{step + 1:06d}.png")
+            picture = sheet(average.module)
+            with replacing(folder / f"sheet-{step + 1:06d}.png") as unfinished:
+                picture.save(unfinished, format="PNG")
+        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+            meter.write(folder / "log.csv", step + 1)
+            state.save(step + 1)
     return average.module
 
 
@@ -109,20 +119,6 @@ def check_counts(numbers: Mapping[str, int]) -> None:
     for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"{name} is {number}; it must be at least 1")
-
-
-def claim(folder: Path, run: dict[str, str]) -> None:
-    """Make a work folder and note what it is for. Raises ValueError if it is for something else, or no folder."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; give another --out, a folder")
-    note = folder / "run.json"
-    with process_state().main_process_first():
-        if not note.exists():
-            write_json(note, run)
-    known = json.loads(note.read_text(encoding="utf-8"))
-    if known != run:
-        told = ", ".join(f"{name} {value}" for name, value in known.items())
-        raise ValueError(f"{folder} holds another training ({told}); give another --out")
 
 
 def update_average(decay: float, average: list[Tensor], weights: list[Tensor], count: int | Tensor) -> None:
@@ -150,42 +146,135 @@ def optimizers(
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Everything that a run needs to go on, in one file that is replaced as a whole."""
+    """Everything that a run needs to go on, in one file that is replaced as a whole. The file before is kept beside it."""
 
     path: Path
     objective: nn.Module
     average: AveragedModel
     updates: Sequence[torch.optim.Optimizer]
 
+    @property
+    def previous(self) -> Path:
+        return self.path.with_stem(f"{self.path.stem}.previous")
+
     def save(self, step: int) -> None:
+        """Raises OSError, which names the last good state, if there is no room."""
         parts = {"objective": self.objective, "average": self.average}
         states = {name: part.state_dict() for name, part in parts.items()}
-        with replacing(self.path) as unfinished:
-            torch.save(
-                {"step": step, **states, "updates": [update.state_dict() for update in self.updates]}, unfinished
-            )
+        state = {"step": step, **states, "updates": [update.state_dict() for update in self.updates]}
+        try:
+            with replacing(self.path) as unfinished:
+                _write_state(state, unfinished)
+                if self.path.exists():
+                    os.replace(self.path, self.previous)
+        except OSError as error:
+            raise OSError(f"{error}; the same command then {self._way_on(self.path, self.previous)}") from error
 
     def resume(self) -> int:
-        """Read the file if there is one. Returns the step to go on with."""
-        if not self.path.exists():
+        """Read the newest file if there is one. Returns the step to go on with.
+
+        Raises ValueError, which names the last good state, if it is no state of this training.
+        """
+        newest, *older = [path for path in (self.path, self.previous) if os.path.lexists(path)] or [None]
+        if newest is None:
             return 0
-        # To GPUs values are copied, so their processes need not each read all of it into memory.
-        saved = torch.load(self.path, map_location="cpu", weights_only=True, mmap=torch.cuda.is_available())
+        try:
+            # To GPUs values are copied, so their processes need not each read all of it into memory.
+            return self._fill(self._read(newest, mapped=torch.cuda.is_available()))
+        except ValueError as error:
+            raise ValueError(f"{newest} {error}; move it away, and the same command {self._way_on(*older)}") from error
+
+    def _fill(self, saved: Mapping[str, object]) -> int:
         self.objective.load_state_dict(saved["objective"])
         self.average.load_state_dict(saved["average"])
         for update, state in zip(self.updates, saved["updates"], strict=True):
-            update.load_state_dict(state)
+            # Rates and the like are those of this run, and not of the file.
+            update.load_state_dict({**update.state_dict(), "state": state["state"]})
             for values in update.state.values():
                 if "step" in values:  # AdamW counts on the CPU, and a file that is still mapped stays on the disk
                     values["step"] = values["step"].clone()
-        return int(saved["step"])
+        return saved["step"]
+
+    def _read(self, path: Path, mapped: bool) -> Mapping[str, object]:
+        """What `save` has written. Raises ValueError with what is wrong with the file, for a sentence that names it."""
+        if not path.is_file():  # a named pipe has no end
+            raise ValueError("is no file")
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except PermissionError as error:
+            raise ValueError(f"cannot be opened ({error.strerror})") from error
+        except pickle.UnpicklingError as error:
+            raise ValueError("is damaged, or holds code, of which none was run") from error
+        except Exception as error:  # each kind of damage fails in its own way
+            raise ValueError("is damaged or of another program") from error
+        if not isinstance(saved, Mapping) or not {"step", "objective", "average", "updates"} <= saved.keys():
+            raise ValueError("is of another program")
+        if type(saved["step"]) is not int or saved["step"] < 0:
+            raise ValueError("is damaged or of another program: its step is no number of steps")
+        _check_network("objective", saved["objective"], self.objective)
+        _check_network("average", saved["average"], self.average)
+        _check_memories(saved["updates"], self.updates)
+        return saved
+
+    def _way_on(self, *paths: Path) -> str:
+        """What a command does with the first of these files that is a good state."""
+        for path in paths:
+            try:
+                return f"goes on from {path}, after step {self._read(path, mapped=True)['step']}"
+            except ValueError:
+                continue
+        return "begins anew"
+
+
+def _write_state(state: Mapping[str, object], path: Path) -> None:
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # a write that failed, over which PyTorch stumbles
+            raise error.__context__ from None
+        raise
+
+
+def _check_network(name: str, found: object, network: nn.Module) -> None:
+    """Raises ValueError unless a file holds what the network takes."""
+    expected = network.state_dict()
+    if not isinstance(found, Mapping) or found.keys() != expected.keys():
+        raise ValueError(f"is of another model: the names of its {name} are others")
+    for key, tensor in expected.items():
+        _check_shape(f"{name}: {key}", found[key], tensor.shape)
+
+
+def _check_memories(found: object, updates: Sequence[torch.optim.Optimizer]) -> None:
+    """Raises ValueError unless a file holds what the optimizers remember of their weights."""
+    if not isinstance(found, Sequence) or len(found) != len(updates):
+        raise ValueError(f"is of another training: it does not hold the states of {len(updates)} optimizers")
+    for state, update in zip(found, updates, strict=True):
+        weights = dict(enumerate(weight for group in update.param_groups for weight in group["params"]))
+        memories = state.get("state") if isinstance(state, Mapping) else None
+        if not isinstance(memories, Mapping) or not memories.keys() <= weights.keys():
+            raise ValueError("is of another training: its optimizers know other weights")
+        for number, memory in memories.items():
+            if not isinstance(memory, Mapping) or memory.keys() != MEMORY[type(update)]:
+                raise ValueError("is of another training: its optimizers are others")
+            for name, value in memory.items():
+                shape = torch.Size() if name == "step" else weights[number].shape
+                _check_shape(f"{name} of weight {number}", value, shape)
+
+
+def _check_shape(name: str, found: object, shape: torch.Size) -> None:
+    if not isinstance(found, Tensor) or found.layout != torch.strided or found.is_meta:
+        raise ValueError(f"is damaged or of another program: {name} is no tensor")
+    if found.shape != shape:
+        raise ValueError(f"is of another model: {name} has shape {tuple(found.shape)} instead of {tuple(shape)}")
 
 
 class Meter:
-    """Loss and speed, on a progress bar and in a file."""
+    """Loss and speed, on a progress bar and in a file. step: how many steps the run has behind it."""
 
-    def __init__(self, bar: tqdm) -> None:
+    def __init__(self, bar: tqdm, step: int) -> None:
         self.bar = bar
+        self.step = step  # of the last row of the log
         self.losses: list[float] = []
         self.images = 0
         self.since = time.monotonic()
@@ -202,14 +291,16 @@ class Meter:
         return self.images / max(1e-9, time.monotonic() - self.since)
 
     def write(self, path: Path, step: int) -> None:
-        """Append the means since the last call."""
-        with path.open("a") as rows:
-            rows.write(f"{step},{self.mean_loss():.6f},{self.speed():.2f}\n")
-        self.losses, self.images, self.since = [], 0, time.monotonic()
+        """Add a row of the means since the last one. Rows of a run that was stopped before it saved give way to it."""
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        rows = [row for row in text.splitlines() if (found := ROW.fullmatch(row)) and int(found[1]) <= self.step]
+        with replacing(path) as unfinished:
+            unfinished.write_text("\n".join([*rows, f"{step},{self.mean_loss():.6f},{self.speed():.2f}", ""]))
+        self.step, self.losses, self.images, self.since = step, [], 0, time.monotonic()
 
 
 def _progress(first: int, steps: int, visible: bool) -> Iterator[tuple[int, Meter]]:
     with tqdm(range(first, steps), initial=first, total=steps, disable=not visible) as bar:
-        meter = Meter(bar)
+        meter = Meter(bar, first)
         for step in bar:
             yield step, meter

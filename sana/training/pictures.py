@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ..config import DOWNSAMPLE, LATENT_CHANNELS
 from ..images import SUFFIXES, read_picture, read_size, to_tensor
 from ..networks.autoencoder import DCAutoencoder, encode_within_memory
 from ..sampling.resolution import nearest_bucket
@@ -19,6 +20,7 @@ from ..saving import replacing
 from ..text.prompt import INSTRUCTION
 from ..text.text_encoder import GemmaTextEncoder
 from .flow import FlowBatch
+from .folder import read_computed
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,12 @@ class PictureStates:
 
     @classmethod
     def read(cls, folder: Path, pictures: Sequence[Picture], encoders: str, null: Tensor) -> "PictureStates":
-        """What `write_states` has written for these pictures."""
-        states = [load_file(_states_path(folder, picture, encoders)) for picture in pictures]
+        """What `write_states` has written for these pictures. Raises ValueError for a file that is damaged."""
+        states = []
+        for picture in pictures:
+            latent = (LATENT_CHANNELS, *(side // DOWNSAMPLE for side in picture.size))
+            path = _states_path(folder, picture, encoders)
+            states.append(read_computed(path, {"latent": latent, "text": (None, null.shape[-1])}))
         return cls([state["latent"] for state in states], [state["text"] for state in states], null)
 
     def batch(self, step: int, process: int, *, size: int, seed: int = 0) -> FlowBatch:

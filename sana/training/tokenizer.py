@@ -29,5 +29,5 @@ def train_tokenizer(texts: Iterable[str], size: int, path: Path) -> int:
         single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", BOS)]
     )
     with replacing(path) as unfinished:
-        tokenizer.save(str(unfinished))
+        unfinished.write_text(tokenizer.to_str(pretty=True), encoding="utf-8", newline="\n")
     return tokenizer.get_vocab_size()

@@ -26,12 +26,14 @@ from sana.config import VARIANTS
 from sana.networks.autoencoder import DCAutoencoder
 from sana.networks.transformer import SanaTransformer
 from sana.pipeline import MODELS, SanaPipeline
+from sana.saving import lock
 from sana.training.__main__ import main
 from sana.training.demo import AUTOENCODER, IDENTITY, TRANSFORMER, new_transformer
 from sana.training.flow import FlowBatch, FlowObjective
 from sana.training.latents import SceneLatents
 from sana.training.pictures import read_pictures
-from sana.training.scenes import KIND_SHARE, RESOLUTIONS, caption, draw, sample_scene
+from sana.training.scenes import KIND_SHARE, RESOLUTIONS
+from tests.training.drawn import draw_pictures
 
 ROOT = Path(sana.__file__).parents[1]
 MOST_BYTES = 25_000_000
@@ -49,12 +51,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """Six drawn scenes of two shapes with their captions."""
-    folder, rng = tmp_path / "pictures", np.random.default_rng(0)
-    folder.mkdir()
-    for i in range(6):
-        scene = sample_scene(rng, "train", *((256, 256), (192, 320))[i % 2])
-        Image.fromarray(draw(scene)).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(caption(scene, rng))
+    folder = tmp_path / "pictures"
+    draw_pictures(folder, 6)
     return folder
 
 
@@ -197,6 +195,7 @@ def test_finetuning_asks_for_the_parts_of_a_transformer(
     [
         ("--steps=0", "steps is 0; it must be at least 1"),
         ("--batch-size=-1", "batch_size is -1; it must be at least 1"),
+        ("--save-every=0", "save_every is 0; it must be at least 1"),
         ("--learning-rate=-1", "learning_rate is -1.0; it must be above 0 and below 1, such as 1e-5"),
         ("--sheet-every=-1", "sheet_every is -1; it must be 0, for no sheets, or more"),
         ("--data=nowhere", "nowhere is no folder; give one with pictures, each with a .txt file of its name"),
@@ -243,6 +242,34 @@ def test_finetuning_encodes_a_picture_once(pictures: Path, tmp_path: Path) -> No
     assert finetune(pictures, out) == 0
     second = {path.name: path.stat().st_mtime_ns for path in (out / "states").iterdir()}
     assert len(first) == 6 and len(second) == 7 and first.items() < second.items()
+
+
+def test_finetuning_goes_on_when_a_damaged_file_of_states_is_deleted(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune(pictures, out := tmp_path / "out") == 0
+    path = sorted((out / "states").iterdir())[2]
+    path.write_bytes((whole := path.read_bytes())[:-1])
+    capsys.readouterr()
+    assert finetune(pictures, out) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == f"error: {path} is damaged or of another program; delete it, and the same command computes it again"
+    path.unlink()
+    assert finetune(pictures, out) == 0
+    assert path.read_bytes() == whole
+
+
+def test_a_second_finetuning_in_a_folder_is_refused(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (out := tmp_path / "out").mkdir()
+    with (out / "training.lock").open("wb") as file:
+        assert lock(file)
+        assert finetune(pictures, out) == 1
+    assert capsys.readouterr().err == (
+        f"error: another training is at work in {out}; wait until it ends, or give another --out\n"
+    )
+    assert [path.name for path in out.iterdir()] == ["training.lock"]
 
 
 def test_a_transparent_picture_is_trained_on_white_and_in_any_format(pictures: Path, tmp_path: Path) -> None:
