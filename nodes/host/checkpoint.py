@@ -13,6 +13,7 @@ from ...sana.checkpoints.header import transformer_header
 from ...sana.checkpoints.transformer import identify_transformer
 from .extension import extend
 from .model import FILE_NAME, SanaModel
+from .quantised import with_formats
 from .run import follow_runs
 
 TABLE = "scale_shift_table"  # the parameters that blocks hold beside their layers
@@ -26,7 +27,7 @@ def load_model(
     variant: a name from `sana.VARIANTS`, for a file that cannot tell. dtype: of the weights; None: what the host prefers of
     what the model was released in. Raises CheckpointError for files that are something else.
     """
-    file = read_tensors(path, "transformer")
+    file = with_formats(read_tensors(path, "transformer"))
     header = transformer_header(identify_transformer(file, variant))
     patcher = comfy.sd.load_diffusion_model_state_dict(
         dict(file.tensors),

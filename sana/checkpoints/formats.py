@@ -19,10 +19,14 @@ class QuantisedFormat(NamedTuple):
 COMFY_LAYER = ".comfy_quant"  # behind the name of a layer: its format, JSON as bytes
 COMFY_FOUR_BITS = ("nvfp4", "convrot_w4a4", "asym_w4a8_int8")  # of these, in which two numbers share a byte
 COMFY_MODEL = "scaled_fp8"  # of files for older hosts, which tell the format once for all matrices
+COMFY_ATTENTION = ".comfy_attention.config"  # behind the name of an attention: kernels of the host to prefer
 COMFY = QuantisedFormat(
     "ComfyUI",
     (COMFY_LAYER, COMFY_MODEL),
-    (".weight_scale", ".weight_scale_2", ".input_scale", ".scale_weight", ".scale_input", ".pre_quant_scale"),
+    (
+        *(".weight_scale", ".weight_scale_2", ".input_scale", ".scale_weight", ".scale_input", ".pre_quant_scale"),
+        *(".weight_s_rel", ".weight_s_channel", ".weight_codebook", ".weight_correction", ".weight_zeros"),
+    ),
 )
 BITSANDBYTES = QuantisedFormat("bitsandbytes", (".absmax", ".quant_map", ".SCB"))
 QUANTO = QuantisedFormat("optimum-quanto", ("._data", "._scale", "._shift"))

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
+from .formats import COMFY_ATTENTION
+
 Tensors = dict[str, Tensor]
 
 # Names whose presence tells the dialect. What stands before them in a file is a prefix of all names.
@@ -68,6 +70,8 @@ IN_BLOCK = {
     "mlp.point_conv.linear.*": "ff.conv_point.*",
 }
 HEADER_TENSOR = "sana_header"  # bytes that `header.header_tensor` wrote
+# Ends of names of scales that have a number for each row of a matrix, where they have several.
+ROW_SCALES = ("weight_scale", "weight_s_channel")
 # Buffers and training-only tensors of official files.
 DROPPED = (HEADER_TENSOR, "pos_embed", "y_embedder.y_embedding", "logvar_linear.weight", "logvar_linear.bias")
 
@@ -175,8 +179,12 @@ def to_transformer_names(tensors: Tensors) -> Tensors:
         prefix = _transformer_prefix(tensors, mark)
         if prefix is not None:
             found = rename(_below(tensors, prefix))
-            return {name: _as_linear(name, tensor) for name, tensor in found.items() if name not in DROPPED}
+            return {name: _as_linear(name, tensor) for name, tensor in found.items() if not _is_dropped(name)}
     raise AssertionError("the caller has not asked is_transformer")
+
+
+def _is_dropped(name: str) -> bool:
+    return name in DROPPED or name.endswith(COMFY_ATTENTION)
 
 
 def to_control_names(tensors: Tensors) -> Tensors:
@@ -253,8 +261,9 @@ def _apply(name: str, tensor: Tensor, table: Mapping[str, str | tuple[str, ...]]
     targets = table.get(name) or table.get(f"{stem}.*") or name
     if isinstance(targets, str):
         return {prefix + targets.replace("*", leaf): tensor}
-    # What accompanies a quantised weight, such as its scale, belongs to every part of it.
-    whole = leaf not in ("weight", "bias") or not tensor.ndim
+    # What accompanies a quantised weight, such as its scale, belongs to every part of it, unless it is one for each row.
+    by_row = leaf in ROW_SCALES and tensor.numel() == len(tensor) > 1 if tensor.ndim else False
+    whole = not (by_row or (leaf in ("weight", "bias") and tensor.ndim))
     parts = (tensor,) * len(targets) if whole else tensor.tensor_split(len(targets))
     return {prefix + target.replace("*", leaf): part for target, part in zip(targets, parts, strict=True)}
 

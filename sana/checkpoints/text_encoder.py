@@ -18,6 +18,7 @@ from ..text.gemma import Gemma2
 from ..text.text_encoder import BOS, EOS, PAD, GemmaTextEncoder, JsonTokenizer, SentencePieceTokenizer, Tokenizer
 from .files import CheckpointError, TensorFile, read_tensors
 from .filling import NO_MERGES, fill
+from .formats import COMFY_ATTENTION
 from .header import stored_bytes
 from .kinds import describe
 from .names import dialect_prefix
@@ -104,7 +105,7 @@ def gemma_tensors(file: TensorFile) -> dict[str, Tensor]:
         raise CheckpointError(f"{file.path.name} is {kind}; give a Gemma-2-2b-it, such as {SOURCE}")
     found = {name.removeprefix(prefix): tensor for name, tensor in file.tensors.items() if name.startswith(prefix)}
     used = {name: tensor for name, tensor in found.items() if name.startswith(("layers.", "embed_tokens.", "norm."))}
-    return {name: tensor for name, tensor in used.items() if not name.endswith(BUFFER)}
+    return {name: tensor for name, tensor in used.items() if not name.endswith((BUFFER, COMFY_ATTENTION))}
 
 
 def gemma_config(tensors: dict[str, Tensor], file: TensorFile) -> GemmaConfig:
