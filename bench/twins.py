@@ -14,7 +14,8 @@ from sana.config import AutoencoderConfig, GemmaConfig, TransformerConfig
 from sana.networks.autoencoder import DCAutoencoder
 from sana.networks.transformer import SanaTransformer
 from sana.text.gemma import Gemma2
-from sana.text.text_encoder import BOS, GemmaTextEncoder
+from sana.text.text_encoder import GemmaTextEncoder
+from sana.text.tokenizers import BOS
 
 from .weights import randomise
 

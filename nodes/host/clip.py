@@ -27,7 +27,8 @@ from ...sana.checkpoints.text_encoder import (
 )
 from ...sana.config import GemmaConfig, TransformerConfig
 from ...sana.text.gemma import Gemma2
-from ...sana.text.text_encoder import GemmaTextEncoder, Tokenizer
+from ...sana.text.text_encoder import GemmaTextEncoder
+from ...sana.text.tokenizers import Tokenizer
 from .entries import ForeignEntryError
 from .padding import mark_padding
 from .quantised import check_quantised, with_formats

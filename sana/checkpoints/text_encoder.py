@@ -15,7 +15,8 @@ from ..networks.adapters import Merge
 from ..networks.operations import Operations
 from ..reading import parse_json
 from ..text.gemma import Gemma2
-from ..text.text_encoder import BOS, EOS, PAD, GemmaTextEncoder, JsonTokenizer, SentencePieceTokenizer, Tokenizer
+from ..text.text_encoder import GemmaTextEncoder
+from ..text.tokenizers import BOS, EOS, PAD, JsonTokenizer, SentencePieceTokenizer, Tokenizer
 from .files import CheckpointError, TensorFile, read_tensors
 from .filling import NO_MERGES, fill
 from .formats import COMFY_ATTENTION
@@ -194,7 +195,9 @@ def _tokenizer(
     try:
         found = kind(source)
     except (ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{name} is not a readable tokenizer ({error}); download it again") from error
+        raise CheckpointError(
+            f"{name} is no readable tokenizer of a Gemma-2 ({error}); use that of {SOURCE}"
+        ) from error
     if found.size > config.vocab_size:
         raise CheckpointError(
             f"{name} has {found.size} tokens and the text encoder only {config.vocab_size}; use the tokenizer of {SOURCE}"

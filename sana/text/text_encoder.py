@@ -5,76 +5,19 @@ padding on the right reaches no prompt.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdRef
 
-from ..config import TEXT_TOKENS
+from ..config import TEXT_ENCODER_SOURCE, TEXT_TOKENS
 from .gemma import Gemma2, KeysValues
 from .prompt import INSTRUCTION, Window, common_prefix, window
+from .tokenizers import PAD, Tokenizer
 
 log = logging.getLogger(__name__)
-
-PAD, EOS, BOS = 0, 1, 2  # token ids of every Gemma-2 vocabulary
-
-
-class Tokenizer(Protocol):
-    source: bytes  # of the file it was made from
-    size: int  # of its vocabulary, without tokens that a fine-tune added for other uses
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids, the beginning-of-sequence token first."""
-
-
-@contextmanager
-def _panics_as_errors() -> Iterator[None]:
-    """The tokenizers library panics in Rust on some files and texts. What it raises is no Exception, and ends a thread."""
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, Exception) or type(error).__module__ != "pyo3_runtime":
-            raise
-        raise ValueError(
-            f"the tokenizers library broke down ({error}); use the tokenizer.json of the original"
-        ) from error
-
-
-class JsonTokenizer:
-    """The content of a `tokenizer.json`, by the tokenizers library. Raises ValueError where that breaks down."""
-
-    def __init__(self, source: bytes) -> None:
-        from tokenizers import Tokenizer as Backend
-
-        self.source = source
-        with _panics_as_errors():
-            self.backend = Backend.from_buffer(source)
-        # transformers stores the settings of its last call in the file
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        self.size = self.backend.get_vocab_size(with_added_tokens=False)
-
-    def encode(self, text: str) -> list[int]:
-        with _panics_as_errors():
-            return [BOS, *self.backend.encode(text, add_special_tokens=False).ids]
-
-
-class SentencePieceTokenizer:
-    """The content of a `tokenizer.model`, or of the `spiece_model` tensor of a single-file encoder, by sentencepiece."""
-
-    def __init__(self, source: bytes) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        self.source = source
-        self.backend = SentencePieceProcessor()
-        self.backend.LoadFromSerializedProto(source)
-        self.size = self.backend.GetPieceSize()
-
-    def encode(self, text: str) -> list[int]:
-        return [BOS, *self.backend.encode(text)]
 
 
 class TokenCount(NamedTuple):
@@ -184,8 +127,15 @@ class GemmaTextEncoder(nn.Module):
     def _run(self, ids: list[list[int]], past: KeysValues = (), length: int = 0) -> tuple[Tensor, KeysValues]:
         """Run token ids, padded on the right to the longest or to `length`, after those of `past`, whose batch is 1.
 
-        Returns hidden states (B, L, C), and all keys and values.
+        Returns hidden states (B, L, C), and all keys and values. Raises ValueError for an id that the network has no row for,
+        where a GPU would break down for good.
         """
+        largest, rows = max(map(max, ids)), self.model.config.vocab_size
+        if largest >= rows:
+            raise ValueError(
+                f"the tokenizer gives token {largest}, and the text encoder has {rows}; use the tokenizer of "
+                f"{TEXT_ENCODER_SOURCE}"
+            )
         length = max([length, *map(len, ids)])
         tokens = torch.tensor([row + [PAD] * (length - len(row)) for row in ids], device=self.device)
         return self.model(tokens, torch.tensor([len(row) for row in ids], device=self.device), past)

@@ -20,7 +20,8 @@ from ..networks.transformer import SanaTransformer
 from ..pipeline import SanaPipeline
 from ..text.gemma import Gemma2
 from ..text.prompt import INSTRUCTION
-from ..text.text_encoder import GemmaTextEncoder, JsonTokenizer
+from ..text.text_encoder import GemmaTextEncoder
+from ..text.tokenizers import JsonTokenizer
 from .autoencoder import ReconstructionObjective, initialise, reconstruction_sheet, scene_crops, whole_scenes
 from .flow import FlowBatch, FlowObjective, initialise_transformer
 from .folder import claim

@@ -24,7 +24,7 @@ from sana.checkpoints.names import with_convolutions
 from sana.checkpoints.text_encoder import stored_companions
 from sana.config import AUTOENCODERS, VARIANTS
 from sana.networks.memory import GIB
-from sana.text.text_encoder import JsonTokenizer
+from sana.text.tokenizers import JsonTokenizer
 from tests.host import second_device
 from tests.host.boot import Host, boot
 from tests.host.hosts import NEWEST

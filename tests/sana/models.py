@@ -21,7 +21,8 @@ from sana.networks.transformer import SanaTransformer
 from sana.saving import write_json
 from sana.text.gemma import Gemma2
 from sana.text.prompt import INSTRUCTION
-from sana.text.text_encoder import BOS, GemmaTextEncoder, JsonTokenizer
+from sana.text.text_encoder import GemmaTextEncoder
+from sana.text.tokenizers import BOS, JsonTokenizer
 from sana.training.tokenizer import train_tokenizer
 from tests.sana.twins import randomise, tiny_autoencoder_config, tiny_config
 

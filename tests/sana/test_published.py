@@ -23,7 +23,7 @@ from sana.sampling.resolution import buckets
 from sana.sampling.schedule import flow_sigmas, scm_angles
 from sana.sampling.solvers import scm_solver
 from sana.text.prompt import DIFFUSERS_INSTRUCTION, INSTRUCTION, window
-from sana.text.text_encoder import BOS, EOS, PAD
+from sana.text.tokenizers import BOS, EOS, PAD
 from tests.sana import published
 from tests.sana.models import SPRINT, TRANSFORMER, write_model
 from tests.sana.released import names, released

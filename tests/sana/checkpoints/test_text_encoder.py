@@ -15,7 +15,7 @@ from torch import Tensor
 from sana.checkpoints.files import CheckpointError, TensorFile
 from sana.checkpoints.text_encoder import TOKENIZERS, gemma_config, gemma_json, load_text_encoder, stored_companions
 from sana.config import GemmaConfig
-from sana.text.text_encoder import JsonTokenizer, SentencePieceTokenizer, Tokenizer
+from sana.text.tokenizers import JsonTokenizer, SentencePieceTokenizer, Tokenizer
 from tests.sana.models import GEMMA, PROMPTS, gemma, tokenizer_json, tokenizer_model
 
 Tensors = dict[str, Tensor]

@@ -1,9 +1,9 @@
 """Prompts to hidden states, against transformers' own Gemma-2 with eager attention on the same random weights."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +12,9 @@ from transformers import Gemma2Model, PreTrainedTokenizerFast
 
 from sana.checkpoints.text_encoder import load_text_encoder
 from sana.text.prompt import INSTRUCTION
-from sana.text.text_encoder import GemmaTextEncoder, JsonTokenizer
+from sana.text.text_encoder import GemmaTextEncoder
 from tests.sana.models import (
+    GEMMA,
     PROMPTS,
     gemma,
     reference_text,
@@ -272,15 +273,18 @@ def test_prompts_must_be_a_list_of_at_least_one(encoder: GemmaTextEncoder, promp
         encoder(prompts)
 
 
-def test_a_tokenizer_that_breaks_down_raises_an_exception() -> None:
-    """The library panics, and what it raises is no Exception: it ended the thread of a host that waited for it."""
-    content = json.loads(tokenizer_json())
-    broken = {**content, "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}
-    with pytest.raises(
-        ValueError, match="the tokenizers library broke down .*; use the tokenizer.json of the original"
-    ):
-        JsonTokenizer(json.dumps(broken).encode())
-    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
-    tokenizer = JsonTokenizer(json.dumps({**content, "pre_tokenizer": split}).encode())
-    with pytest.raises(ValueError, match="the tokenizers library broke down"):
-        tokenizer.encode("a" * 40 + "!")
+@torch.no_grad()
+def test_a_token_that_the_network_has_no_row_for_is_refused(encoder: GemmaTextEncoder) -> None:
+    """In a prompt and in an instruction, wherever the ids come from."""
+    last = GEMMA.vocab_size - 1
+    text, _ = encoder.encode([[2, last]], None)
+    assert bool(text.isfinite().all())
+    message = (
+        rf"^the tokenizer gives token {last + 1}, and the text encoder has {last + 1}; use the tokenizer of "
+        "Efficient-Large-Model/gemma-2-2b-it$"
+    )
+    with pytest.raises(ValueError, match=message):
+        encoder.encode([[2, 5], [2, last + 1, 7]], None)
+    encoder.tokenizer = SimpleNamespace(encode=lambda text: [2, last + 1, 4])
+    with pytest.raises(ValueError, match=message):
+        encoder(["a cat"])
