@@ -1,11 +1,12 @@
 """Formats of quantised weights, as data: by which tensor names each is known. The host and the shell read these tables."""
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..reading import parse_json
 
 
 class QuantisedFormat(NamedTuple):
@@ -45,7 +46,7 @@ def layer_format(tensors: Mapping[str, Tensor], layer: str) -> dict[str, object]
     """What ComfyUI tells of a layer: the name of its format as `format`, and more; {}: nothing that is JSON of an object."""
     stored = tensors.get(layer + COMFY_LAYER)
     try:
-        found = {} if stored is None else json.loads(stored.to("cpu", torch.uint8).contiguous().numpy().tobytes())
+        found = {} if stored is None else parse_json(stored.to("cpu", torch.uint8).contiguous().numpy().tobytes())
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -3,7 +3,6 @@
 Whoever reads the file further, to rename, to recognise or to fill, sees weights by their names and shapes alone.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +23,7 @@ from ..networks.packed import (
     scaled,
     signed_fours,
 )
+from ..reading import parse_json
 from .files import CheckpointError, TensorFile
 from .formats import COMFY_MODEL, COMPRESSED, layer_format
 
@@ -127,7 +127,7 @@ def _modern_names(file: TensorFile) -> dict[str, Tensor]:
 def _told_by_header(file: TensorFile, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, object]]:
     """What a header of ComfyUI says of each layer that is there."""
     try:
-        layers = json.loads(file.metadata.get(HEADER_ENTRY, "{}")).get("layers", {})
+        layers = parse_json(file.metadata.get(HEADER_ENTRY, "{}")).get("layers", {})
         return {name: dict(told) for name, told in layers.items() if f"{name}.weight" in tensors}
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file.path.name} has no JSON of layers in {HEADER_ENTRY}; download it again") from error
@@ -263,7 +263,7 @@ def _state(layer: Layer) -> dict[str, object]:
     if name is None:
         raise layer.error(f"without its {STATE}nf4")
     try:
-        told = json.loads(layer.beside[name].to("cpu", torch.uint8).contiguous().numpy().tobytes())
+        told = parse_json(layer.beside[name].to("cpu", torch.uint8).contiguous().numpy().tobytes())
         sizes = [*told["shape"], told["blocksize"]]
         nested = {"nested_blocksize": 1, "nested_offset": 0.0, **told}
         valid = len(sizes) > 2 and all(type(size) is int and size > 0 for size in [*sizes, nested["nested_blocksize"]])
