@@ -1,7 +1,6 @@
 """Which model files there are: what the lists of the loaders show, where their entries are, and which part fits a model."""
 
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,11 @@ import folder_paths
 from ..sana.checkpoints.files import SHARD, SUFFIXES, CheckpointError, tensor_names
 from ..sana.checkpoints.kinds import describe
 from ..sana.checkpoints.names import is_autoencoder
-from ..sana.checkpoints.text_encoder import is_gemma
+from ..sana.checkpoints.text_encoder import INSTRUCTION_TUNED, is_gemma
 from ..sana.config import AUTOENCODER_SOURCE, TEXT_ENCODER_SOURCE
 from ..sana.pipeline import MODELS
 
 AUTO = "auto"
-INSTRUCTION_TUNED = re.compile(r"(?<![a-z])it(?![a-z])", re.IGNORECASE)  # in the name of a text encoder
 MODEL_FOLDERS = ("diffusion_models", "checkpoints")
 PIPELINE_FOLDERS = ("diffusers", *MODEL_FOLDERS)
 PIPELINE = "model_index.json"  # in the folder of a whole pipeline of diffusers
@@ -88,7 +86,7 @@ def load_part(part: Part, model: Path, chosen: str, load: Callable[[Path], Loade
         except (CheckpointError, FileNotFoundError) as error:  # a download that left the weights of a part out
             own = error
     reasons: list[str] = []
-    # The tensors of Gemma-2-2b and Gemma-2-2b-it differ in their values alone, and only the second knows instructions.
+    # Of Gemma-2-2b and Gemma-2-2b-it only the second knows instructions.
     places = _folders(part.folder)
     entries = [*sorted(places), *_files(part.folder)]
     for name in sorted(entries, key=lambda name: not INSTRUCTION_TUNED.search(name)):

@@ -24,6 +24,7 @@ from ...sana.checkpoints.text_encoder import (
     gemma_config,
     gemma_tensors,
     stored_companions,
+    warn_of_base,
 )
 from ...sana.config import GemmaConfig, TransformerConfig
 from ...sana.text.gemma import Gemma2
@@ -144,6 +145,7 @@ def load_clip(
         check_text_encoder(config, transformer, file.path.name)
     tokenizer = find_tokenizer(file, config)
     check_quantised(Gemma2(config, device="meta").state_dict(), tensors, file.path.name)
+    warn_of_base(file)
     quantised = any(key.endswith(COMFY_LAYER) for key in tensors)
     if not quantised:
         tensors = {key: tensor.to(dtype) if dtype else tensor for key, tensor in tensors.items()}

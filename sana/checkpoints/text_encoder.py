@@ -1,6 +1,8 @@
 """Gemma-2 text encoders from files: a Hugging Face folder, or one safetensors file with the tokenizer in it."""
 
 import json
+import logging
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -17,7 +19,7 @@ from ..reading import parse_json
 from ..text.gemma import Gemma2
 from ..text.text_encoder import GemmaTextEncoder
 from ..text.tokenizers import BOS, EOS, PAD, JsonTokenizer, SentencePieceTokenizer, Tokenizer
-from .files import CheckpointError, TensorFile, read_tensors
+from .files import CheckpointError, TensorFile, read_json, read_tensors
 from .filling import NO_MERGES, fill
 from .formats import COMFY_ATTENTION
 from .header import stored_bytes
@@ -33,6 +35,11 @@ CONFIG = "gemma_config"
 BUFFER = ".rotary_emb.inv_freq"  # which older files hold for every layer; it is computed
 MODEL_TYPE = "gemma2"  # in a Hugging Face config.json
 SOURCE = "Efficient-Large-Model/gemma-2-2b-it"
+# In names. The tensors of Gemma-2-2b and Gemma-2-2b-it differ in their values alone.
+INSTRUCTION_TUNED = re.compile(r"(?<![a-z])it(?![a-z])", re.IGNORECASE)
+BASE = re.compile(r"gemma[-_. ]?2[-_. ]?2b", re.IGNORECASE)  # where the other is not
+
+log = logging.getLogger(__name__)
 
 
 class FoundTextEncoder(NamedTuple):
@@ -77,7 +84,9 @@ def find_text_encoder(file: TensorFile) -> FoundTextEncoder:
         file = with_packed(file)
     tensors = gemma_tensors(file)
     config = gemma_config(tensors, file)
-    return FoundTextEncoder(config, find_tokenizer(file, config), tensors, file.path.name)
+    tokenizer = find_tokenizer(file, config)
+    warn_of_base(file)
+    return FoundTextEncoder(config, tokenizer, tensors, file.path.name)
 
 
 def build_text_encoder(
@@ -187,6 +196,23 @@ def find_tokenizer(file: TensorFile, config: GemmaConfig) -> Tokenizer:
     raise CheckpointError(
         f"{file.path.name} has no tokenizer; put tokenizer.json or tokenizer.model of {SOURCE} beside it"
     )
+
+
+def warn_of_base(file: TensorFile) -> None:
+    """Log a warning if a text encoder is known to be the base model: by its name, where no chat template says otherwise."""
+    folder = file.path if file.path.is_dir() else file.path.parent
+    for place in (folder, folder.parent / "tokenizer"):  # of -it alone
+        if (place / "chat_template.jinja").exists() or "chat_template" in read_json(place / "tokenizer_config.json"):
+            return
+    told = file.config.get("_name_or_path")
+    names = (file.path.name, told if isinstance(told, str) else "")
+    if any(map(BASE.search, names)) and not any(map(INSTRUCTION_TUNED.search, names)):
+        log.warning(
+            "%s is named like the base Gemma-2-2b; SANA was trained with Gemma-2-2b-it, and with the base model pictures follow "
+            "their prompts less; use %s",
+            file.path.name,
+            SOURCE,
+        )
 
 
 def _tokenizer(

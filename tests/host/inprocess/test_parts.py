@@ -93,6 +93,16 @@ def test_a_folder_of_shards_is_one_entry_at_any_depth(small: Small, roots: Roots
         load(small.host, small.path.name, text_encoder=part)
 
 
+def test_the_base_model_is_told(small: Small, roots: Roots, caplog: pytest.LogCaptureFixture) -> None:
+    (root,) = roots("text_encoders")
+    demo_gemma(root / "gemma-2-2b-it")
+    demo_gemma(root / "gemma-2-2b")
+    for name, told in (("auto", 0), ("gemma-2-2b", 1)):
+        caplog.clear()
+        load(small.host, small.path.name, text_encoder=name)
+        assert sum(message.startswith("gemma-2-2b is named like the base") for message in caplog.messages) == told
+
+
 def test_auto_looks_on_after_what_cannot_be_loaded(small: Small, roots: Roots) -> None:
     """An incomplete download, a Gemma of another width and another text encoder stand before the one that fits."""
     (root,) = roots("text_encoders")

@@ -69,6 +69,24 @@ def refusal(call: Callable[[], object]) -> str:
 # Layouts
 
 
+@pytest.mark.parametrize(
+    "other", ["svdq-int4_r32-sana1.6b", "diffusion_pytorch_model.int4", "diffusion_pytorch_model_int4"]
+)
+def test_an_int4_file_beside_the_shards_is_left_alone(tmp_path: Path, diffusers: Tensors, other: str) -> None:
+    """As in the official BF16 folder, which also holds a copy in bfloat16."""
+    names = sorted(diffusers)
+    for index in (0, 1):
+        shard = {name: diffusers[name] for name in names[index::2]}
+        write(tmp_path, shard, f"diffusion_pytorch_model-0000{index + 1}-of-00002.safetensors")
+    half = {name: tensor.bfloat16() for name, tensor in diffusers.items()}
+    write(tmp_path, half, "diffusion_pytorch_model.bf16.safetensors")
+    int4 = {"transformer_blocks.0.ff.inverted_conv.qweight": torch.zeros(8, 8, dtype=torch.int8)}
+    alone = write(tmp_path, int4, f"{other}.safetensors")
+    assert_loads(tmp_path, diffusers)
+    message = f"{alone.name} is a SANA transformer quantised by SVDQuant, which only nunchaku reads; {ADVICE}"
+    assert refusal(lambda: load_transformer(alone)) == message
+
+
 def test_a_padded_mix_ffn_gives_the_same_velocity(tmp_path: Path, diffusers: Tensors) -> None:
     inputs = torch.randn(2, 32, 3, 5), torch.tensor([999.0, 20.0]), torch.randn(2, 7, TEXT_WIDTH)
     plain = load_transformer(write(tmp_path / "plain", diffusers))

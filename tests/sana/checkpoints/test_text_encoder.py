@@ -61,6 +61,48 @@ def test_hugging_face_folder(tmp_path: Path, expected: Tensor, shard_size: str, 
     torch.testing.assert_close(text[text_mask], expected[0], rtol=0, atol=1e-5)  # float32 sums in another order
 
 
+@pytest.mark.parametrize(
+    ("name", "told", "template", "warned"),
+    [
+        ("gemma_2_2b_fp16", None, None, True),
+        ("gemma-2-2b", None, None, True),
+        ("Gemma2-2B", None, None, True),
+        ("text_encoder", "google/gemma-2-2b", None, True),
+        ("gemma_2_2b_it_elm_bf16", None, None, False),
+        ("gemma-2-2b-IT", None, None, False),
+        ("gemma_2_2b_fp16", None, "chat_template.jinja", False),
+        ("gemma_2_2b_fp16", None, "tokenizer_config.json", False),
+        ("gemma_2_2b_fp16", None, "tokenizer/tokenizer_config.json", False),
+        ("gemma_2_2b_fp16", "google/gemma-2-2b-it", None, False),
+        ("text_encoder", None, None, False),
+    ],
+)
+@pytest.mark.parametrize("as_file", [False, True])
+def test_the_base_model_is_told_where_it_is_known(
+    tmp_path: Path,
+    tensors: Tensors,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    told: str | None,
+    template: str | None,
+    warned: bool,
+    as_file: bool,
+) -> None:
+    folder = write_folder(tmp_path / ("model" if as_file else name), tensors)
+    (folder / "config.json").write_text(json.dumps({**gemma_json(GEMMA), **({"_name_or_path": told} if told else {})}))
+    if template:
+        place = tmp_path / template if "/" in template else folder / template
+        place.parent.mkdir(exist_ok=True)
+        place.write_text('{"chat_template": "{{ bos_token }}"}')
+    path = (folder / "model.safetensors").rename(folder / f"{name}.safetensors") if as_file else folder
+    load_text_encoder(path)
+    message = (
+        f"{path.name} is named like the base Gemma-2-2b; SANA was trained with Gemma-2-2b-it, and with the base model pictures "
+        "follow their prompts less; use Efficient-Large-Model/gemma-2-2b-it"
+    )
+    assert caplog.messages == [message] * warned
+
+
 @pytest.mark.parametrize("place", ["text_encoder", "tokenizer"])
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
 @pytest.mark.parametrize("given", ["", "text_encoder", "text_encoder/model.safetensors"])
