@@ -56,13 +56,15 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     add_generate(commands.add_parser("generate", help="draw a prompt"))
     info = commands.add_parser("info", help="say what a checkpoint is")
-    info.add_argument("path", type=Path, help="checkpoint file or folder")
+    info.add_argument("path", type=Path, help="checkpoint file or folder, or a LoRA")
+    info.add_argument("--model", help="for a LoRA: the SANA that it is to fit")
     info.set_defaults(run=run_info)
-    conversion = commands.add_parser("convert", help="write a transformer or autoencoder as one safetensors file")
-    conversion.add_argument("source", type=Path, help="checkpoint file or folder")
+    conversion = commands.add_parser("convert", help="write a transformer, autoencoder or LoRA as one safetensors file")
+    conversion.add_argument("source", type=Path, help="checkpoint file or folder; a LoRA gets the layout of diffusers")
     conversion.add_argument("target", type=Path, help="safetensors file to write")
     conversion.add_argument("--variant", choices=tuple(VARIANTS), help="for a file that cannot tell 1K from 2K or 4K")
     conversion.add_argument("--dtype", choices=DTYPES, help="number format of the tensors (default: as in the source)")
+    add_lora(conversion, "a LoRA to merge into a transformer; may be given several times (strength: 1)")
     conversion.set_defaults(run=run_convert)
     return top
 
@@ -102,12 +104,9 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     add("--autoencoder", help='for a transformer alone: file or folder of its DC-AE, or "demo"')
     add("--text-encoder", help='for a transformer alone: file or folder of Gemma-2-2b-it, or "demo"')
     add("--variant", choices=tuple(VARIANTS), help="for a file that cannot tell 1K from 2K or 4K")
-    add(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="FILE[=STRENGTH]",
-        help="a LoRA for the transformer or the text encoder, of any trainer; may be given several times (strength: 1)",
+    add_lora(
+        command,
+        "a LoRA for the transformer or the text encoder, of any trainer; may be given several times (strength: 1)",
     )
     add("--negative", default="", help="what to avoid")
     size_help = (
@@ -168,6 +167,10 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     )
     add("--compile", action="store_true", help="compile the transformer first; pays for many pictures of one size")
     command.set_defaults(run=run_generate)
+
+
+def add_lora(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("--lora", action="append", default=[], metavar="FILE[=STRENGTH]", help=what)
 
 
 def run_generate(options: argparse.Namespace) -> int:
@@ -292,13 +295,14 @@ def check_output(path: Path) -> None:
 
 
 def run_info(options: argparse.Namespace) -> int:
-    print(describe_file(model_path(options.path)))
+    print(describe_file(model_path(options.path), options.model and model_path(options.model)))
     return 0
 
 
 def run_convert(options: argparse.Namespace) -> int:
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    print(convert(model_path(options.source), options.target, dtype=dtype, variant=options.variant))
+    loras = [read_strength(text) for text in options.lora]
+    print(convert(model_path(options.source), options.target, dtype=dtype, variant=options.variant, loras=loras))
     return 0
 
 

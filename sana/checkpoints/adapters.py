@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..reading import parse_json
 from .files import NAME_PARTS, CheckpointError, read_json
-from .names import IN_BLOCK, OUTSIDE, OUTSIDE_SPRINT
+from .names import IN_BLOCK, OUTSIDE, OUTSIDE_SPRINT, UNMERGED_MARK
 
 Settings = Mapping[str, object]  # what PEFT tells of an adapter, such as {"r": 4, "lora_alpha": 16}
 Lora = dict[str, Tensor]
@@ -89,8 +89,10 @@ def layers_of(names: Iterable[str]) -> set[str]:
 
 
 def is_lora(names: Iterable[str]) -> bool:
-    """Whether tensors of these names are changes of other weights."""
-    return any(split_name(_plain(name))[1] not in ("", ".alpha") for name in names)
+    """Whether tensors of these names are changes of weights, without the weights."""
+    found = list(names)
+    changes = any(split_name(_plain(name))[1] not in ("", ".alpha") for name in found)
+    return changes and not any(UNMERGED_MARK in name for name in found)
 
 
 def describe_lora(names: Iterable[str]) -> str:

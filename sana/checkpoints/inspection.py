@@ -3,9 +3,12 @@
 from pathlib import Path
 
 from ..config import TRANSFORMER_SOURCE, VARIANTS, AutoencoderConfig, GemmaConfig, TransformerIdentity
+from .adapters import is_lora
 from .autoencoder import autoencoder_name, autoencoder_tensors, detect_autoencoder
 from .files import TensorFile, read_tensors
 from .kinds import QUANTO, SVDQUANT, UNMERGED, describe
+from .lora import read_lora
+from .lora_inspection import lora_lines
 from .names import is_autoencoder, is_transformer
 from .packing import packed_kinds
 from .transformer import find_transformer
@@ -20,9 +23,15 @@ USES = {
 }
 
 
-def describe_file(path: Path | str) -> str:
-    """A few lines on a checkpoint file or folder. Raises CheckpointError if it cannot be read."""
+def describe_file(path: Path | str, model: Path | str | None = None) -> str:
+    """A few lines on a checkpoint file or folder.
+
+    model: for a LoRA, the SANA that it is to fit. Raises CheckpointError if either cannot be read, and ValueError for a model
+    beside something else than a LoRA.
+    """
     file = read_tensors(path, "transformer")
+    if model is not None and not is_lora(file.tensors):
+        raise ValueError(f"--model says what a LoRA is to fit, and {file.path.name} is no LoRA; leave it out")
     name, content = file.path.name, f"{len(file.tensors)} tensors, {_amount(file)}"
     if is_transformer(file.tensors):
         found = find_transformer(file)
@@ -32,6 +41,8 @@ def describe_file(path: Path | str) -> str:
         config = detect_autoencoder(autoencoder_tensors(file), file)
         return "\n".join([f"{name}: a DC-AE, the autoencoder of SANA", content, *_autoencoder_lines(config)])
     kind = describe(file.tensors)
+    if is_lora(file.tensors):
+        return "\n".join([f"{name}: a LoRA", content, *lora_lines(read_lora(path), model)])
     return "\n".join([f"{name}: {kind}", content, USES.get(kind, "it is of no use to SANA by itself")])
 
 

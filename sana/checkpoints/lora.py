@@ -6,7 +6,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..config import GemmaConfig, TransformerConfig
+from ..config import VARIANTS, GemmaConfig, TransformerConfig
 from ..networks.adapters import Change, Changes, Factors
 from ..networks.transformer import SanaTransformer
 from ..text.gemma import Gemma2
@@ -40,6 +40,8 @@ Parts = dict[str, Tensor]  # of a layer in a file, by the ends of their names
 UPS = (".lora_B.weight", ".lora_B", ".lora_up.weight")
 DOWNS = (".lora_A.weight", ".lora_A", ".lora_down.weight")
 WHOLE = {".set_weight": "replacement", ".diff": "difference"}
+BLOCKS = "transformer_blocks."  # before the number of a block in our names
+FIRST_BLOCK = f"{BLOCKS}0."
 ADVICE = "use a LoRA made for this model"
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,18 @@ class Part(NamedTuple):
     @classmethod
     def text_encoder(cls, config: GemmaConfig) -> "Part":
         return cls(text_layer_names, _shapes(Gemma2(config, device="meta")))
+
+    @classmethod
+    def known(cls) -> tuple["Part", "Part"]:
+        """A transformer with every layer that one of VARIANTS has, and Gemma-2-2b, whatever their shapes."""
+        deepest = max((row.transformer for row in VARIANTS.values()), key=lambda config: config.depth)
+        shapes = {
+            name.replace(FIRST_BLOCK, f"{BLOCKS}{i}."): shape
+            for sprint in (False, True)
+            for name, shape in cls.transformer(replace(deepest, depth=1, guidance_embed=sprint)).shapes.items()
+            for i in range(deepest.depth if name.startswith(FIRST_BLOCK) else 1)
+        }
+        return cls(layer_names, shapes), cls.text_encoder(GemmaConfig())
 
     def weights(self) -> dict[str, str]:
         """Its weights, by every name that files have for their layers. Biases belong to the layers of their weights."""
@@ -94,12 +108,16 @@ class Lora:
 
         Raises CheckpointError for a layer of another shape, and for factors that are missing or do not fit each other.
         """
-        weights = part.weights()
-        found = {layer: self._changes(layer, weights[layer]) for layer in self.layers if layer in weights}
+        found = self.found(part)
         for layer, changes in found.items():
             for name, change in changes.items():
                 self._check(layer, name, change, part.shapes)
         return found
+
+    def found(self, part: Part) -> dict[str, dict[str, Change]]:
+        """As `changes`, for a network whose shapes do not count. Raises CheckpointError for factors that are missing."""
+        weights = part.weights()
+        return {layer: self._changes(layer, weights[layer]) for layer in self.layers if layer in weights}
 
     def _changes(self, layer: str, weight: str) -> dict[str, Change]:
         """By parameter: of the weight, and of the bias beside it."""
@@ -216,7 +234,7 @@ def _change(parts: Parts) -> Change | None:
     lengths = parts.get(".dora_scale")
     if any(end.startswith(".hada_") for end in parts):
         factors = tuple(_factors(parts, f".hada_w{k}_a", f".hada_w{k}_b", f".hada_t{k}") for k in (1, 2))
-        return Change("LoHa", factors, _scale(parts, factors[:1]), lengths)
+        return _scaled(parts, Change("LoHa", factors, lengths=lengths))
     if any(end.startswith(".lokr_") for end in parts):
         factors = tuple(
             Factors(parts[f".lokr_w{k}"])
@@ -224,13 +242,13 @@ def _change(parts: Parts) -> Change | None:
             else _factors(parts, f".lokr_w{k}_a", f".lokr_w{k}_b", f".lokr_t{k}")
             for k in (1, 2)
         )
-        return Change("LoKr", factors, _scale(parts, factors[::-1]), lengths)
+        return _scaled(parts, Change("LoKr", factors, lengths=lengths))
     up, down = (next((end for end in ends if end in parts), None) for ends in (UPS, DOWNS))
     if up is None and down is None:
         return None
     up = up or UPS[DOWNS.index(down)]
     factors = (Factors(parts[up], parts[down or DOWNS[UPS.index(up)]], parts.get(".lora_mid.weight")),)
-    return Change("LoRA", factors, _scale(parts, factors), lengths)
+    return _scaled(parts, Change("LoRA", factors, lengths=lengths))
 
 
 def _whole(kind: str, tensor: Tensor) -> Change:
@@ -244,8 +262,7 @@ def _factors(parts: Parts, up: str, down: str, core: str) -> Factors:
     return Factors(parts[up].mT, parts[down], parts[core])
 
 
-def _scale(parts: Parts, factors: Sequence[Factors]) -> float:
-    """alpha / rank, that of the first that has one; 1 without an alpha or a rank."""
-    rank = next((part.rank for part in factors if part.rank), None)
-    alpha = parts.get(".alpha")
-    return 1.0 if alpha is None or rank is None else float(alpha.flatten()[0]) / rank
+def _scaled(parts: Parts, change: Change) -> Change:
+    """By alpha / rank; by 1 without an alpha or a rank."""
+    alpha, rank = parts.get(".alpha"), change.rank
+    return replace(change, scale=float(alpha.flatten()[0]) / rank) if alpha is not None and rank else change

@@ -1,5 +1,6 @@
 """Checkpoints to files: one converted file, or a folder in the layout of a diffusers pipeline. The readers read what this writes."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,16 +18,20 @@ from ..config import (
     TransformerConfig,
     TransformerIdentity,
 )
+from ..networks.adapters import Merge
 from ..networks.autoencoder import DCAutoencoder
 from ..networks.packed import PackedWeight
 from ..networks.transformer import SanaTransformer
 from ..saving import remove_leftovers, replacing, write_json
 from ..text.text_encoder import GemmaTextEncoder
+from .adapters import is_lora
 from .autoencoder import autoencoder_name, autoencoder_tensors, detect_autoencoder
 from .files import CheckpointError, read_tensors
 from .filling import FLOAT_DTYPES, check_numbers, check_tensors
 from .header import autoencoder_header, transformer_header
 from .kinds import describe
+from .lora import Merges, read_merges
+from .lora_writing import lora_in_diffusers_layout
 from .names import control_blocks, is_autoencoder, is_transformer, with_convolutions
 from .packing import FP8_DTYPES
 from .text_encoder import gemma_json
@@ -36,18 +41,27 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def convert(
-    source: Path | str, target: Path | str, *, dtype: torch.dtype | None = None, variant: str | None = None
+    source: Path | str,
+    target: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    loras: Sequence[tuple[Path | str, float]] = (),
 ) -> str:
-    """Write the transformer or autoencoder of source as target, a safetensors file, and say what was written.
+    """Write the transformer, autoencoder or LoRA of source as target, a safetensors file, and say what was written.
 
-    dtype: of the numbers; None: as they are, which quantised ones cannot be but for float8 without scales. Raises CheckpointError if source is neither, is
-    incomplete or holds a ControlNet, ValueError for a target that is no `.safetensors` file, and OSError for one that cannot be written. The target appears when
-    it is complete, or not at all.
+    dtype: of the numbers; None: as they are, which quantised ones cannot be but for float8 without scales. loras: to merge
+    into a transformer, each with its strength. Raises CheckpointError if source is none of these, is incomplete or holds a
+    ControlNet, and as `read_merges` and `lora_in_diffusers_layout` do, ValueError for a target that is no `.safetensors`
+    file, and OSError for one that cannot be written. The target appears when it is complete, or not at all.
     """
     target = Path(target)
     if target.suffix != ".safetensors":
         raise ValueError(f"{target} does not end in .safetensors; give the name of the file to write")
     file = read_tensors(source, "transformer")
+    if loras and not is_transformer(file.tensors):
+        raise CheckpointError(f"{file.path.name} is {describe(file.tensors)}; a LoRA is merged into a SANA transformer")
+    merges: Merges = {}
     if is_transformer(file.tensors):
         identity, tensors, _ = find_transformer(file, variant)
         if control_blocks(file.tensors):
@@ -56,26 +70,41 @@ def convert(
             )
         network = SanaTransformer(identity.config, device="meta")
         header, what = transformer_header(identity), identity.variant
+        merges, _ = read_merges(loras, identity.config, None)
     elif is_autoencoder(file.tensors):
         tensors = autoencoder_tensors(file)
         config = detect_autoencoder(tensors, file)
         network = DCAutoencoder(config, device="meta")
         header, what = autoencoder_header(config), autoencoder_name(config)
+    elif is_lora(file.tensors):
+        tensors, header, what = lora_in_diffusers_layout(source, dtype, variant)
+        _save(tensors, target, header)
+        return f"{target}: {what}"
     else:
-        raise CheckpointError(f"{file.path.name} is {describe(file.tensors)}; give a SANA transformer or a DC-AE")
+        raise CheckpointError(
+            f"{file.path.name} is {describe(file.tensors)}; give a SANA transformer, a DC-AE or a LoRA"
+        )
     check_numbers(network, tensors, file.path.name, (*FLOAT_DTYPES, *FP8_DTYPES))
-    check_tensors(network.state_dict(), tensors, file.path.name)
-    kinds = {tensor.kind for tensor in tensors.values() if isinstance(tensor, PackedWeight)}
-    lost = kinds - {str(fp8).removeprefix("torch.") for fp8 in FP8_DTYPES}
+    expected = network.state_dict()
+    check_tensors(expected, tensors, file.path.name)
+    packed = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, PackedWeight)}
+    kept = {str(fp8).removeprefix("torch.") for fp8 in FP8_DTYPES}
+    lost = {weight.kind for name, weight in packed.items() if weight.kind not in kept or name in merges}
     if lost and dtype is None:
         raise CheckpointError(
             f"{file.path.name} has weights in {', '.join(sorted(lost))}; unpack them by --dtype bfloat16"
         )
-    stored = with_convolutions({name: _stored(tensor, dtype) for name, tensor in tensors.items()})
+    for name, weight in packed.items():
+        weight.cut_to(expected[name].shape).changes.extend([merges[name]] if name in merges else [])
+    stored = {name: _stored(tensor, dtype, merges.get(name)) for name, tensor in tensors.items()}
+    _save(with_convolutions(stored), target, header)
+    return f"{target}: {what}, {len(tensors)} tensors"
+
+
+def _save(tensors: dict[str, Tensor], target: Path, header: dict[str, str]) -> None:
     remove_leftovers(target.parent)
     with replacing(target) as unfinished:
-        save_file(stored, unfinished, {"format": "pt", **header})
-    return f"{target}: {what}, {len(tensors)} tensors"
+        save_file(tensors, unfinished, {"format": "pt", **header})
 
 
 def write_pipeline(
@@ -204,7 +233,8 @@ def _write(
     write_json(folder / "config.json", config)
 
 
-def _stored(tensor: Tensor | PackedWeight, dtype: torch.dtype | None) -> Tensor:
-    if isinstance(tensor, PackedWeight):
+def _stored(tensor: Tensor | PackedWeight, dtype: torch.dtype | None, merge: Merge | None = None) -> Tensor:
+    if isinstance(tensor, PackedWeight):  # which has its own changes
         return tensor.parts["packed"].view(tensor.shape) if dtype is None else tensor(dtype)
-    return tensor.to(dtype if tensor.is_floating_point() else None).contiguous()
+    merged = merge(tensor) if merge else tensor
+    return merged.to((dtype or tensor.dtype) if tensor.is_floating_point() else None).contiguous()

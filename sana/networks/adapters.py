@@ -76,6 +76,12 @@ class Change:
     lengths: Tensor | None = None
 
     @property
+    def rank(self) -> int | None:
+        """What alpha is divided by: the first part's, of LoKr the second's, or that of the other; None: all parts are whole."""
+        parts = self.parts[::-1] if self.kind == "LoKr" else self.parts
+        return next((part.rank for part in parts if part.rank is not None), None)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the weight that it changes. Raises ValueError if its parts do not fit each other."""
         first, *others = (part.shape for part in self.parts)
@@ -141,6 +147,43 @@ def _with_lengths(weight: Tensor, lengths: Tensor) -> Tensor:
     shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
     found = weight.transpose(0, axis).flatten(1).norm(dim=1)
     return weight * (lengths.flatten() / (found + EPS)).view(shape)
+
+
+def as_product(change: Change) -> tuple[Tensor, Tensor]:
+    """Two factors, up (rows, rank) and down (rank, columns), whose product times the scale is `change.matrix()`.
+
+    Those of a LoRA are its own. That of LoHa or LoKr has the ranks of both parts multiplied, in float32; none of these has
+    more than the matrix.
+    """
+    if change.kind == "LoRA":
+        (factors,) = change.parts
+        return _halves(factors)
+    ups, downs = zip(*(_halves(part) for part in change.parts), strict=True)
+    if change.kind == "LoKr":
+        up, down = torch.kron(*ups), torch.kron(*downs)
+    elif change.kind == "LoHa":
+        up = torch.einsum("mi,mj->mij", *ups).flatten(1)
+        down = torch.einsum("in,jn->ijn", *downs).flatten(0, 1)
+    else:
+        (up,), (down,) = ups, downs
+    if len(down) <= min(change.shape):
+        return up, down
+    return _with_identity(up @ down)
+
+
+def _halves(factors: Factors) -> tuple[Tensor, Tensor]:
+    """The same matrix as a product of two."""
+    if factors.down is None:
+        return _with_identity(factors.matrix())
+    if factors.core is None:
+        return factors.up.flatten(1), factors.down.flatten(1)
+    return _flat(factors.up), factors._replace(up=torch.eye(len(factors.core))).matrix()
+
+
+def _with_identity(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix as a product with the smaller identity."""
+    rows, columns = matrix.shape
+    return (matrix, torch.eye(columns)) if columns <= rows else (torch.eye(rows), matrix)
 
 
 def _flat(tensor: Tensor) -> Tensor:

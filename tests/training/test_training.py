@@ -349,7 +349,7 @@ def test_finetuning_refuses_other_networks_before_any_work(
     tensors = load_file(path)
     if damage == "float8":
         tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
-        message = "holds float8_e4m3fn tensors, first "
+        message = "is quantised, and here every weight is trained; unpack it by `python -m sana convert"
     elif damage == "truncated":
         del tensors["proj_out.bias"]
         message = "lacks 1 of "

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tests.sana.shell.commands import Shell, error_line, pixels
 
@@ -63,6 +64,42 @@ def test_a_converted_model_draws_the_same_picture(shell: Shell, model: Path) -> 
     assert pixels(expected) == drawn
 
 
+@pytest.fixture
+def lora(shell: Shell) -> Path:
+    """In kohya's names, with alpha 1 of rank 2."""
+    layer = "lora_unet_transformer_blocks_0_attn1_to_q"
+    torch.manual_seed(0)
+    tensors = {f"{layer}.lora_down.weight": torch.randn(2, 96), f"{layer}.lora_up.weight": torch.randn(96, 2)}
+    save_file({**tensors, f"{layer}.alpha": torch.tensor(1.0)}, path := shell.folder / "style.safetensors")
+    return path
+
+
+def test_info_says_how_much_of_a_lora_fits(shell: Shell, model: Path, lora: Path) -> None:
+    outcome = shell.run("info", lora, "--model", model)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.splitlines()[2::2] == [
+        "for SANA's transformer: LoRA of rank 2, alpha 1 on 1 weights",
+        f"all of its 1 layers fit {model.name}",
+    ]
+    assert shell.run("info", lora).out.splitlines()[:4] == outcome.out.splitlines()[:4]
+    refused = shell.run("info", model, "--model", model)
+    assert refused.code == 1 and error_line(refused).endswith("is no LoRA; leave it out")
+
+
+def test_a_merged_model_and_a_converted_lora_draw_what_the_lora_draws(shell: Shell, model: Path, lora: Path) -> None:
+    draw = ("a cat", "--seed", 5, "--steps", 2, "--overwrite")
+    plain = pixels(shell.draw(*draw)[0])
+    expected = pixels(shell.draw(*draw, "--lora", f"{lora}=0.5")[0])
+    assert expected != plain
+    target, other = shell.folder / "merged.safetensors", shell.folder / "other.safetensors"
+    assert shell.run("convert", model, target, "--lora", f"{lora}=0.5", "--dtype", "float32").code == 0
+    parts = ("--model", target, "--autoencoder", model, "--text-encoder", model)
+    assert pixels(shell.draw(*draw, *parts)[0]) == expected
+    outcome = shell.run("convert", lora, other)
+    assert outcome == (0, f"{other}: a LoRA in diffusers' layout, of rank 2 on 1 layers\n", "")
+    assert pixels(shell.draw(*draw, "--lora", f"{other}=0.5")[0]) == expected
+
+
 def test_convert_can_change_the_dtype(shell: Shell, model: Path) -> None:
     target = shell.folder / "small.safetensors"
     assert shell.run("convert", model / "vae", target, "--dtype", "bfloat16").code == 0
@@ -76,7 +113,7 @@ def test_convert_can_change_the_dtype(shell: Shell, model: Path) -> None:
         ("vae", "out.bin", "does not end in .safetensors; give the name of the file to write"),
         ("vae", "missing/out.safetensors", "out.safetensors"),
         ("vae", "folder.safetensors", "folder.safetensors"),
-        ("text_encoder", "out.safetensors", "is a Gemma text encoder; give a SANA transformer or a DC-AE"),
+        ("text_encoder", "out.safetensors", "is a Gemma text encoder; give a SANA transformer, a DC-AE or a LoRA"),
         ("missing", "out.safetensors", "does not exist"),
     ],
 )
