@@ -16,7 +16,13 @@ from .checkpoints.controlnet import check_controlnet, load_controlnet
 from .checkpoints.files import CheckpointError, TensorFile, read_tensors
 from .checkpoints.lora import read_merges
 from .checkpoints.names import is_autoencoder
-from .checkpoints.text_encoder import build_text_encoder, check_text_encoder, find_text_encoder, is_gemma
+from .checkpoints.text_encoder import (
+    build_text_encoder,
+    check_text_encoder,
+    find_text_encoder,
+    is_gemma,
+    read_text_encoder,
+)
 from .checkpoints.transformer import build_transformer, find_transformer
 from .config import TransformerIdentity
 from .images import to_cells, to_mask, to_picture, to_tensor
@@ -102,7 +108,7 @@ class SanaPipeline:
         file = read_tensors(model, "transformer")
         found = find_transformer(file, variant)
         check_parts(model, file, autoencoder, text_encoder)
-        text = find_text_encoder(read_tensors(text_encoder or model, "text_encoder"))
+        text = find_text_encoder(read_text_encoder(text_encoder or model))
         merges, text_merges = read_merges(loras, found.identity.config, text.config)
         own, safe = default_dtypes(found.identity.dtype, torch.device(device))
         others = safe if dtype in (None, torch.float16) else dtype

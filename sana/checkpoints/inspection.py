@@ -6,11 +6,13 @@ from ..config import TRANSFORMER_SOURCE, VARIANTS, AutoencoderConfig, GemmaConfi
 from .adapters import is_lora
 from .autoencoder import autoencoder_name, autoencoder_tensors, detect_autoencoder
 from .files import TensorFile, read_tensors
+from .gguf_container import is_gguf
+from .gguf_files import read_gguf
 from .kinds import QUANTO, SVDQUANT, UNMERGED, describe
 from .lora import read_lora
 from .lora_inspection import lora_lines
 from .names import is_autoencoder, is_transformer
-from .packing import packed_kinds
+from .packing import format_name, packed_kinds
 from .transformer import find_transformer
 
 # What to do with some of what `kinds.describe` knows.
@@ -29,7 +31,7 @@ def describe_file(path: Path | str, model: Path | str | None = None) -> str:
     model: for a LoRA, the SANA that it is to fit. Raises CheckpointError if either cannot be read, and ValueError for a model
     beside something else than a LoRA.
     """
-    file = read_tensors(path, "transformer")
+    file = read_gguf(path) if is_gguf(path) else read_tensors(path, "transformer")
     if model is not None and not is_lora(file.tensors):
         raise ValueError(f"--model says what a LoRA is to fit, and {file.path.name} is no LoRA; leave it out")
     name, content = file.path.name, f"{len(file.tensors)} tensors, {_amount(file)}"
@@ -49,7 +51,7 @@ def describe_file(path: Path | str, model: Path | str | None = None) -> str:
 def _amount(file: TensorFile) -> str:
     numbers = sum(tensor.numel() for tensor in file.tensors.values())
     size_bytes = sum(tensor.nbytes for tensor in file.tensors.values())
-    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in file.tensors.values()})
+    dtypes = sorted({format_name(tensor) for tensor in file.tensors.values()})
     return f"{numbers:,} numbers in {', '.join(dtypes)}, {size_bytes / 1e9:.2f} GB"
 
 

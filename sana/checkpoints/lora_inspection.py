@@ -12,7 +12,7 @@ from .adapters import describe_lora
 from .files import CheckpointError, read_tensors
 from .lora import BLOCKS, Lora, Part, tell_fit
 from .text_encoder import gemma_config, gemma_tensors, is_gemma
-from .transformer import identify_transformer
+from .transformer import find_transformer
 
 NETWORKS = ("transformer", "text encoder")  # in the order of `Part.known`
 UNKNOWN = "a model of unknown kind"
@@ -85,7 +85,7 @@ def _has(config: TransformerConfig, shapes: dict[str, tuple[int, int]]) -> bool:
 def _fit(lora: Lora, model: Path | str) -> str:
     """How much of a LoRA fits a model, or why it does not."""
     file = read_tensors(model, "transformer")
-    identity = identify_transformer(file)
+    identity = find_transformer(file).identity
     text = read_tensors(model, "text_encoder")
     config = gemma_config(gemma_tensors(text), text) if is_gemma(text.tensors) else GemmaConfig()
     own = replace(lora, sprint=identity.config.guidance_embed)

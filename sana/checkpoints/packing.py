@@ -299,6 +299,11 @@ OF_COMFY: dict[str, Callable[[Layer], PackedWeight]] = {
 }
 
 
+def format_name(tensor: Tensor | PackedWeight) -> str:
+    """What the numbers of a tensor are stored in, for people."""
+    return tensor.kind if isinstance(tensor, PackedWeight) else _name(tensor.dtype)
+
+
 def packed_kinds(tensors: Mapping[str, Tensor | PackedWeight]) -> Iterator[str]:
     """The formats of packed weights, with how many have each."""
     kinds = [tensor.kind for tensor in tensors.values() if isinstance(tensor, PackedWeight)]

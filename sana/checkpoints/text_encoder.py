@@ -22,6 +22,8 @@ from ..text.tokenizers import BOS, EOS, PAD, JsonTokenizer, SentencePieceTokeniz
 from .files import CheckpointError, TensorFile, read_json, read_tensors
 from .filling import NO_MERGES, fill
 from .formats import COMFY_ATTENTION
+from .gguf_container import is_gguf
+from .gguf_files import read_gguf
 from .header import stored_bytes
 from .kinds import describe
 from .names import dialect_prefix
@@ -69,13 +71,18 @@ def load_text_encoder(
     *,
     operations: type | ModuleType = Operations,
 ) -> GemmaTextEncoder:
-    """Gemma-2 and its tokenizer from a Hugging Face folder, a pipeline folder, or a single safetensors file.
+    """Gemma-2 and its tokenizer from a Hugging Face folder, a pipeline folder, or a single safetensors or GGUF file.
 
-    The tokenizer is `tokenizer.json` or `tokenizer.model` beside the weights or in a sibling folder `tokenizer`, or the
-    tensor `spiece_model`. dtype: of the weights, float32 or bfloat16 (float16 overflows); None: as in the file.
+    The tokenizer is `tokenizer.json` or `tokenizer.model` beside the weights or in a sibling folder `tokenizer`, or in the
+    file: the tensor `spiece_model`, or the tokens of a GGUF. dtype: of the weights, float32 or bfloat16 (float16 overflows); None: as in the file.
     Raises CheckpointError if the file is no Gemma-2, lacks tensors, or has no tokenizer.
     """
-    return build_text_encoder(find_text_encoder(read_tensors(path, "text_encoder")), dtype, device, operations)
+    return build_text_encoder(find_text_encoder(read_text_encoder(path)), dtype, device, operations)
+
+
+def read_text_encoder(path: Path | str) -> TensorFile:
+    """Open a file or folder for `find_text_encoder`. Raises as `read_tensors` and `read_gguf` do."""
+    return read_gguf(path) if is_gguf(path) else read_tensors(path, "text_encoder")
 
 
 def find_text_encoder(file: TensorFile) -> FoundTextEncoder:

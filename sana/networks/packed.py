@@ -109,6 +109,11 @@ class PackedWeight(nn.Module):
     def parts(self) -> dict[str, Tensor]:
         return {name: getattr(self, name).view(dtype) for name, dtype in self.dtypes.items()}
 
+    @property
+    def nbytes(self) -> int:
+        """Of what is held."""
+        return sum(part.nbytes for part in self.parts.values())
+
     def numel(self) -> int:
         return math.prod(self.shape)
 
