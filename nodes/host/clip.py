@@ -125,7 +125,13 @@ class SanaTextModel(nn.Module):
         )
 
     def load_sd(self, tensors: dict[str, Tensor]) -> tuple[list[str], list[str]]:
-        """Load tensors that `load_clip` has checked. Called by the host."""
+        """Load tensors that `load_clip` has checked, as copies unless the host streams weights from their file.
+
+        A file that shrinks while it is mapped ends the process. Called by the host, which says by `can_assign_sd`.
+        """
+        if not getattr(self, "can_assign_sd", False):
+            for name, tensor in tensors.items():  # one after another, so that no more than one is there twice
+                tensors[name] = tensor.clone()
         self.encoder.model.load_state_dict(tensors, strict=True, assign=True)
         return [], []
 

@@ -89,5 +89,7 @@ def load_control(path: Path) -> SanaControl:
     """The ControlNet in a file, as a CONTROL_NET. Raises CheckpointError if there is none."""
     plain = load_controlnet(path, dtype=None)
     network = HostControlNet(plain.config, operations=comfy.ops.manual_cast, device="meta")
-    network.load_state_dict(plain.state_dict(), strict=True, assign=True)
+    # Copies, as the host makes of a model: a file that shrinks while it is mapped ends the process.
+    copies = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    network.load_state_dict(copies, strict=True, assign=True)
     return SanaControl(network.eval(), None)

@@ -1,6 +1,7 @@
 """Networks get their weights: every tensor there, none left over, of the right shape and in numbers to compute with."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from types import MappingProxyType
 
 import torch
@@ -27,9 +28,12 @@ def fill(
 ) -> nn.Module:
     """Give a network on meta its tensors, one at a time in dtype and on device. name: of the file, for errors.
 
-    merges: what becomes of some weights, by name, before they get this dtype; None as dtype is then the one that they had.
-    Packed weights stay packed, are merged whenever they are unpacked, and give numbers in dtype; None: in that of the other
-    tensors. Raises CheckpointError as `check_numbers` and `check_tensors` do.
+    merges: what becomes of some weights, by name, before they get this dtype. Packed weights stay packed, are merged whenever
+    they are unpacked, and give numbers in dtype. With a dtype, copies are made even of tensors that have it already, since
+    a file that shrinks while it is mapped ends the process. None: tensors stay as they are and where they are, and packed
+    ones give numbers in the dtype of the others.
+
+    Raises CheckpointError as `check_numbers` and `check_tensors` do.
     """
     check_numbers(network, tensors, name)
     expected = network.state_dict()
@@ -37,13 +41,17 @@ def fill(
     packed = {key: weight for key, weight in tensors.items() if isinstance(weight, PackedWeight)}
     plain = {key: tensor for key, tensor in tensors.items() if key not in packed}
     placed = {
-        key: _placed(merges[key](tensor) if key in merges else tensor, dtype or tensor.dtype, device)
+        key: _placed(merges[key](tensor), dtype or tensor.dtype, device)
+        if key in merges
+        else _placed(tensor, dtype, device)
         for key, tensor in plain.items()
     }
     network.load_state_dict(placed, strict=False, assign=True)  # for want of the packed ones; all have been checked
     given = dtype or next((t.dtype for t in plain.values() if t.dtype in FLOAT_DTYPES), torch.float32)
     for key, weight in packed.items():
         whole = weight.cut_to(expected[key].shape)
+        if dtype is not None:
+            whole = deepcopy(whole)
         if key in merges:
             whole.changes.append(merges[key])
         put_weight(network, key, whole.to(device, given))
@@ -91,4 +99,4 @@ def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor],
 
 
 def _placed(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
-    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None, copy=dtype is not None)

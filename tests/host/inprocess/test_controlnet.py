@@ -28,6 +28,7 @@ from tests.host.inprocess.small import (
     pipeline_latent,
     write_variant,
 )
+from tests.sana.measures import mapped_bytes
 
 NAME = "control.safetensors"
 Control = object
@@ -198,3 +199,12 @@ def test_missing_vae_is_named(small: Small, control: Control) -> None:
     )
     with pytest.raises(ValueError, match="needs a VAE"):
         small.ksampler(positive=conditions[0], negative=conditions[1])
+
+
+@pytest.mark.cpu
+def test_no_weight_stays_in_its_file(small: Small, network: SanaControlNet) -> None:
+    """A file that shrinks while it is mapped ends the server."""
+    control = small.host.call("SanaControlNetLoader", control_net=NAME)[0]
+    path = small.host.base / "models" / "controlnet" / NAME
+    assert control.control_model.dtype == network.input_block.weight.dtype
+    assert mapped_bytes(control.control_model.parameters(), path.resolve()) == 0

@@ -340,3 +340,22 @@ def test_node_for_softmax_self_attention(small: Small) -> None:
         "SelfAttentionGuidance reads softmax scores of self-attention, which SANA's linear attention does not have; use "
         "SANA perturbed attention"
     )
+
+
+@pytest.mark.parametrize("number", ["30000000", "99999999999"])
+def test_no_number_of_a_block_asks_for_a_giant(small: Small, number: str) -> None:
+    """Nor through the host's own loader, which asks our detection what a file is."""
+    path = small.path.with_name("giant.safetensors")
+    save_file({**load_file(small.path), f"transformer_blocks.{number}.ff.x": torch.ones(1)}, path)
+    said = f"has transformer_blocks.{number}, and no model goes beyond transformer_blocks.255; it is another model"
+    try:
+        for node, name, inputs in (
+            ("SanaCheckpointLoader", path.name, {"model": path.name, "text_encoder": "auto", "vae": "auto"}),
+            ("UNETLoader", "the checkpoint", {"unet_name": path.name, "weight_dtype": "default"}),
+        ):
+            more = {"dtype": "auto"} if node == "SanaCheckpointLoader" else {}
+            with pytest.raises(ValueError) as caught:
+                small.host.call(node, **inputs, **more)
+            assert one_sentence(caught.value) == f"{name} {said}"
+    finally:
+        path.unlink()

@@ -31,6 +31,7 @@ from tests.host.inprocess.small import (
     write_variant,
 )
 from tests.sana.dialects import official_transformer
+from tests.sana.measures import mapped_bytes
 
 PARTS = {"text_encoder": "auto", "vae": "auto"}
 
@@ -195,3 +196,16 @@ def test_quantised_layers_that_the_header_names(small: Small) -> None:
     save_file(packed, folder / "packed.safetensors", header)
     plain, scaled = (small.sample(model=load(small.host, f"{name}.safetensors")[0]) for name in ("plain", "packed"))
     assert difference(scaled, plain) <= EQUAL
+
+
+@pytest.mark.cpu
+def test_no_weight_stays_in_its_file(small: Small) -> None:
+    """A file that shrinks while it is mapped ends the server. The text encoder's were left there."""
+    model, clip, vae = load(small.host, "demo")
+    networks = (model.model, clip.cond_stage_model, vae.first_stage_model)
+    files = [path.resolve() for path in model.cached_patcher_init[1][0].rglob("*.safetensors")]
+    assert len(files) == 3
+    for network in networks:
+        assert sum(mapped_bytes(network.parameters(), path) for path in files) == 0
+    encoder = {parameter.dtype for parameter in clip.cond_stage_model.parameters()}
+    assert encoder == {torch.float32}  # as in its file

@@ -1,15 +1,20 @@
 """Pipelines from folders and from separate parts, in every format."""
 
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sana.checkpoints.files import CheckpointError
 from sana.networks.autoencoder import DCAutoencoder
 from sana.networks.transformer import SanaTransformer
 from sana.pipeline import MODELS, SanaPipeline, default_dtypes
+from tests.sana.measures import mapped_bytes
 from tests.sana.models import PROMPTS
 from tests.sana.pipeline.drawing import HEIGHT, SIZE, WIDTH, sample
 from tests.sana.twins import tiny_autoencoder_config, tiny_config
@@ -107,3 +112,37 @@ def test_a_text_encoder_of_another_width_is_refused(pipeline: SanaPipeline) -> N
 def test_a_path_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="missing does not exist; give a checkpoint file or a folder"):
         SanaPipeline.load(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_weight_stays_in_its_file(tmp_path: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Files in the dtype that is computed with were left mapped, and ended the process if they shrank."""
+    copied = tmp_path / "model"
+    shutil.copytree(folder, copied)
+    files = [*copied.rglob("*.safetensors")]
+    for path in files:
+        save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path)
+    pipeline = SanaPipeline.load(copied, dtype=dtype)
+    for network in (pipeline.transformer, pipeline.autoencoder, pipeline.text_encoder):
+        assert {parameter.dtype for parameter in network.parameters()} == {dtype}
+        assert sum(mapped_bytes(network.parameters(), path) for path in files) == 0
+    assert len(files) == 3
+
+
+SHRINK = """
+import pathlib, shutil, sys
+import sana
+from sana.pipeline import MODELS
+folder = pathlib.Path(sys.argv[1])
+shutil.copytree(MODELS["demo"], folder)
+pipeline = sana.SanaPipeline.load(folder)
+for path in folder.rglob("*.safetensors"):
+    path.open("r+b").truncate(0)
+print(pipeline("a red circle", steps=1, height=64, width=64)[0].size)
+"""
+
+
+def test_files_may_shrink_once_they_are_loaded(tmp_path: Path) -> None:
+    run = [sys.executable, "-c", SHRINK, str(tmp_path / "demo")]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "(64, 64)"), done.stderr
