@@ -3,11 +3,9 @@
 import argparse
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -18,18 +16,15 @@ from .checkpoints.inspection import describe_file
 from .checkpoints.lora import lora_files
 from .checkpoints.transformer import find_transformer
 from .checkpoints.writing import convert
-from .config import DOWNSAMPLE, VARIANTS
+from .config import DOWNSAMPLE
 from .images import read_picture
 from .interruption import INTERRUPTED, begin
 from .jobs import Job, Record, check_free, fingerprint, free_names, missing_jobs, names, read_prompts, write_png
+from .options import parser
 from .pipeline import SanaPipeline, check_control, model_path
 from .plan import Settings, make_plan
-from .sampling.solvers import SOLVERS
 from .saving import remove_leftovers
-from .text.prompt import INSTRUCTION
 
-PROJECT = "comfyui-sana"
-DTYPES = ("float32", "bfloat16", "float16")
 UNNAMED = Path("sana.png")  # without --out
 PICTURES = ("image", "mask", "control_image")  # options that are files of pictures
 
@@ -40,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         begin()
         logging.basicConfig(format="%(message)s")
         options = parser().parse_args(arguments)
-        return options.run(options)
+        return COMMANDS[options.command](options)
     except KeyboardInterrupt:
         print("\nStopped; finished pictures are kept.", file=sys.stderr)
         return INTERRUPTED
@@ -49,131 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def parser() -> argparse.ArgumentParser:
-    name = "sana" if Path(sys.argv[0]).stem == "sana" else "python -m sana"
-    top = argparse.ArgumentParser(prog=name, description="SANA text to image.")
-    top.add_argument("--version", action="version", version=version())
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
-    add_generate(commands.add_parser("generate", help="draw a prompt"))
-    info = commands.add_parser("info", help="say what a checkpoint is")
-    info.add_argument("path", type=Path, help="checkpoint file or folder, or a LoRA")
-    info.add_argument("--model", help="for a LoRA: the SANA that it is to fit")
-    info.set_defaults(run=run_info)
-    conversion = commands.add_parser("convert", help="write a transformer, autoencoder or LoRA as one safetensors file")
-    conversion.add_argument("source", type=Path, help="checkpoint file or folder; a LoRA gets the layout of diffusers")
-    conversion.add_argument("target", type=Path, help="safetensors file to write")
-    conversion.add_argument("--variant", choices=tuple(VARIANTS), help="for a file that cannot tell 1K from 2K or 4K")
-    conversion.add_argument("--dtype", choices=DTYPES, help="number format of the tensors (default: as in the source)")
-    add_lora(conversion, "a LoRA to merge into a transformer; may be given several times (strength: 1)")
-    conversion.set_defaults(run=run_convert)
-    return top
-
-
-def version() -> str:
-    """Of the pyproject.toml beside this folder, as in a checkout or in a host, or else of the installed package."""
-    project = Path(__file__).parents[1] / "pyproject.toml"
-    text = project.read_text(encoding="utf-8") if project.exists() else ""
-    if found := re.search(rf'^name = "{PROJECT}".*?^version = "(.+?)"', text, re.DOTALL | re.MULTILINE):
-        return found[1]
-    try:
-        return metadata.version(PROJECT)
-    except metadata.PackageNotFoundError:  # a folder that was copied alone
-        return "unknown"
-
-
-def add_generate(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("prompt", nargs="?", help="what to draw")
-    add("--prompts", type=Path, metavar="FILE", help="draw every line of a text file instead")
-    add(
-        "--out",
-        type=Path,
-        help="PNG to write; several pictures get a number (default: sana.png, with a number if that exists)",
-    )
-    existing = command.add_mutually_exclusive_group()
-    existing.add_argument(
-        "--resume",
-        action="store_true",
-        help="draw only what is not there: pictures named like --out count that were drawn from the same prompt, seed, "
-        "settings and model; new ones take free numbers",
-    )
-    existing.add_argument(
-        "--overwrite", action="store_true", help="replace pictures of the same name, which are else an error"
-    )
-    add("--model", default="demo", help='"demo", a diffusers folder, or a transformer file (default: demo)')
-    add("--autoencoder", help='for a transformer alone: file or folder of its DC-AE, or "demo"')
-    add("--text-encoder", help='for a transformer alone: file or folder of Gemma-2-2b-it, or "demo"')
-    add("--variant", choices=tuple(VARIANTS), help="for a file that cannot tell 1K from 2K or 4K")
-    add_lora(
-        command,
-        "a LoRA for the transformer or the text encoder, of any trainer; may be given several times (strength: 1)",
-    )
-    add("--negative", default="", help="what to avoid")
-    size_help = (
-        "pixels, a multiple of 32 (default: the model's; with --image or --control-image that one's, unless far larger)"
-    )
-    add("--height", type=int, help=size_help)
-    add("--width", type=int, help=size_help)
-    add("--steps", type=int, help="evaluations of the model (default: 20; Sprint: 2)")
-    add("--guidance-scale", type=float, help="1 is off (default: the model's, which is 4.5 for every release)")
-    add(
-        "--guidance-interval",
-        type=float,
-        nargs=2,
-        default=(0.0, 1.0),
-        metavar=("LOW", "HIGH"),
-        help="noise levels it acts at",
-    )
-    add("--pag-scale", type=float, default=0.0, help="perturbed-attention guidance; 0 is off (default: 0)")
-    add("--flow-shift", type=float, help="default: the model's")
-    add("--solver", choices=tuple(SOLVERS), default="flow_dpm", help="default: flow_dpm; Sprint has its own")
-    add(
-        "--reference",
-        choices=("nvlabs", "diffusers"),
-        default="nvlabs",
-        help="whose rules; diffusers has prompts in lower case, single quotes in the default instruction, a mask of its own "
-        "for the negative prompt, and a ControlNet that branches off one block earlier (default: nvlabs)",
-    )
-    add("--instruction", default=INSTRUCTION, help="text before the prompt; '' for none (default: NVIDIA's)")
-    add("--seed", type=int, default=0, help="of the first picture; the k-th has seed + k (default: 0)")
-    add("--batch-size", type=int, default=1, help="pictures of each prompt (default: 1)")
-    add("--image", type=Path, help="picture to start from")
-    add("--mask", type=Path, help="of --image: white is painted anew, black is kept")
-    add(
-        "--strength",
-        type=float,
-        help="share of the schedule to run from --image, in (0, 1] (default: 0.5; with --mask: 1)",
-    )
-    add("--control", type=Path, metavar="FILE", help="a ControlNet, which follows --control-image")
-    add(
-        "--control-image", type=Path, metavar="PNG", help="picture for the ControlNet, such as edges; cut as --image is"
-    )
-    add("--control-scale", type=float, default=1.0, help="how strongly the ControlNet acts (default: 1)")
-    add("--control-from", type=float, default=0.0, help="share of the schedule after which it acts (default: 0)")
-    add(
-        "--control-to", type=float, default=1.0, help="share of the schedule after which it no longer does (default: 1)"
-    )
-    add("--max-bytes", type=int, help="bound on the working memory of the autoencoder")
-    add(
-        "--dtype",
-        choices=DTYPES,
-        help="number format of all networks; float16 is for the transformer alone (default: float32 on a CPU, else that "
-        "of the release)",
-    )
-    add(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="such as cpu or cuda:1 (default: %(default)s)",
-    )
-    add("--compile", action="store_true", help="compile the transformer first; pays for many pictures of one size")
-    command.set_defaults(run=run_generate)
-
-
-def add_lora(command: argparse.ArgumentParser, what: str) -> None:
-    command.add_argument("--lora", action="append", default=[], metavar="FILE[=STRENGTH]", help=what)
-
-
 def run_generate(options: argparse.Namespace) -> int:
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(options.device)
     out = options.out or UNNAMED
     check_output(out)
@@ -305,6 +177,8 @@ def run_convert(options: argparse.Namespace) -> int:
     print(convert(model_path(options.source), options.target, dtype=dtype, variant=options.variant, loras=loras))
     return 0
 
+
+COMMANDS = {"generate": run_generate, "info": run_info, "convert": run_convert}
 
 if __name__ == "__main__":
     sys.exit(main())

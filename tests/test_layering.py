@@ -41,6 +41,7 @@ ROOMS = {
     "checkpoints": {"config", "reading", "saving", "networks", "text"},
     "plan": {"config", "text", "sampling"},
     "jobs": {"reading", "saving", "checkpoints"},
+    "options": {"config", "text", "sampling"},
     "pipeline": {"config", "images", "networks", "text", "sampling", "checkpoints", "plan"},
     "training": {
         "config",

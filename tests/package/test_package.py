@@ -91,7 +91,7 @@ def test_command_draws_and_describes(programs: Path, tmp_path: Path) -> None:
 
 def test_library_is_imported_from_anywhere(programs: Path, tmp_path: Path) -> None:
     """And tells the version of the project."""
-    code = "import sana; print(sana.__file__); from sana.__main__ import version; print(version())"
+    code = "import sana; print(sana.__file__); from sana.options import version; print(version())"
     place, version = run(programs / "python", "-c", code, folder=tmp_path).splitlines()
     assert Path(place).is_relative_to(programs.parent)
     assert f'\nversion = "{version}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
