@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from .checkpoints.files import read_tensors
 from .checkpoints.inspection import describe_file
 from .checkpoints.lora import lora_files
+from .checkpoints.quantising import quantise
 from .checkpoints.transformer import find_transformer
 from .checkpoints.writing import convert
 from .config import DOWNSAMPLE
@@ -172,9 +174,14 @@ def run_info(options: argparse.Namespace) -> int:
 
 
 def run_convert(options: argparse.Namespace) -> int:
+    if options.quantize_all and not options.quantize:
+        raise ValueError("--quantize-all is given without --quantize; say which format, such as --quantize fp8")
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    loras = [read_strength(text) for text in options.lora]
-    print(convert(model_path(options.source), options.target, dtype=dtype, variant=options.variant, loras=loras))
+    if options.quantize and options.lora:
+        raise ValueError("--quantize is given with --lora; merge the LoRA first, and quantise the merged file")
+    merge = partial(convert, loras=[read_strength(text) for text in options.lora])
+    write = partial(quantise, form=options.quantize, ends=options.quantize_all) if options.quantize else merge
+    print(write(model_path(options.source), options.target, dtype=dtype, variant=options.variant))
     return 0
 
 

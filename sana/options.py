@@ -6,6 +6,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from .checkpoints.quantising import PACKED_FORMATS
 from .config import VARIANTS
 from .sampling.solvers import SOLVERS
 from .text.prompt import INSTRUCTION
@@ -24,11 +25,22 @@ def parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="say what a checkpoint is")
     info.add_argument("path", type=Path, help="checkpoint file or folder, or a LoRA")
     info.add_argument("--model", help="for a LoRA: the SANA that it is to fit")
-    conversion = commands.add_parser("convert", help="write a transformer, autoencoder or LoRA as one safetensors file")
+    conversion = commands.add_parser(
+        "convert",
+        help="write a transformer, autoencoder or LoRA as one safetensors file, or quantise a transformer or Gemma-2",
+    )
     conversion.add_argument("source", type=Path, help="checkpoint file or folder; a LoRA gets the layout of diffusers")
     conversion.add_argument("target", type=Path, help="safetensors file to write")
     conversion.add_argument("--variant", choices=tuple(VARIANTS), help="for a file that cannot tell 1K from 2K or 4K")
     conversion.add_argument("--dtype", choices=DTYPES, help="number format of the tensors (default: as in the source)")
+    conversion.add_argument(
+        "--quantize",
+        choices=tuple(PACKED_FORMATS),
+        help="pack the matrices of the blocks into 8 or 4 bits; needs comfy-kitchen",
+    )
+    conversion.add_argument(
+        "--quantize-all", action="store_true", help="pack the sensitive ends too, such as the caption projection"
+    )
     add_lora(conversion, "a LoRA to merge into a transformer; may be given several times (strength: 1)")
     return top
 

@@ -26,8 +26,11 @@ HOST_PUBLIC = {"comfy_api", "folder_paths"}
 HOST_INTERNAL = {"comfy", "comfy_extras", "execution", "latent_preview", "nodes", "server"}
 # What ComfyUI installs, and what these install.
 RUNTIME = {"torch", "safetensors", "einops", "numpy", "PIL", "tqdm", "tokenizers", "sentencepiece"}
-# What one module alone uses, and has a sentence for where it is not installed.
-EXTRAS = {"sana/checkpoints/gguf_files.py": {"gguf"}}
+# What a module asks for only when it is used, and says in one sentence where it is missing.
+OPTIONAL = {
+    "sana/checkpoints/gguf_files.py": {"gguf"},
+    "sana/checkpoints/quantising.py": {"comfy_kitchen"},
+}
 # The rooms of sana/, from the ground up, and which others each may use. A room is a folder or a module beside the folders.
 ROOMS = {
     "config": set(),
@@ -41,7 +44,7 @@ ROOMS = {
     "checkpoints": {"config", "reading", "saving", "networks", "text"},
     "plan": {"config", "text", "sampling"},
     "jobs": {"reading", "saving", "checkpoints"},
-    "options": {"config", "text", "sampling"},
+    "options": {"config", "text", "sampling", "checkpoints"},
     "pipeline": {"config", "images", "networks", "text", "sampling", "checkpoints", "plan"},
     "training": {
         "config",
@@ -70,6 +73,7 @@ STRANGERS = {
     "checkpoints.files": {"config", "networks", "text", "checkpoints.names", "checkpoints.kinds"},
     "networks.packed": {"networks.transformer", "networks.autoencoder"},
     "checkpoints.names": {"config", "networks", "text", "checkpoints.files"},
+    "checkpoints.tensor_writer": {"config", "networks", "text", "checkpoints.names", "checkpoints.files"},
 }
 MUTATORS = {"append", "extend", "insert", "update", "setdefault", "pop", "popitem", "remove", "discard", "add", "clear"}
 PUBLIC = {
@@ -145,7 +149,7 @@ def test_sana_knows_no_host(path: Path) -> None:
 
 @pytest.mark.parametrize("path", LIBRARY, ids=label)
 def test_the_library_needs_nothing_that_the_host_does_not_install(path: Path) -> None:
-    assert foreign(path) <= RUNTIME | EXTRAS.get(label(path), set())
+    assert foreign(path) <= RUNTIME | OPTIONAL.get(label(path), set())
 
 
 @pytest.mark.parametrize("path", sorted({*NODES} - {*HOST}), ids=label)
@@ -219,8 +223,8 @@ def imported_by(code: str) -> set[str]:
 
 
 def test_importing_sana_imports_no_host_and_nothing_heavy() -> None:
-    heavy = {"transformers", "diffusers", "tokenizers", "sentencepiece", "accelerate"}
-    assert not imported_by("import sana") & (heavy | HOST_PUBLIC | HOST_INTERNAL)
+    heavy = {"transformers", "diffusers", "tokenizers", "sentencepiece", "accelerate", "comfy_kitchen"}
+    assert not imported_by("import sana, sana.__main__") & (heavy | HOST_PUBLIC | HOST_INTERNAL)
 
 
 def test_a_picture_needs_neither_transformers_nor_the_compiler_of_pytorch() -> None:

@@ -125,3 +125,40 @@ def test_what_cannot_be_converted_is_one_line(
     assert outcome.code == 1
     assert message in error_line(outcome)
     assert [path.name for path in shell.folder.iterdir()] == ["folder.safetensors"]
+
+
+def test_convert_quantises(shell: Shell, model: Path) -> None:
+    """The blocks, and all of it if that is asked for; the rest is in the dtype that is."""
+    counts = {}
+    for options in ((), ("--quantize-all",)):
+        target = shell.folder / f"{len(options)}.safetensors"
+        outcome = shell.run("convert", model, target, "--quantize", "int8", "--dtype", "bfloat16", *options)
+        assert (outcome.code, outcome.err) == (0, "")
+        with safe_open(target, "pt") as file:
+            dtypes = [file.get_tensor(name).dtype for name in file.keys()]
+        counts[options] = dtypes.count(torch.int8)
+        assert {*dtypes} == {torch.int8, torch.float32, torch.uint8, torch.bfloat16}  # packed, scales, marks, the rest
+    assert [*counts.values()] == [30, 37]
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("transformer", ("--quantize-all",), "--quantize-all is given without --quantize; say which format, such as "),
+        ("vae", ("--quantize", "fp8"), "vae is a DC-AE, the autoencoder of SANA; what can be quantised are a SANA "),
+        ("missing", ("--quantize", "fp8"), "missing does not exist"),
+    ],
+)
+def test_what_cannot_be_quantised_is_one_line(
+    shell: Shell, model: Path, source: str, options: tuple[str, ...], message: str
+) -> None:
+    outcome = shell.run("convert", model / source, shell.folder / "out.safetensors", *options)
+    assert outcome.code == 1
+    assert message in error_line(outcome)
+    assert not [*shell.folder.iterdir()]
+
+
+def test_a_format_that_does_not_exist(shell: Shell, model: Path) -> None:
+    with pytest.raises(SystemExit, match="^2$"):
+        shell.run("convert", model, shell.folder / "out.safetensors", "--quantize", "int4")
+    assert "invalid choice: 'int4'" in shell.capture.readouterr().err
