@@ -12,6 +12,7 @@ from .race import counterpart
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PLACE = re.compile(r"(?<=<!-- bench: )(?P<kind>\S+) (?P<file>\S+) -->\n.*?(?=<!-- end -->)", re.DOTALL)
+ERRORS = ("text_error", "step_error", "latent_error")
 Result = dict[str, object]
 
 
@@ -75,6 +76,35 @@ def steps(result: Result) -> Iterator[str]:
                 yield line(f"{title}, {what}{suffix}", *(found.get(number, "") for number in numbers))
 
 
+def quantised(result: Result) -> Iterator[str]:
+    """The demo in each format, then with its ends packed too."""
+    yield from header("", "on disk", "in memory", "error of a text", "of one step", "of the latent", "% right")
+    for row in result["demo"]:
+        megabytes = [f"{row[name] / 1e6:.1f} MB" for name in ("disk", "memory")]
+        errors = [f"{100 * row[name]:.1f} %" if name in row else "" for name in ERRORS]
+        right = f"{row['right']:.0f}" if "right" in row else ""
+        yield line(row["format"] + (", ends too" if row["ends"] else ""), *megabytes, *errors, right)
+
+
+def quantised_sizes(result: Result) -> Iterator[str]:
+    """Weights of the released models, with their ends in 16 bits."""
+    forms = [name for name in result["released"][0] if name not in ("model", "plain")]
+    yield from header("", "16 bits", *forms)
+    for row in result["released"]:
+        yield line(row["model"], *(f"{row[name] / 1e9:.2f} GB" for name in ("plain", *forms)))
+
+
+def quantised_layers(result: Result) -> Iterator[str]:
+    """Error of what each kind of layer gives, at the widths of the released models."""
+    rows = result["layers"]
+    forms = list(dict.fromkeys(row["format"] for row in rows))
+    yield from header("", "width", *forms)
+    for variant, kind in dict.fromkeys((row["variant"], row["kind"]) for row in rows):
+        found = [row for row in rows if (row["variant"], row["kind"]) == (variant, kind)]
+        errors = {row["format"]: f"{100 * row['error']:.1f} %" for row in found}
+        yield line(f"{kind}, {variant}", found[0]["width"], *(errors[form] for form in forms))
+
+
 def header(*columns: object) -> Iterable[str]:
     return [line(*columns), "|---|" + "---:|" * (len(columns) - 1)]
 
@@ -88,6 +118,9 @@ KINDS: dict[str, Callable[[Result], Iterator[str]]] = {
     "accuracy": accuracy,
     "changes": changes,
     "steps": steps,
+    "quantised": quantised,
+    "quantised_sizes": quantised_sizes,
+    "quantised_layers": quantised_layers,
 }
 
 

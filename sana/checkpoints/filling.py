@@ -1,7 +1,6 @@
 """Networks get their weights: every tensor there, none left over, of the right shape and in numbers to compute with."""
 
 from collections.abc import Mapping
-from copy import deepcopy
 from types import MappingProxyType
 
 import torch
@@ -51,7 +50,7 @@ def fill(
     for key, weight in packed.items():
         whole = weight.cut_to(expected[key].shape)
         if dtype is not None:
-            whole = deepcopy(whole)
+            whole = whole.copied()
         if key in merges:
             whole.changes.append(merges[key])
         put_weight(network, key, whole.to(device, given))

@@ -154,6 +154,11 @@ class PackedWeight(nn.Module):
         self.shape = shape
         return self
 
+    def copied(self) -> "PackedWeight":
+        """The same with bytes of its own, and without changes."""
+        parts = {name: part.clone() for name, part in self.parts.items()}
+        return self._with(parts, self.packed_shape).cut_to(self.shape)
+
     @property
     def _has_rows(self) -> bool:
         return len(getattr(self, next(iter(self.dtypes)))) == self.packed_shape[0]

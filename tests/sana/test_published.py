@@ -105,7 +105,8 @@ def test_gemma_is_that_of_google() -> None:
 def test_a_single_gemma_file_has_the_numbers_of_google() -> None:
     """Without a configuration in it or beside it, and with one that says nothing but what it is."""
     mark = torch.empty(2304, device="meta")
-    tensors = {"model.layers.0.post_feedforward_layernorm.weight": mark, "model.norm.weight": mark}
+    tensors = {f"model.layers.{i}.post_feedforward_layernorm.weight": mark for i in range(26)}
+    tensors["model.norm.weight"] = mark
     for config in ({}, {"model_type": "gemma2"}):
         file = TensorFile(Path("gemma.safetensors"), tensors, config=config)
         assert asdict(gemma_config(gemma_tensors(file), file)) == published.GEMMA_2_2B

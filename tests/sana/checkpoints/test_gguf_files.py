@@ -91,12 +91,13 @@ def test_blocks_of_256_numbers(tmp_path: Path, kind: Kind) -> None:
     )
 
 
-def test_packed_weights_stay_in_the_file(tmp_path: Path) -> None:
+def test_packed_weights_stay_in_the_file_or_leave_it_as_other_tensors_do(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "gemma.gguf", dict(gemma().state_dict()), lambda name: Kind.Q8_0)
-    model = load_text_encoder(path).model
-    packed = [part for name, part in model.named_parameters() if name.endswith(".packed")]
-    assert len(packed) == 3 * 7 + 1
-    assert mapped_bytes(packed, path) == sum(part.nbytes for part in packed)
+    for dtype, mapped in ((None, True), (torch.float32, False)):
+        model = load_text_encoder(path, dtype).model
+        packed = [part for name, part in model.named_parameters() if name.endswith(".packed")]
+        assert len(packed) == 3 * 7 + 1
+        assert mapped_bytes(packed, path) == mapped * sum(part.nbytes for part in packed)
 
 
 @pytest.mark.parametrize(

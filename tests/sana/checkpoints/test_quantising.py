@@ -360,7 +360,10 @@ def test_a_disk_that_is_full_keeps_nothing(
     with pytest.raises(type(error)) as caught:
         quantise(model, target := empty / "packed.safetensors", "fp8")
     if isinstance(error, OSError):
-        assert str(caught.value) == f"{target} cannot be written ({error}); give another place"
+        assert (
+            str(caught.value)
+            == f"{target} cannot be written (No space left on device); make room, or give a place that is yours to write"
+        )
 
 
 # Memory
