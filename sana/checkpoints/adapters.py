@@ -60,6 +60,8 @@ ENDS = tuple(sorted((*SHARED, *ROWS, *KRONECKER, *CORES), key=len, reverse=True)
 HEADER = "lora_adapter_metadata"  # entry of diffusers in a safetensors header: JSON of "transformer.r" and the like
 BESIDE = "adapter_config.json"
 RISKY = re.compile(r"\)[*+{]")  # a repeated group, which may take for ever to match
+REPEATS, CHOICES = re.compile(r"[*+{]"), re.compile(r"[?|]")  # each may be tried at every place, and in two ways
+MOST_TRIES = 3_000_000  # of a pattern on a path, at worst: some milliseconds
 
 # Parts of names by which LoRAs for other models are known.
 OTHERS = (
@@ -213,13 +215,19 @@ def _by_pattern(patterns: object, path: str, default: object) -> object:
     """The value of the first pattern that fits the end of a path."""
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
         try:
-            if RISKY.search(pattern):
+            if RISKY.search(pattern) or _tries(pattern, path) > MOST_TRIES:
                 log.warning("The pattern %r of a LoRA may take for ever to match, and is left out.", pattern)
             elif re.match(rf"(.*\.)?({pattern})$", path):
                 return value
         except re.error:
             continue
     return default
+
+
+def _tries(pattern: str, path: str) -> int:
+    """How many ways there are at most to lay a pattern without repeated groups over a path."""
+    repeats, choices = (min(40, len(found.findall(pattern))) for found in (REPEATS, CHOICES))
+    return len(path) ** (1 + repeats) << choices
 
 
 def _with_strengths(lora: Lora, settings: Settings) -> Lora:
@@ -230,10 +238,10 @@ def _with_strengths(lora: Lora, settings: Settings) -> Lora:
         if strength is None:
             continue
         factors = [lora[layer + end] for end in (*DOWN, ".lokr_w1_b", ".lokr_w2_b") if layer + end in lora]
-        if factors:
+        if factors and factors[-1].ndim:
             found[f"{layer}.alpha"] = torch.tensor(strength * len(factors[-1]))
         elif f"{layer}.lokr_w1" in lora:  # two whole factors, which have no rank
-            found[f"{layer}.lokr_w1"] = lora[f"{layer}.lokr_w1"] * strength
+            found[f"{layer}.lokr_w1"] = lora[f"{layer}.lokr_w1"].float() * strength
     return found
 
 

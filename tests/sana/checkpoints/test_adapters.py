@@ -146,6 +146,41 @@ def test_patterns_that_are_none_or_take_for_ever_are_left_out() -> None:
     assert adapters.strength_of(settings, "a" * 40 + "!") == 2
 
 
+@pytest.mark.parametrize(
+    ("pattern", "followed"),
+    [
+        (r"transformer_blocks\.\d+\.attn1\.to_(q|k|v|out)", True),
+        (r".*blocks.*attn1.to_q", True),
+        (".*" * 12 + "x", False),
+        (".?" * 40 + "x", False),
+        ("(.|.)" * 40 + "x", False),
+        ("a{0,9}" * 40 + "x", False),
+    ],
+)
+def test_a_pattern_of_many_repeats_or_choices_is_left_out(
+    caplog: pytest.LogCaptureFixture, pattern: str, followed: bool
+) -> None:
+    """Each multiplies the ways in which it may be tried; the last four would take longer than anybody waits."""
+    settings = {"r": 4, "lora_alpha": 16, "alpha_pattern": {pattern: 2}}
+    assert adapters.strength_of(settings, FIRST) == (0.5 if followed else 4)
+    assert bool(caplog.messages) != followed
+
+
+def test_a_factor_without_axes_has_no_rank() -> None:
+    lora = {f"{FIRST}.lora_A.weight": torch.tensor(1.0), f"{FIRST}.lora_B.weight": torch.ones(4, 2)}
+    assert f"{FIRST}.alpha" not in adapters.prepare(lora, {"r": 2, "lora_alpha": 4})
+    lora[f"{FIRST}.lora_A.weight"] = torch.ones(2, 4)
+    assert adapters.prepare(lora, {"r": 2, "lora_alpha": 4})[f"{FIRST}.alpha"] == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
+def test_a_whole_factor_in_few_bits_is_scaled_exactly(dtype: torch.dtype) -> None:
+    factor = f"{FIRST}.lokr_w1"
+    lora = {factor: torch.tensor([[1.0, 1.125]]).to(dtype), f"{FIRST}.lokr_w2": torch.ones(2, 2)}
+    scaled = adapters.prepare(lora, {"r": 2, "lora_alpha": 2.02})[factor]
+    torch.testing.assert_close(scaled.float(), torch.tensor([[1.01, 1.13625]]))
+
+
 def test_numbers_may_be_told_as_text() -> None:
     assert adapters.strength_of({"transformer.r": "4", "transformer.lora_alpha": "16"}, f"transformer.{FIRST}") == 4
 
