@@ -34,10 +34,19 @@ NAME_PARTS = re.compile(r"(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_w
 PLAIN_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")  # of a model, in a folder with other things
 DIFFUSERS_CLASSES = ("SanaTransformer2DModel", "SanaControlNetModel", "AutoencoderDC")  # in their config.json
 SHARD = re.compile(r"-\d{5}-of-(\d{5})(?=\.|$)")  # of a stem; older files name their format behind it
+LONGEST_MESSAGE = 2000  # characters
 
 
 class CheckpointError(ValueError):
-    """A file that is not what was asked for. The message is one sentence: what was found, and what to do."""
+    """A file that is not what was asked for. The message is one sentence: what was found, and what to do.
+
+    It is one line of a length that can be read, whatever the names in the file are.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(message.splitlines())
+        half = LONGEST_MESSAGE // 2
+        super().__init__(line if len(line) <= LONGEST_MESSAGE else f"{line[:half]} ... {line[-half:]}")
 
 
 @dataclass(frozen=True)

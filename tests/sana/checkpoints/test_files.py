@@ -440,3 +440,13 @@ def test_names_are_without_what_pytorch_writes_into_them(tmp_path: Path, part: s
     for found in (read_tensors(path).tensors, read_tensors(pickled).tensors, tensor_names(path)):
         assert {*found} == {f"{part}.blocks.0.attn.weight", "norm.weight"}
     assert read_tensors(path).tensors[f"{part}.blocks.0.attn.weight"] == 1
+
+
+def test_a_message_is_one_line_that_can_be_read() -> None:
+    """Whatever a file calls its tensors; a whole list of model files that do not fit is shorter than the bound."""
+    assert (
+        str(CheckpointError("a  b\nc.pth\r\nis damaged\u2028; give another")) == "a  b c.pth is damaged ; give another"
+    )
+    fits, longer = "a" * 1999 + "b", "a" * 1000 + "x" + "b" * 1000
+    assert str(CheckpointError(fits)) == fits
+    assert str(CheckpointError(longer)) == "a" * 1000 + " ... " + "b" * 1000
