@@ -26,6 +26,7 @@ from ..networks.packed import (
 from ..reading import parse_json
 from .files import CheckpointError, TensorFile
 from .formats import COMFY_MODEL, COMPRESSED, layer_format
+from .numbers import LARGEST
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 # What stands beside the weight of a layer, behind the layer's name. Of ComfyUI, compressed-tensors and bitsandbytes.
@@ -39,6 +40,7 @@ CONFIG_ENTRY = "quantization_config"  # of transformers and diffusers, in config
 STATE = "weight.quant_state.bitsandbytes__"  # behind it nf4 or fp4; JSON as bytes
 ROW_ORDER = 0  # of `weight_format`: the matrix as it is; other orders are of GPUs' own
 ROTATION = 256  # numbers that are rotated together where a file does not say
+AXES, MATRIX = range(2, 5), range(2, 3)  # how many a packed weight has; a convolution has 4
 TILE_ROWS, TILE_COLUMNS = 128, 4  # of scales of blocks, which are stored in the order of NVIDIA's matrix products
 
 
@@ -71,11 +73,13 @@ class Layer(NamedTuple):
         """A number for each row, (R, 1), or for all, (1, 1)."""
         return self.scale(part, (1, len(self.weight))).reshape(-1, 1)
 
-    def expect(self, *dtypes: torch.dtype) -> None:
-        """Raises CheckpointError unless the weight is stored in one of these."""
-        if self.weight.dtype not in dtypes or not self.weight.ndim:
+    def expect(self, *dtypes: torch.dtype, axes: range = AXES) -> None:
+        """Raises CheckpointError unless the weight is stored in one of these, with so many axes."""
+        if self.weight.dtype not in dtypes:
             stored = str(self.weight.dtype).removeprefix("torch.")
             raise self.error(f"with {', '.join(self.beside)} beside numbers in {stored}, which no format has")
+        if self.weight.ndim not in axes:
+            raise self.error(f"of shape {tuple(self.weight.shape)}, which is no matrix")
 
 
 def with_packed(file: TensorFile) -> TensorFile:
@@ -141,9 +145,9 @@ def _packed(layer: Layer, file: TensorFile) -> PackedWeight:
         raise layer.error(f"in two formats at once, with {' and '.join(sorted(layer.beside))}")
     if by_comfy:
         name = layer.told.get("format")
-        if name not in OF_COMFY:
+        if not isinstance(name, str) or name not in OF_COMFY:
             raise CheckpointError(
-                f"{layer.file} has the layer {layer.name} in the format {name!r}, which is not read here; load it in ComfyUI, "
+                f"{layer.file} has the layer {layer.name} in the format {name!r:.50}, which is not read here; load it in ComfyUI, "
                 f"or take one of {', '.join(OF_COMFY)}"
             )
         return OF_COMFY[name](layer)
@@ -178,7 +182,7 @@ def _int8(layer: Layer) -> PackedWeight:
 
 
 def _int4(layer: Layer) -> PackedWeight:
-    layer.expect(torch.int8, torch.uint8)
+    layer.expect(torch.int8, torch.uint8, axes=MATRIX)
     shape = (len(layer.weight), 2 * layer.weight.shape[1])
     parts = {"packed": layer.weight.view(torch.uint8), "scale": layer.row_scale()}
     unpack = partial(signed_fours, group=_rotation(layer, shape[1], always=True))
@@ -198,7 +202,7 @@ def _rotation(layer: Layer, columns: int, always: bool = False) -> int:
 
 
 def _mxfp8(layer: Layer) -> PackedWeight:
-    layer.expect(*FP8_DTYPES)
+    layer.expect(*FP8_DTYPES, axes=MATRIX)
     scale = _untiled(layer, layer.weight.shape[1] // MX_BLOCK, torch.uint8)
     if (scale == 255).any():
         raise layer.error("with a weight_scale that is not finite")
@@ -207,7 +211,7 @@ def _mxfp8(layer: Layer) -> PackedWeight:
 
 
 def _nvfp4(layer: Layer) -> PackedWeight:
-    layer.expect(torch.uint8)
+    layer.expect(torch.uint8, axes=MATRIX)
     rows, columns = len(layer.weight), 2 * layer.weight.shape[1]
     scale = _untiled(layer, columns // NV_BLOCK, torch.float8_e4m3fn)
     parts = {"packed": layer.weight, "scale": scale, "scale_2": layer.scale("weight_scale_2", (1,)).reshape(1, 1)}
@@ -234,7 +238,7 @@ def _untiled(layer: Layer, columns: int, dtype: torch.dtype) -> Tensor:
 
 def _bits_8(layer: Layer) -> PackedWeight:
     """int8 of bitsandbytes, with the largest number of each row."""
-    layer.expect(torch.int8)
+    layer.expect(torch.int8, axes=MATRIX)
     order = layer.beside.get("weight_format")
     if order is not None and order.float().flatten().tolist() != [ROW_ORDER]:
         raise layer.error("in an order of its own (weight_format); save it again with bitsandbytes 0.38 or newer")
@@ -264,12 +268,12 @@ def _state(layer: Layer) -> dict[str, object]:
         raise layer.error(f"without its {STATE}nf4")
     try:
         told = parse_json(layer.beside[name].to("cpu", torch.uint8).contiguous().numpy().tobytes())
-        sizes = [*told["shape"], told["blocksize"]]
         nested = {"nested_blocksize": 1, "nested_offset": 0.0, **told}
-        valid = len(sizes) > 2 and all(type(size) is int and size > 0 for size in [*sizes, nested["nested_blocksize"]])
-        if valid and math.isfinite(nested["nested_offset"]):
+        sizes = [*told["shape"], told["blocksize"], nested["nested_blocksize"]]
+        valid = all(type(size) is int and 0 < size <= LARGEST for size in sizes) and len(told["shape"]) in AXES
+        if valid and told["blocksize"] % 2 == 0 and math.isfinite(nested["nested_offset"]):  # two numbers share a byte
             return {**nested, "quant_type": name.removeprefix(STATE)}
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         pass
     raise layer.error(f"with a {name} that does not tell its shape and blocks")
 
@@ -279,6 +283,8 @@ def _largest(layer: Layer, told: Mapping[str, object], count: int) -> Tensor:
     stored = layer.scale("weight.absmax", (count,)).flatten()
     if "weight.nested_absmax" not in layer.beside:
         return stored.float()
+    if stored.dtype != torch.uint8:
+        raise layer.error(f"with a weight.absmax in {_name(stored.dtype)} beside a list of 256 numbers")
     block = told["nested_blocksize"]
     outer = layer.scale("weight.nested_absmax", (math.ceil(count / block),)).float().flatten()
     codes = layer.scale("weight.nested_quant_map", (256,)).float().flatten()

@@ -331,6 +331,14 @@ def remark(**told: object) -> Callable[[Tensors], Tensors]:
     return change("comfy_quant", lambda old: torch.tensor([*json.dumps(told).encode()], dtype=torch.uint8))
 
 
+def restate(**told: object) -> Callable[[Tensors], Tensors]:
+    def restated(old: Tensor) -> Tensor:
+        state = json.loads(bytes(old.tolist()))
+        return torch.tensor([*json.dumps({**state, **told}).encode()], dtype=torch.uint8)
+
+    return change(STATE, restated)
+
+
 def nothing(old: Tensor) -> None:
     return None
 
@@ -452,6 +460,54 @@ BROKEN = {
         "bitsandbytes nf4 twice",
         change("weight.nested_quant_map", lambda old: old[:16]),
         f"{LAYER}with a weight.nested_quant_map of shape (16,) beside a weight of (4608, 1){ORIGINAL}",
+    ),
+    "format that is no text": (
+        "fp8",
+        remark(format=["fp8"]),
+        f"has the layer {Q} in the format ['fp8'], which is not read here; load it in ComfyUI, or take one of float8_e4m3fn, "
+        "float8_e5m2, nvfp4, mxfp8, int8_tensorwise, convrot_w4a4",
+    ),
+    "format of a long name": (
+        "fp8",
+        remark(format="x" * 1000),
+        f"has the layer {Q} in the format '{'x' * 49}, which is not read here; load it in ComfyUI, or take one of float8_e4m3fn, "
+        "float8_e5m2, nvfp4, mxfp8, int8_tensorwise, convrot_w4a4",
+    ),
+    **{
+        f"{form} of a row": (
+            form,
+            change("weight", lambda old: old[0]),
+            f"{LAYER}of shape ({columns},), which is no matrix{ORIGINAL}",
+        )
+        for form, columns in (("fp8", 96), ("int8 by rows", 96), ("bitsandbytes int8", 96), ("mxfp8", 96), ("nvfp4", 48))
+    },
+    "nvfp4 of a convolution": (
+        "nvfp4",
+        change("weight", lambda old: old[..., None, None]),
+        f"{LAYER}of shape (96, 48, 1, 1), which is no matrix{ORIGINAL}",
+    ),
+    **{
+        f"blocks of {told}": (
+            "bitsandbytes nf4 twice",
+            restate(**told),
+            f"{LAYER}with a {STATE} that does not tell its shape and blocks{ORIGINAL}",
+        )
+        for told in (
+            {"shape": [2**40, 2**40]},
+            {"shape": [2**21, 1]},
+            {"shape": [96 * 96]},
+            {"shape": [1] * 5},
+            {"blocksize": 2**70},
+            {"blocksize": 63},
+            {"nested_blocksize": 0},
+            {"nested_blocksize": 2**21},
+            {"nested_offset": 10**400},
+        )
+    },
+    "places in no list": (
+        "bitsandbytes nf4 twice",
+        change("weight.absmax", lambda old: old.int() + 256),
+        f"{LAYER}with a weight.absmax in int32 beside a list of 256 numbers{ORIGINAL}",
     ),
 }  # fmt: skip
 
