@@ -9,6 +9,8 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -59,9 +61,12 @@ ENDS = tuple(sorted((*SHARED, *ROWS, *KRONECKER, *CORES), key=len, reverse=True)
 
 HEADER = "lora_adapter_metadata"  # entry of diffusers in a safetensors header: JSON of "transformer.r" and the like
 BESIDE = "adapter_config.json"
-RISKY = re.compile(r"\)[*+{]")  # a repeated group, which may take for ever to match
+# Of patterns in settings. A repeated group may take for ever to match.
+RISKY = re.compile(r"\)[*+{]")
 REPEATS, CHOICES = re.compile(r"[*+{]"), re.compile(r"[?|]")  # each may be tried at every place, and in two ways
 MOST_TRIES = 3_000_000  # of a pattern on a path, at worst: some milliseconds
+MOST_PATTERNS = 2**12  # of a LoRA
+LONGEST_PATTERN, LONGEST_PATH = 200, 64  # characters; ours have at most 55
 
 # Parts of names by which LoRAs for other models are known.
 OTHERS = (
@@ -213,21 +218,31 @@ def _number(value: object) -> float | None:
 
 def _by_pattern(patterns: object, path: str, default: object) -> object:
     """The value of the first pattern that fits the end of a path."""
-    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        try:
-            if RISKY.search(pattern) or _tries(pattern, path) > MOST_TRIES:
-                log.warning("The pattern %r of a LoRA may take for ever to match, and is left out.", pattern)
-            elif re.match(rf"(.*\.)?({pattern})$", path):
-                return value
-        except re.error:
-            continue
+    if not isinstance(patterns, dict) or len(path) > LONGEST_PATH:
+        return default
+    for pattern, value in islice(patterns.items(), MOST_PATTERNS):
+        compiled = _compiled(pattern)
+        if compiled and compiled.match(path):
+            return value
     return default
 
 
-def _tries(pattern: str, path: str) -> int:
+@lru_cache(MOST_PATTERNS)
+def _compiled(pattern: str) -> re.Pattern[str] | None:
+    """None: it is no pattern, or one that is left out."""
+    if RISKY.search(pattern) or len(pattern) > LONGEST_PATTERN or _tries(pattern) > MOST_TRIES:
+        log.warning("The pattern %.50r of a LoRA may take for ever to match, and is left out.", pattern)
+        return None
+    try:
+        return re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, OverflowError, RecursionError):
+        return None
+
+
+def _tries(pattern: str) -> int:
     """How many ways there are at most to lay a pattern without repeated groups over a path."""
-    repeats, choices = (min(40, len(found.findall(pattern))) for found in (REPEATS, CHOICES))
-    return len(path) ** (1 + repeats) << choices
+    repeats, choices = (len(found.findall(pattern)) for found in (REPEATS, CHOICES))
+    return LONGEST_PATH ** (1 + repeats) << choices
 
 
 def _with_strengths(lora: Lora, settings: Settings) -> Lora:
@@ -237,8 +252,9 @@ def _with_strengths(lora: Lora, settings: Settings) -> Lora:
         strength = None if f"{layer}.alpha" in lora else strength_of(settings, layer)
         if strength is None:
             continue
-        factors = [lora[layer + end] for end in (*DOWN, ".lokr_w1_b", ".lokr_w2_b") if layer + end in lora]
-        if factors and factors[-1].ndim:
+        found_parts = (lora.get(layer + end) for end in (*DOWN, ".lokr_w1_b", ".lokr_w2_b"))
+        factors = [part for part in found_parts if part is not None and part.ndim]
+        if factors:
             found[f"{layer}.alpha"] = torch.tensor(strength * len(factors[-1]))
         elif f"{layer}.lokr_w1" in lora:  # two whole factors, which have no rank
             found[f"{layer}.lokr_w1"] = lora[f"{layer}.lokr_w1"].float() * strength

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..config import VARIANTS, GemmaConfig, TransformerConfig
 from ..networks.adapters import Change, Changes, Factors
 from ..networks.transformer import SanaTransformer
+from ..reading import check_file
 from ..text.gemma import Gemma2
 from .adapters import (
     Settings,
@@ -39,6 +40,7 @@ Parts = dict[str, Tensor]  # of a layer in a file, by the ends of their names
 # Ends of names of the two factors of a LoRA, and of its core.
 UPS = (".lora_B.weight", ".lora_B", ".lora_up.weight")
 DOWNS = (".lora_A.weight", ".lora_A", ".lora_down.weight")
+LISTS = (".dora_scale", ".diff", ".diff_b", ".set_weight")  # which may have one axis; all others have two or more
 WHOLE = {".set_weight": "replacement", ".diff": "difference"}
 BLOCKS = "transformer_blocks."  # before the number of a block in our names
 FIRST_BLOCK = f"{BLOCKS}0."
@@ -106,22 +108,27 @@ class Lora:
     def changes(self, part: Part) -> dict[str, dict[str, Change]]:
         """The changes of weights and biases of a network, by layer of the file and by parameter.
 
-        Raises CheckpointError for a layer of another shape, and for factors that are missing or do not fit each other.
+        Raises CheckpointError as `found` does, and for a layer of another shape.
         """
         found = self.found(part)
-        for layer, changes in found.items():
+        for changes in found.values():
             for name, change in changes.items():
-                self._check(layer, name, change, part.shapes)
+                self._check_shape(name, change, part.shapes)
         return found
 
     def found(self, part: Part) -> dict[str, dict[str, Change]]:
-        """As `changes`, for a network whose shapes do not count. Raises CheckpointError for factors that are missing."""
+        """As `changes`, for a network whose shapes do not count.
+
+        Raises CheckpointError for factors that are missing, not finite, or do not fit each other.
+        """
         weights = part.weights()
         return {layer: self._changes(layer, weights[layer]) for layer in self.layers if layer in weights}
 
     def _changes(self, layer: str, weight: str) -> dict[str, Change]:
         """By parameter: of the weight, and of the bias beside it."""
         parts = self.layers[layer]
+        for end, tensor in parts.items():
+            self._check_axes(layer, end, tensor)
         bias = parts.get(".diff_b")
         found = {} if bias is None else {f"{weight.removesuffix('.weight')}.bias": _whole("difference", bias)}
         try:
@@ -130,18 +137,34 @@ class Lora:
             raise CheckpointError(
                 f"{self.name} lacks {layer}{error.args[0]}; the download may be incomplete"
             ) from error
-        return found if change is None else {weight: change, **found}
+        found = found if change is None else {weight: change, **found}
+        for change in found.values():
+            self._check_parts(layer, change)
+        return found
 
-    def _check(self, layer: str, name: str, change: Change, shapes: Shapes) -> None:
-        tensors = [tensor for part in change.parts for tensor in part if tensor is not None]
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors) or not math.isfinite(change.scale):
+    def _check_axes(self, layer: str, end: str, tensor: Tensor) -> None:
+        """Raises CheckpointError for a factor that is no matrix, and for a strength that is no number."""
+        if tensor.numel() != 1 if end == ".alpha" else tensor.ndim < (1 if end in LISTS else 2):
+            raise CheckpointError(
+                f"{self.name} is damaged at {layer}: its {end[1:]} has shape {tuple(tensor.shape)}; download it again"
+            )
+
+    def _check_parts(self, layer: str, change: Change) -> None:
+        """Raises CheckpointError for numbers that are not finite, and for parts that do not fit each other."""
+        tensors = [tensor for part in (*change.parts, (change.lengths,)) for tensor in part if tensor is not None]
+        if not all(bool(tensor.float().isfinite().all()) for tensor in tensors) or not math.isfinite(change.scale):
             raise CheckpointError(
                 f"{self.name} holds numbers at {layer} that are not finite; it is damaged, or its training failed"
             )
         try:
-            rows, columns = change.shape
-        except (ValueError, IndexError) as error:
+            shape = change.shape
+            if change.lengths is not None and change.lengths.numel() not in shape:
+                raise ValueError(f"its {change.lengths.numel()} lengths are of no axis of {shape}")
+        except ValueError as error:
             raise CheckpointError(f"{self.name} is damaged at {layer}: {error}; download it again") from error
+
+    def _check_shape(self, name: str, change: Change, shapes: Shapes) -> None:
+        rows, columns = change.shape
         if name not in shapes:
             raise CheckpointError(f"{self.name} changes {name}, which this model does not have; {ADVICE}")
         height, *rest = shapes[name]
@@ -169,7 +192,7 @@ def read_lora(path: Path | str, *, sprint: bool | None = None) -> Lora:
 def lora_files(path: Path | str) -> list[Path]:
     """The files that decide what a LoRA does: its own, or all of a folder, and the settings beside it.
 
-    Raises FileNotFoundError.
+    Raises FileNotFoundError, and CheckpointError for a pipe, a socket or a device.
     """
     path = _existing(path)
     if path.is_dir():
@@ -181,6 +204,10 @@ def _existing(path: Path | str) -> Path:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give the file of a LoRA, or the folder that holds one")
+    try:
+        check_file(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path.name} cannot be opened ({error}); give the file of a LoRA") from error
     return path
 
 

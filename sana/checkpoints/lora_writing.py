@@ -15,6 +15,9 @@ from .lora import Lora, Part, read_lora, tell_fit
 from .names import POINTWISE
 
 COMPONENTS = ("transformer", "text_encoder")  # what names in diffusers begin with, in the order of `Part.known`
+MOST_NUMBERS = (
+    2**26
+)  # of a weight whose change is computed whole; the largest of a release that trainers change has 25 million
 
 Tensors = dict[str, Tensor]
 
@@ -63,7 +66,7 @@ def lora_in_diffusers_layout(
 def _tensors(lora: Lora, name: str, change: Change, part: Part) -> Tensors:
     """What diffusers has for a change, by the ends of names. Raises CheckpointError if it has no form for it."""
     lengths = change.lengths
-    rows, _ = change.shape
+    rows, columns = change.shape
     if change.kind == "replacement" or len(part.shapes[name]) != 2 or not name.endswith(".weight"):
         what = "replaces" if change.kind == "replacement" else "changes"
         raise CheckpointError(
@@ -74,6 +77,11 @@ def _tensors(lora: Lora, name: str, change: Change, part: Part) -> Tensors:
         raise CheckpointError(
             f"{lora.name} is a DoRA with lengths of columns, which diffusers does not know; merge it into its model, with "
             "sana convert MODEL TARGET --lora"
+        )
+    if change.kind != "LoRA" and rows * columns > MOST_NUMBERS:
+        raise CheckpointError(
+            f"{lora.name} unfolds to {rows} x {columns} numbers at {name}, and no layer of SANA has so many; "
+            "use the original file"
         )
     up, down = as_product(change)
     kernel = (1, 1) if name.endswith(POINTWISE) else ()

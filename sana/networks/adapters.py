@@ -4,6 +4,7 @@ Sources: LoRA arXiv 2106.09685; DoRA 2402.09353; LoHa 2108.06098, as Hadamard pr
 cores between factors 2309.14859.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -36,13 +37,13 @@ class Factors(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns. Raises ValueError if the factors do not fit each other."""
-        rows, columns = len(self.up), self.up[0].numel()
+        rows, columns = len(self.up), math.prod(self.up.shape[1:])
         if self.down is None:
             return rows, columns
-        inner = (self.rank, self.rank) if self.core is None else tuple(self.core.shape[:2])
-        if (columns, self.rank) != inner:
+        inner, kernel = ((self.rank, self.rank), 1) if self.core is None else self._core_shape
+        if (columns, self.rank) != inner or not self.rank:
             raise ValueError(f"its factors of shapes {self._shapes} do not fit each other")
-        return rows, self.down[0].numel() * (1 if self.core is None else self.core[0, 0].numel())
+        return rows, math.prod(self.down.shape[1:]) * kernel
 
     def to(self, device: torch.device) -> "Factors":
         return Factors(*(part if part is None else part.to(device) for part in self))
@@ -55,7 +56,13 @@ class Factors(NamedTuple):
         down = _flat(self.down)
         if self.core is None:
             return up @ down
-        return torch.einsum("mo,oik,in->mnk", up, self.core.float().flatten(2), down).flatten(1)
+        core = self.core.float().reshape(*self.core.shape[:2], -1)
+        return torch.einsum("mo,oik,in->mnk", up, core, down).flatten(1)
+
+    @property
+    def _core_shape(self) -> tuple[tuple[int, ...], int]:
+        """Its ranks, and the numbers in its kernel."""
+        return tuple(self.core.shape[:2]), math.prod(self.core.shape[2:])
 
     @property
     def _shapes(self) -> str:
@@ -158,6 +165,8 @@ def as_product(change: Change) -> tuple[Tensor, Tensor]:
     if change.kind == "LoRA":
         (factors,) = change.parts
         return _halves(factors)
+    if math.prod(part.rank or min(part.shape) for part in change.parts) > min(change.shape):
+        return _with_identity(replace(change, scale=1.0).matrix())
     ups, downs = zip(*(_halves(part) for part in change.parts), strict=True)
     if change.kind == "LoKr":
         up, down = torch.kron(*ups), torch.kron(*downs)
@@ -166,9 +175,7 @@ def as_product(change: Change) -> tuple[Tensor, Tensor]:
         down = torch.einsum("in,jn->ijn", *downs).flatten(0, 1)
     else:
         (up,), (down,) = ups, downs
-    if len(down) <= min(change.shape):
-        return up, down
-    return _with_identity(up @ down)
+    return up, down
 
 
 def _halves(factors: Factors) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import peft
@@ -179,6 +180,22 @@ def test_a_whole_factor_in_few_bits_is_scaled_exactly(dtype: torch.dtype) -> Non
     lora = {factor: torch.tensor([[1.0, 1.125]]).to(dtype), f"{FIRST}.lokr_w2": torch.ones(2, 2)}
     scaled = adapters.prepare(lora, {"r": 2, "lora_alpha": 2.02})[factor]
     torch.testing.assert_close(scaled.float(), torch.tensor([[1.01, 1.13625]]))
+
+
+@pytest.mark.parametrize(
+    "pattern", [".*" * 12 + "!", "a?" * 4, "x" * 201, "a{99999999999}", "(" * 90 + ")" * 90, "[", "(?<=a*)b"]
+)
+def test_a_pattern_that_takes_long_or_is_none_gives_way_to_the_next(pattern: str) -> None:
+    settings = {"r": 4, "lora_alpha": 16, "alpha_pattern": {pattern: 1, "to_q": 8}}
+    assert adapters.strength_of(settings, "transformer_blocks.0.attn1.to_q") == 2
+
+
+def test_more_patterns_than_layers_take_no_time() -> None:
+    settings = {"r": 4, "lora_alpha": 16, "alpha_pattern": {f"x{i}": 1 for i in range(100_000)}}
+    start = time.process_time()
+    assert {adapters.strength_of(settings, f"transformer_blocks.{i}.attn1.to_q") for i in range(60)} == {4}
+    assert adapters.strength_of(settings, "a." * 200) == 4
+    assert time.process_time() - start < 5
 
 
 def test_numbers_may_be_told_as_text() -> None:

@@ -1,6 +1,8 @@
 """LoRA files merged into the weights of networks, against PEFT in diffusers' and transformers' networks."""
 
 import logging
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,9 @@ from torch import Tensor, nn
 
 from sana import CheckpointError, load_transformer
 from sana.checkpoints.files import read_tensors
+from sana.checkpoints.inspection import describe_file
 from sana.checkpoints.lora import lora_files, read_lora, read_merges
+from sana.checkpoints.lora_writing import lora_in_diffusers_layout
 from sana.checkpoints.text_encoder import build_text_encoder, find_text_encoder
 from sana.checkpoints.transformer import FoundTransformer, build_transformer
 from sana.config import TransformerIdentity
@@ -425,6 +429,39 @@ REFUSED = {
         {**pair(QUERY), f"{QUERY}.alpha": torch.tensor(torch.inf)},
         f"a.safetensors holds numbers at {QUERY} that are not finite; it is damaged, or its training failed",
     ),
+    "a rank of 0": (
+        {f"{QUERY}.lora_A.weight": torch.ones(0, 96), f"{QUERY}.lora_B.weight": torch.ones(96, 0)},
+        f"a.safetensors is damaged at {QUERY}: its factors of shapes (96, 0) and (0, 96) do not fit each other; "
+        "download it again",
+    ),
+    "a row for a factor": (
+        {**pair(QUERY), f"{QUERY}.lora_A.weight": torch.ones(96)},
+        f"a.safetensors is damaged at {QUERY}: its lora_A.weight has shape (96,); download it again",
+    ),
+    "a number for a factor": (
+        {**pair(QUERY), f"{QUERY}.lora_A.weight": torch.ones(())},
+        f"a.safetensors is damaged at {QUERY}: its lora_A.weight has shape (); download it again",
+    ),
+    "a row for a core": (
+        {**pair(QUERY), f"{QUERY}.lora_mid.weight": torch.ones(2)},
+        f"a.safetensors is damaged at {QUERY}: its lora_mid.weight has shape (2,); download it again",
+    ),
+    "a number for a difference": (
+        {f"{QUERY}.diff": torch.ones(())},
+        f"a.safetensors is damaged at {QUERY}: its diff has shape (); download it again",
+    ),
+    "no alpha": (
+        {**pair(QUERY), f"{QUERY}.alpha": torch.ones(0)},
+        f"a.safetensors is damaged at {QUERY}: its alpha has shape (0,); download it again",
+    ),
+    "lengths that are none": (
+        {**pair(QUERY), f"{QUERY}.dora_scale": torch.full((96, 1), torch.nan)},
+        f"a.safetensors holds numbers at {QUERY} that are not finite; it is damaged, or its training failed",
+    ),
+    "lengths of no axis": (
+        {**pair(QUERY), f"{QUERY}.dora_scale": torch.ones(5, 1)},
+        f"a.safetensors is damaged at {QUERY}: its 5 lengths are of no axis of (96, 96); download it again",
+    ),
     "a bias that is not there": (
         {f"{QUERY}.diff_b": torch.ones(96)},
         f"a.safetensors changes {QUERY}.bias, which this model does not have; use a LoRA made for this model",
@@ -443,6 +480,42 @@ def test_what_is_refused_is_named_in_a_sentence(tmp_path: Path, case: str) -> No
     with pytest.raises(CheckpointError) as caught:
         read_merges([(path, 1.0)], CONFIG, GEMMA)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("case", [name for name, (_, message) in REFUSED.items() if f"at {QUERY}" in message])
+@pytest.mark.parametrize("read", [describe_file, lora_in_diffusers_layout])
+def test_what_is_damaged_is_named_by_every_reader(tmp_path: Path, case: str, read: Callable[[Path], object]) -> None:
+    tensors, message = REFUSED[case]
+    save(tensors, path := tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        read(path)
+    assert str(caught.value) == message
+
+
+def test_a_lora_in_float8_is_read(tmp_path: Path) -> None:
+    small = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in pair(QUERY).items()}
+    merges, _ = read_merges([(save(small, tmp_path / "a.safetensors"), 1.0)], CONFIG, GEMMA)
+    assert [*merges] == [f"{QUERY}.weight"]
+
+
+@pytest.mark.parametrize("read", [read_lora, lora_files])
+def test_a_pipe_is_no_lora(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    os.mkfifo(pipe := tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        read(pipe)
+    message = "a.safetensors cannot be opened (it is a pipe, a socket or a device); give the file of a LoRA"
+    assert str(caught.value) == message
+
+
+def test_a_small_file_that_unfolds_is_refused(tmp_path: Path) -> None:
+    """A Kronecker product of two columns is as long as both multiplied."""
+    parts = {f"{QUERY}.lokr_w{k}": torch.ones(30000, 1) for k in (1, 2)}
+    with pytest.raises(CheckpointError) as caught:
+        lora_in_diffusers_layout(save(parts, tmp_path / "a.safetensors"))
+    assert str(caught.value) == (
+        f"a.safetensors unfolds to 900000000 x 1 numbers at {QUERY}.weight, and no layer of SANA has so many; use the "
+        "original file"
+    )
 
 
 @pytest.mark.parametrize("strength", [float("nan"), float("inf")])
