@@ -20,8 +20,9 @@ from sana.checkpoints.quantising import PACKED_FORMATS, quantise
 from sana.checkpoints.text_encoder import load_text_encoder
 from sana.checkpoints.transformer import load_transformer
 from sana.config import VARIANTS, GemmaConfig, TransformerIdentity
+from sana.loading import MODELS
 from sana.networks.transformer import SanaTransformer
-from sana.pipeline import MODELS, SanaPipeline
+from sana.pipeline import SanaPipeline
 from sana.plan import DEFAULT_STEPS, Settings
 from sana.text.gemma import Gemma2
 from sana.training.scenes import CaptionedScene, held_out_scenes

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from sana.networks.packed import PackedWeight, put_weight, scaled
+
 
 @torch.no_grad()
 def randomise(network: nn.Module, seed: int | None = None) -> nn.Module:
@@ -14,10 +16,36 @@ def randomise(network: nn.Module, seed: int | None = None) -> nn.Module:
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     statistics = (pair for pair in network.named_buffers() if pair[0].endswith(("running_mean", "running_var")))
     for name, tensor in (*network.named_parameters(), *statistics):
-        if tensor.ndim == 1 and "norm" in name and name.endswith(("weight", "running_var")):
+        if tensor.dtype == torch.uint8:  # of a packed weight, random in every bit but for scales near one
+            _randomise_packed(name, tensor, generator)
+        elif tensor.ndim == 1 and "norm" in name and name.endswith(("weight", "running_var")):
             tensor.uniform_(0.5, 1.5, generator=generator)
         else:
             deviation = tensor[0].numel() ** -0.5 if tensor.ndim > 1 and "table" not in name else 0.2
             bound = 3**0.5 * deviation
             tensor.uniform_(-bound, bound, generator=generator)
     return network.eval().requires_grad_(False)
+
+
+def _randomise_packed(name: str, tensor: torch.Tensor, generator: torch.Generator | None) -> None:
+    """The parts of `in_8_bits`."""
+    if name.endswith(".scale"):
+        tensor.view(torch.float32).fill_(1e-4)
+    else:
+        tensor.random_(0, 256, generator=generator)
+
+
+def in_8_bits(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A network with every matrix in 8 bits, and a scale for each of its rows, on the device where the network is.
+
+    dtype: of the numbers that it gives.
+    """
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, nn.Linear | nn.Embedding):
+            (rows, columns), device = layer.weight.shape, layer.weight.device
+            parts = {
+                "packed": torch.empty(rows, columns, dtype=torch.int8, device=device),
+                "scale": torch.empty(rows, 1, device=device),
+            }
+            put_weight(network, f"{name}.weight", PackedWeight("int8", scaled, parts, (rows, columns)).to(dtype))
+    return network

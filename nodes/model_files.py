@@ -13,7 +13,7 @@ from ..sana.checkpoints.kinds import describe
 from ..sana.checkpoints.names import is_autoencoder
 from ..sana.checkpoints.text_encoder import INSTRUCTION_TUNED, is_gemma
 from ..sana.config import AUTOENCODER_SOURCE, TEXT_ENCODER_SOURCE
-from ..sana.pipeline import MODELS
+from ..sana.loading import MODELS
 
 AUTO = "auto"
 MODEL_FOLDERS = ("diffusion_models", "checkpoints")

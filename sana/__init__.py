@@ -6,10 +6,10 @@ from .checkpoints.files import CheckpointError
 from .checkpoints.text_encoder import load_text_encoder
 from .checkpoints.transformer import load_transformer
 from .config import VARIANTS
-from .pipeline import SamplingError, SanaPipeline
+from .pipeline import SanaPipeline
 from .plan import Settings
 from .sampling.schedule import flow_sigmas
-from .sampling.solvers import flow_dpm_solver, flow_euler, scm_solver
+from .sampling.solvers import SamplingError, flow_dpm_solver, flow_euler, scm_solver
 from .text.prompt import INSTRUCTION
 
 __all__ = [

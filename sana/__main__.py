@@ -4,7 +4,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,11 @@ from .config import DOWNSAMPLE
 from .images import read_picture
 from .interruption import INTERRUPTED, begin
 from .jobs import Job, Record, check_free, fingerprint, free_names, missing_jobs, names, read_prompts, write_png
+from .loading import model_path
 from .options import parser
-from .pipeline import SanaPipeline, check_control, model_path
-from .plan import Settings, make_plan
+from .pipeline import SanaPipeline, check_control
+from .plan import Plan, Settings, make_plan
+from .sampling.solvers import Step
 from .saving import remove_leftovers
 
 UNNAMED = Path("sana.png")  # without --out
@@ -78,10 +80,20 @@ def run_generate(options: argparse.Namespace) -> int:
         compiled=options.compile,
         loras=loras,
         control=options.control,
+        offload=options.offload,
     )
+    plans = (pipeline.plan(job.prompt, replace(settings, seed=job.seed), batch_size=job.batch_size) for job in jobs)
     with tqdm(total=len(jobs) * pipeline.plan("", settings).step_count, unit="step") as bar:
-        for job in jobs:
-            draw(pipeline, job, replace(settings, seed=job.seed), paths, files, bar)
+
+        def show(plan: Plan, step: Step) -> None:
+            bar.set_description(plan.prompts[0][:40], refresh=False)
+            bar.update()
+
+        for plan, pictures in pipeline.draw(plans, show):
+            for k, picture in enumerate(pictures):
+                path = next(paths)
+                write_png(picture, path, {**plan.record(k), **files})
+                bar.write(str(path))
     return 0
 
 
@@ -133,22 +145,6 @@ def read_settings(options: argparse.Namespace) -> Settings:
     given["instruction"] = options.instruction or None
     given.update((name, read_picture(given[name])) for name in PICTURES if given[name])
     return Settings(**given)
-
-
-def draw(pipeline: SanaPipeline, job: Job, settings: Settings, paths: Iterator[Path], files: Record, bar: tqdm) -> None:
-    """Sample the pictures of a job, write each to the next path, and show it on the bar of all jobs.
-
-    files: what their records say beside the plan.
-    """
-    bar.set_description(job.prompt[:40])
-    plan = pipeline.plan(job.prompt, settings, batch_size=job.batch_size)
-    for step in pipeline.follow(plan):
-        latent = step.next_x
-        bar.update()
-    for k, picture in enumerate(pipeline.pictures(latent, settings.max_bytes)):
-        path = next(paths)
-        write_png(picture, path, {**plan.record(k), **files})
-        bar.write(str(path))
 
 
 def check_device(name: str) -> None:

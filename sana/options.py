@@ -137,6 +137,13 @@ def add_generate(command: argparse.ArgumentParser) -> None:
         "of the release)",
     )
     add("--device", help="such as cpu or cuda:1 (default: cuda where there is one, else cpu)")
+    add(
+        "--offload",
+        choices=("never", "auto"),
+        default="auto",
+        help="auto: where a GPU has no room for the whole model, its parts take turns there, and prompts are encoded 16 ahead; "
+        "never: all stay there (default: auto)",
+    )
     add("--compile", action="store_true", help="compile the transformer first; pays for many pictures of one size")
 
 

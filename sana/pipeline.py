@@ -1,58 +1,48 @@
 """From a prompt to pictures: the parts of this package put together, without a host."""
 
 import logging
-import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .checkpoints.autoencoder import check_autoencoder, load_autoencoder
-from .checkpoints.controlnet import check_controlnet, load_controlnet
-from .checkpoints.files import CheckpointError, TensorFile, read_tensors
-from .checkpoints.lora import read_merges
-from .checkpoints.names import is_autoencoder
-from .checkpoints.text_encoder import (
-    build_text_encoder,
-    check_text_encoder,
-    find_text_encoder,
-    is_gemma,
-    read_text_encoder,
-)
-from .checkpoints.transformer import build_transformer, find_transformer
+from .checkpoints.autoencoder import check_autoencoder
+from .checkpoints.controlnet import check_controlnet
+from .checkpoints.text_encoder import check_text_encoder
+from .compiling import compiled_velocity
 from .config import TransformerIdentity
-from .images import to_cells, to_mask, to_picture, to_tensor
-from .networks.autoencoder import DCAutoencoder, decode_within_memory, encode_within_memory
+from .images import to_picture
+from .inputs import Inputs, encode_picture, encode_texts, latent_mask
+from .loading import load_parts
+from .needs import check_bounds, decoding_need, latent_shape, needs
+from .networks.autoencoder import DCAutoencoder, decode_within_memory
 from .networks.controlnet import SanaControlNet
-from .networks.devices import computes_bfloat16
-from .networks.memory import is_out_of_memory
-from .networks.streaming import check_bound
 from .networks.transformer import SanaTransformer
+from .offloading import Need, Offload, Offloader
 from .plan import Plan, Settings, make_plan
 from .sampling.control import ControlledTransformer, within
-from .sampling.guidance import Condition, Velocity, guided_denoiser, inpainting_denoiser, scm_denoiser
+from .sampling.guidance import Condition, guided_denoiser, inpainting_denoiser, scm_denoiser
 from .sampling.noise import noise_source
-from .sampling.solvers import SOLVERS, Denoiser, Step, scm_start, scm_steps
+from .sampling.solvers import SOLVERS, Denoiser, SamplingError, Step, scm_start, scm_steps
 from .text.text_encoder import GemmaTextEncoder
 
-MODELS = {"demo": Path(__file__).parent / "demo" / "checkpoint"}  # names that stand for a folder
+PLANS_AHEAD = (
+    16  # whose texts are encoded together where parts take turns: 1.4 MB each, and as many unfinished pictures
+)
 
 log = logging.getLogger(__name__)
-
-
-class SamplingError(RuntimeError):
-    """Sampling went wrong. The message names the likely cause."""
 
 
 class SanaPipeline:
     """A SANA transformer with its autoencoder and its text encoder.
 
     text_encoder: None for a caller that encodes the texts itself, see `follow`. compiled: as for `load`. controlnet: one whose
-    image each plan gives; None: none.
+    image each plan gives; None: none. offloader: has the parts where they take turns on a device; None: they stay.
     Raises CheckpointError for an autoencoder, a text encoder or a ControlNet that is not made for the transformer.
     """
 
@@ -65,6 +55,7 @@ class SanaPipeline:
         *,
         compiled: bool = False,
         controlnet: SanaControlNet | None = None,
+        offloader: Offloader | None = None,
     ) -> None:
         check_autoencoder(autoencoder.config, transformer.config)
         if text_encoder is not None:
@@ -76,6 +67,8 @@ class SanaPipeline:
         self.text_encoder = text_encoder
         self.identity = identity
         self.controlnet = controlnet
+        self.offloader = offloader or Offloader(torch.device("cpu"), "never")
+        self._counted: WeakKeyDictionary[Plan, dict[str, Need]] = WeakKeyDictionary()
         self.velocity = compiled_velocity(transformer) if compiled else transformer.velocity
 
     @classmethod
@@ -91,6 +84,7 @@ class SanaPipeline:
         compiled: bool = False,
         loras: Sequence[tuple[Path | str, float]] = (),
         control: Path | str | None = None,
+        offload: Offload = "auto",
     ) -> "SanaPipeline":
         """model: "demo", a diffusers folder, or a transformer file, which needs autoencoder and text_encoder as well, each
         a file or folder, or "demo".
@@ -100,26 +94,23 @@ class SanaPipeline:
         rest, with float32 in the place of bfloat16 on GPUs that only emulate it. compiled: run the transformer through torch.compile.
         loras: files or folders, each with its strength, for the transformer, the text encoder or both; 1 is as it was trained.
         control: file or folder of a ControlNet, which then needs `Settings.control_image`.
-        Raises CheckpointError for files that are something else, ValueError for a strength that is no finite number, and
-        FileNotFoundError.
+        offload: "auto" lets parts leave a GPU for one another where it has no room for all, with Gemma's embedding on the
+        CPU in any case; "never" keeps everything on the device.
+        Raises CheckpointError for files that are something else, ValueError for a strength that is no finite number and for
+        an unknown offload, and FileNotFoundError.
         """
-        model = model_path(model)
-        autoencoder, text_encoder = (part and model_path(part) for part in (autoencoder, text_encoder))
-        file = read_tensors(model, "transformer")
-        found = find_transformer(file, variant)
-        check_parts(model, file, autoencoder, text_encoder)
-        text = find_text_encoder(read_text_encoder(text_encoder or model))
-        merges, text_merges = read_merges(loras, found.identity.config, text.config)
-        own, safe = default_dtypes(found.identity.dtype, torch.device(device))
-        others = safe if dtype in (None, torch.float16) else dtype
-        return cls(
-            build_transformer(found, dtype or own, device, merges=merges),
-            load_autoencoder(autoencoder or model, others, device),
-            build_text_encoder(text, others, device, merges=text_merges),
-            found.identity,
-            compiled=compiled,
-            controlnet=None if control is None else load_controlnet(control, dtype or own, device),
+        offloader = Offloader(torch.device(device), offload)
+        *parts, controlnet = load_parts(
+            model,
+            offloader,
+            autoencoder=autoencoder,
+            text_encoder=text_encoder,
+            variant=variant,
+            dtype=dtype,
+            loras=loras,
+            control=control,
         )
+        return cls(*parts, compiled=compiled, controlnet=controlnet, offloader=offloader)
 
     def __call__(self, prompt: str | Sequence[str], *, batch_size: int = 1, **options: object) -> list[Image.Image]:
         """Pictures of a prompt: batch_size of them, or one for each of several prompts.
@@ -145,15 +136,49 @@ class SanaPipeline:
         prompts = [prompt] * batch_size if isinstance(prompt, str) else list(prompt)
         return make_plan(prompts, settings, self.identity, self.autoencoder.config.downsample)
 
+    def draw(
+        self, plans: Iterable[Plan], on_step: Callable[[Plan, Step], object] = lambda plan, step: None
+    ) -> Iterator[tuple[Plan, list[Image.Image]]]:
+        """The pictures of each plan, in order. on_step: called after each step.
+
+        Where parts take turns on a device, the texts of several plans are encoded together, then these are sampled, and the
+        pictures come last, so that each part goes there once for all of them. Raises as `follow` does.
+        """
+        plans = iter(plans)
+        for plan in plans:
+            group, waiting = [plan], []
+            if not self._has_room(plan):
+                group += islice(plans, PLANS_AHEAD - 1)
+            given = self.prepare(group) if len(group) > 1 else [None]
+            for each, inputs in zip(group, given, strict=True):
+                for step in self.follow(each, inputs):
+                    on_step(each, step)
+                if self._has_room(each, "sampling", "decoding"):
+                    yield each, self.pictures(step.next_x, each.settings.max_bytes)
+                else:
+                    waiting.append((each, step.next_x.cpu()))
+            for each, latent in waiting:
+                yield each, self.pictures(latent, each.settings.max_bytes)
+
     @torch.no_grad()
-    def follow(self, plan: Plan, texts: tuple[Condition, Condition | None] | None = None) -> Iterator[Step]:
+    def prepare(self, plans: Sequence[Plan]) -> list[Inputs]:
+        """Texts and pictures of plans, encoded, on the CPU: for `follow`, at any time. Raises ValueError as it does."""
+        for plan in plans:
+            self._check(plan)
+        cpu = torch.device("cpu")
+        inputs = [self._encode_texts(plan).to(cpu) for plan in plans]  # all of them before the first picture
+        return [self._encode_pictures(plan, each).to(cpu) for plan, each in zip(plans, inputs, strict=True)]
+
+    @torch.no_grad()
+    def follow(self, plan: Plan, inputs: Inputs | tuple[Condition, Condition | None] | None = None) -> Iterator[Step]:
         """The steps of a plan, as `sample` gives them.
 
-        texts: the prompts and the negative prompt of the pictures if they are encoded already. Raises ValueError for
-        too little max_bytes and for seeds of more than 64 bits, and SamplingError if the network's numbers break.
+        inputs: from `prepare`, or the prompts and the negative prompt of the pictures if they are encoded already. Raises
+        ValueError for too little max_bytes, for a device with too little memory and for seeds of more than 64 bits, and
+        SamplingError if the network's numbers break.
         """
-        self._check_bound(plan)
-        for step in self._steps(plan, texts):
+        self._check(plan)
+        for step in self._steps(plan, inputs and Inputs(*inputs)):
             if not bool(torch.isfinite(step.next_x).all()):
                 computing, advice = self.transformer.dtype, "the checkpoint is damaged"
                 if computing != torch.float32:
@@ -170,56 +195,97 @@ class SanaPipeline:
         Where that runs out of memory, it goes on within less: the pictures are the same.
         """
         scale = self.autoencoder.config.latent_scale
+        if self.offloader.is_active:
+            self.offloader.bring(decoding_need(self.autoencoder, latent.shape, max_bytes))
+            latent = latent.to(self.device)
         return [
             to_picture(decode_within_memory(self.autoencoder, part / scale, max_bytes)[0]) for part in latent.split(1)
         ]
 
-    def _check_bound(self, plan: Plan) -> None:
-        """Raises ValueError, before anything is computed, if max_bytes is too little for pictures of this size."""
-        max_bytes, autoencoder = plan.settings.max_bytes, self.autoencoder
-        if max_bytes is None:
-            return
-        check_bound(autoencoder.decoder, torch.Size((1, *self._latent_shape(plan))), autoencoder.dtype, max_bytes)
-        if plan.settings.image is not None or plan.settings.control_image is not None:
-            check_bound(autoencoder.encoder, torch.Size((1, 3, *plan.size)), autoencoder.dtype, max_bytes)
+    @property
+    def device(self) -> torch.device:
+        """Where the parts compute."""
+        return self.offloader.device if self.offloader.is_active else self.transformer.scale_shift_table.device
 
-    def _latent_shape(self, plan: Plan) -> tuple[int, int, int]:
-        """(C, H, W) of the latent of a picture."""
-        config = self.autoencoder.config
-        return config.latent_channels, plan.height // config.downsample, plan.width // config.downsample
+    def _needs(self, plan: Plan) -> dict[str, Need]:
+        """Counted once, which takes a tenth of a second for the largest pictures."""
+        if plan not in self._counted:
+            networks = self.transformer, self.autoencoder, self.text_encoder, self.controlnet
+            self._counted[plan] = needs(plan, *networks)
+        return self._counted[plan]
 
-    def _steps(self, plan: Plan, texts: tuple[Condition, Condition | None] | None) -> Iterator[Step]:
-        draw = noise_source(self._latent_shape(plan), plan.seeds)
-        noise = draw().to(self.transformer.scale_shift_table.device)
+    def _bring(self, plan: Plan, phase: str) -> None:
+        if self.offloader.is_active:
+            self.offloader.bring(self._needs(plan)[phase])
+
+    def _has_room(self, plan: Plan, *phases: str) -> bool:
+        """Whether the parts of these phases, or without any those of all, can be on the device at the same time."""
+        if not self.offloader.is_active:
+            return True
+        found = self._needs(plan)
+        return self.offloader.has_room(*(found[phase] for phase in phases or found))
+
+    def _check(self, plan: Plan) -> None:
+        """Raises ValueError, before anything is computed, if there is too little memory for pictures of this size."""
+        check_bounds(plan, self.autoencoder)
+        if self.offloader.is_active:
+            self.offloader.check(self._needs(plan))
+
+    def _steps(self, plan: Plan, inputs: Inputs | None) -> Iterator[Step]:
+        draw = noise_source(latent_shape(plan, self.autoencoder)[1:], plan.seeds)
+        noise = draw().to(self.device)
         first = float(plan.sigmas[0])
-        cond, uncond = texts or self._encode(plan)
+        inputs = self._encode_pictures(plan, inputs or self._encode_texts(plan)).to(self.device)
+        self._bring(plan, "sampling")  # before what is computed from the texts
         if self.identity.config.guidance_embed:
-            denoise = scm_denoiser(self.transformer, cond, plan.guidance.scale, velocity=self.velocity)
+            denoise = scm_denoiser(self.transformer, inputs.cond, plan.guidance.scale, velocity=self.velocity)
             steps, x = partial(scm_steps, noise=lambda like: draw().to(like)), scm_start(noise, first)
             if plan.settings.image is not None and first >= 1:
                 log.warning(
                     "With this strength and number of steps nothing of the image is kept; use less, or more steps."
                 )
         else:
-            denoise = self._guided_denoiser(plan, cond, uncond)
+            denoise = self._guided_denoiser(plan, inputs)
             steps, x = SOLVERS[plan.settings.solver].steps, noise
-        if plan.settings.image is not None:
-            clean = self._encode_image(plan.settings.image, plan).expand_as(noise)
+        if inputs.image is not None:
+            clean = inputs.image.expand_as(noise)
             x = torch.lerp(clean, noise, first)
             if plan.settings.mask is not None:
-                denoise = inpainting_denoiser(denoise, clean, noise, _latent_mask(plan, noise))
-        yield from steps(denoise, x, plan.sigmas)
+                denoise = inpainting_denoiser(denoise, clean, noise, latent_mask(plan, noise))
 
-    def _guided_denoiser(self, plan: Plan, cond: Condition, uncond: Condition | None) -> Denoiser:
+        def denoise_there(x: Tensor, sigma: Tensor) -> Tensor:
+            self._bring(plan, "sampling")  # again, for who decodes a step and goes on
+            return denoise(x, sigma)
+
+        yield from steps(denoise_there if self.offloader.is_active else denoise, x, plan.sigmas)
+
+    def _encode_texts(self, plan: Plan) -> Inputs:
+        self._bring(plan, "encoding the prompt")
+        return Inputs(*encode_texts(self.text_encoder, plan))
+
+    def _encode_pictures(self, plan: Plan, inputs: Inputs) -> Inputs:
+        """The inputs of a plan with what is missing of its pictures."""
+        pictures = {"image": plan.settings.image, "control": plan.settings.control_image if self._acts(plan) else None}
+        for name, picture in pictures.items():
+            if picture is not None and getattr(inputs, name) is None:
+                self._bring(plan, "encoding the picture")
+                inputs = inputs._replace(**{name: encode_picture(self.autoencoder, picture, plan, self.device)})
+        return inputs
+
+    def _acts(self, plan: Plan) -> bool:
+        """Whether a ControlNet does."""
+        return self.controlnet is not None and plan.settings.control_scale != 0
+
+    def _guided_denoiser(self, plan: Plan, inputs: Inputs) -> Denoiser:
         """With the ControlNet, at the noise levels and by the scale of the plan."""
-        settings = plan.settings
+        settings, (cond, uncond, *_) = plan.settings, inputs
         plain = partial(guided_denoiser, cond=cond, uncond=uncond, guidance=plan.guidance, sigmas=plan.sigmas)
-        if self.controlnet is None or settings.control_scale == 0:
+        if not self._acts(plan):
             return plain(self.transformer, velocity=self.velocity)
         controlled = ControlledTransformer(
             self.transformer,
             self.controlnet,
-            self._encode_image(settings.control_image, plan),
+            inputs.control,
             settings.control_scale,
             own_start=settings.reference == "diffusers",
             run=self.velocity,
@@ -228,23 +294,6 @@ class SanaPipeline:
             return plain(controlled)
         return within(plan.control_levels, plain(controlled), plain(self.transformer, velocity=self.velocity))
 
-    def _encode(self, plan: Plan) -> tuple[Condition, Condition | None]:
-        """The prompts and the negative prompt. A prompt of several pictures is encoded once."""
-        distinct = list(dict.fromkeys(plan.texts))
-        text, text_mask = self.text_encoder(distinct, plan.instruction)
-        rows = [distinct.index(prompt) for prompt in plan.texts]
-        cond = Condition(text[rows], text_mask[rows])
-        if plan.negative is None:
-            return cond, None
-        text, text_mask = self.text_encoder([plan.negative], None)
-        return cond, Condition(text.expand_as(cond.text), text_mask.expand_as(cond.text_mask))
-
-    def _encode_image(self, picture: Image.Image, plan: Plan) -> Tensor:
-        """The latent (1, 32, H, W) of a picture at the size of the plan's."""
-        image = to_tensor(picture, *plan.size).to(self.transformer.scale_shift_table.device)
-        latent = encode_within_memory(self.autoencoder, image, plan.settings.max_bytes)
-        return latent * self.autoencoder.config.latent_scale
-
 
 def check_control(settings: Settings, given: bool) -> None:
     """Raises ValueError for a ControlNet without a picture or a picture without a ControlNet. given: whether there is one."""
@@ -252,66 +301,3 @@ def check_control(settings: Settings, given: bool) -> None:
         raise ValueError("a ControlNet needs the picture that it follows; give a control_image as well")
     if settings.control_image is not None and not given:
         raise ValueError("a control_image needs the ControlNet that follows it; give a control file as well")
-
-
-def _latent_mask(plan: Plan, like: Tensor) -> Tensor:
-    """The mask at the size of a latent: (1, 1, H, W) in [0, 1]. It is cut as the image is, and keeps every pixel."""
-    whole = to_mask(plan.settings.mask)
-    width = min(whole.width, max(1, round(whole.height * plan.width / plan.height)))
-    height = min(whole.height, max(1, round(whole.width * plan.height / plan.width)))
-    left, top = (whole.width - width) // 2, (whole.height - height) // 2
-    cut = whole.crop((left, top, left + width, top + height))
-    mask = torch.from_numpy(np.asarray(cut).copy())[None, None].float().div(255)
-    return to_cells(mask, *like.shape[-2:]).to(like)
-
-
-def compiled_velocity(transformer: SanaTransformer) -> Velocity:
-    """`transformer.velocity` by torch.compile. Raises SamplingError where that fails, at the first call or a later one."""
-    run = torch.compile(transformer.velocity)
-
-    def velocity(*inputs: object, **options: object) -> Tensor:
-        try:
-            return run(*inputs, **options)
-        except Exception as error:  # a compiler fails in as many ways as it has parts
-            if is_out_of_memory(error):
-                raise
-            raise SamplingError(_compiler_message(error)) from error
-
-    return velocity
-
-
-def _compiler_message(error: Exception) -> str:
-    advice = "leave out --compile (in Python compiled=True): the picture is the same without"
-    places = (str(Path(torch.__file__).parent), sysconfig.get_path("include"))
-    for place in places:
-        if " " in place:
-            return f"torch.compile failed, since compilers do not find {place} with a space in its path; {advice}"
-    cause = getattr(error, "inner_exception", error)  # of the compiler, inside what PyTorch says about it
-    first = next((line for line in str(cause).splitlines() if line.strip()), "")
-    return f"torch.compile failed ({type(cause).__name__}: {first}); {advice}"
-
-
-def default_dtypes(released: str, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
-    """Of a transformer released in such a dtype, and of the other parts, which float16 breaks; see `SanaPipeline.load`."""
-    if device.type == "cpu":
-        return torch.float32, torch.float32
-    own, others = getattr(torch, released), torch.bfloat16
-    if computes_bfloat16(device):
-        return own, others
-    return (torch.float32 if own == torch.bfloat16 else own), torch.float32
-
-
-def model_path(model: Path | str) -> Path:
-    """Where a model is that is given by a name of MODELS or by its path."""
-    return MODELS.get(str(model), Path(model))
-
-
-def check_parts(model: Path, file: TensorFile, autoencoder: Path | str | None, text_encoder: Path | str | None) -> None:
-    """Raises CheckpointError if a part is neither given nor comes with the transformer, at `model`."""
-    parts = {
-        "an autoencoder": autoencoder or (model / "vae").is_dir() or is_autoencoder(file.tensors),
-        "a text encoder": text_encoder or (model / "text_encoder").is_dir() or is_gemma(file.tensors),
-    }
-    missing = " and ".join(name for name, there in parts.items() if not there)
-    if missing:
-        raise CheckpointError(f"{model} is the transformer alone; give {missing} as well")

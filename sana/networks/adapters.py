@@ -99,6 +99,11 @@ class Change:
             raise ValueError(f"its two products, {first} and {others[0]}, are of different shapes")
         return first
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        tensors = (*(tensor for part in self.parts for tensor in part), self.lengths)
+        return [tensor for tensor in tensors if tensor is not None]
+
     def to(self, device: torch.device) -> "Change":
         lengths = None if self.lengths is None else self.lengths.to(device)
         return replace(self, parts=tuple(part.to(device) for part in self.parts), lengths=lengths)
@@ -120,6 +125,11 @@ class Changes(nn.Module):
     def __init__(self, changes: Iterable[tuple[Change, float]]) -> None:
         super().__init__()
         self.changes = tuple(changes)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all its tensors."""
+        return sum(tensor.nbytes for change, _ in self.changes for tensor in change.tensors)
 
     def forward(self, weight: Tensor) -> Tensor:
         for change, strength in self.changes:

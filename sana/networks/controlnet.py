@@ -46,6 +46,19 @@ class SanaControlNet(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.input_block.weight.dtype
 
+    def activation_bytes(self, shape: torch.Size, element_size: int) -> int:
+        """About what `forward` takes for a latent of this shape (B, 32, H, W), beside its corrections."""
+        live = 5 + 4 * self.config.ff_width / self.config.hidden_size  # tokens of the transformer, and as it has them
+        return int(live * self._token_bytes(shape, element_size))
+
+    def correction_bytes(self, shape: torch.Size, element_size: int) -> int:
+        """What its corrections take, which the transformer keeps."""
+        return self.config.control_blocks * self._token_bytes(shape, element_size)
+
+    def _token_bytes(self, shape: torch.Size, element_size: int) -> int:
+        batch, _, rows, columns = shape
+        return batch * rows * columns * self.config.hidden_size * element_size
+
     def embed(self, x: Tensor) -> Tensor:
         """Latent (B, 32, H, W) to tokens (B, H * W, D)."""
         return self.patch_embed.proj(x.flatten(2).transpose(1, 2))

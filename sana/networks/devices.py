@@ -10,9 +10,18 @@ def computes_bfloat16(device: torch.device) -> bool:
     return device.type != "cuda" or bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """What may be taken on a GPU: most of what is free there, and of what PyTorch holds unused. None: not known."""
-    if device.type != "cuda":
+def free_bytes(device: torch.device, share: float = FREE_SHARE) -> int | None:
+    """What may be taken on a GPU: most of what is free there, and of what PyTorch holds unused. None: not known.
+
+    share: of these, to take.
+    """
+    backend = getattr(torch, device.type, None)  # such as torch.cuda
+    if not hasattr(backend, "mem_get_info"):
         return None
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(FREE_SHARE * (torch.cuda.mem_get_info(device)[0] + unused))
+    try:
+        free = backend.mem_get_info(device)[0]
+    except RuntimeError:  # some GPUs of Intel cannot tell
+        return None
+    if hasattr(backend, "memory_reserved"):
+        free += backend.memory_reserved(device) - backend.memory_allocated(device)
+    return int(share * free)

@@ -19,6 +19,7 @@ Unpack = Callable[[Parts], Tensor]  # some rows of all parts -> these rows of th
 # What the four bits of E2M1 mean, a sign and two powers of 2 with one digit (OCP Microscaling Formats 1.0, section 5.3.3).
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 INT4 = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, -8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0)  # two's complement
+UNPACKING_BYTES = 8  # for each number of a weight that is unpacked: in float32, and once more on the way
 MX_BLOCK, NV_BLOCK = 32, 16  # numbers of a row that share a scale
 
 
@@ -208,6 +209,12 @@ class PackedEmbedding(nn.Module):
 
 
 LAYERS = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d, nn.Embedding: PackedEmbedding}
+
+
+def unpacking_bytes(network: nn.Module, itemsize: int) -> int:
+    """About what unpacking a weight takes, of the largest one in a network that gives numbers of so many bytes."""
+    packed = (module.numel() for module in network.modules() if isinstance(module, PackedWeight))
+    return max(packed, default=0) * (UNPACKING_BYTES + itemsize)
 
 
 def put_weight(network: nn.Module, name: str, weight: PackedWeight) -> None:

@@ -20,6 +20,10 @@ Noise = Callable[[Tensor], Tensor]  # a latent -> fresh standard normal noise of
 SCM_DEVIATION = 0.5  # sigma_d: standard deviation of data and noise in Sprint's flow, arXiv 2503.09641
 
 
+class SamplingError(RuntimeError):
+    """Sampling went wrong. The message names the likely cause."""
+
+
 class Step(NamedTuple):
     """What a solver yields after each step."""
 

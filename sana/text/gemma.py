@@ -15,6 +15,7 @@ from ..config import GemmaConfig
 from ..networks.layers import Build, merge_heads, split_heads
 from ..networks.operations import Operations
 
+FLOAT32_BYTES = 4
 KeysValues = Sequence[tuple[Tensor, Tensor]]  # per layer, each (B, h, L, d)
 
 
@@ -35,6 +36,7 @@ class Gemma2(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
+        self.embedding_device: torch.device | None = None  # where the embedding is; None: where all is. It is a look-up
         build = Build(operations, dtype, device)
         self.embed_tokens = operations.Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         self.layers = nn.ModuleList(GemmaLayer(config, i % 2 == 0, build) for i in range(config.num_hidden_layers))
@@ -55,8 +57,8 @@ class Gemma2(nn.Module):
         seen = (distance >= 0) & (keys < ends)  # (queries, keys), or with lengths (B, queries, keys)
         near = seen & (distance < self.config.sliding_window)
 
-        x = self.embed_tokens(tokens)
-        x = x.to(self.compute_dtype or x.dtype)
+        x = self.embed_tokens(tokens if self.embedding_device is None else tokens.to(self.embedding_device))
+        x = x.to(tokens.device, self.compute_dtype or x.dtype)
         x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)  # the reference rounds it too
         rotation = rotary(keys[offset:], self.config, x.dtype)
         keys_values = []
@@ -65,6 +67,16 @@ class Gemma2(nn.Module):
             x, pair = layer(x, rotation, visible, past[i] if past else None)
             keys_values.append(pair)
         return self.norm(x), keys_values
+
+    def activation_bytes(self, batch: int, tokens: int, past: int, itemsize: int) -> int:
+        """About what `forward` takes for (batch, tokens) after `past` tokens of batch 1, with its keys and values."""
+        config, keys = self.config, past + tokens
+        key_width = 2 * config.num_key_value_heads * config.head_dim
+        kept = config.num_hidden_layers * key_width * (batch * keys + past) * itemsize
+        hidden = batch * tokens * config.hidden_size * (3 * itemsize + 2 * FLOAT32_BYTES)
+        logits = batch * config.num_attention_heads * tokens * keys * (itemsize + 3 * FLOAT32_BYTES)
+        inner = 4 * batch * tokens * config.intermediate_size * itemsize
+        return kept + hidden + max(logits, inner)
 
 
 class GemmaLayer(nn.Module):

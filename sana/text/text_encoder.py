@@ -120,6 +120,10 @@ class GemmaTextEncoder(nn.Module):
         hidden, keys_values = self._run([ids])
         return Prefix(ids, keys_values, hidden[:, :1])
 
+    def forget(self) -> None:
+        """Drop what is kept of an instruction."""
+        self._prefixes = {}
+
     def weights_version(self) -> object:
         """Changes when a weight is replaced, even by one at its address, moved or written to."""
         return [(WeakIdRef(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.model.parameters()]

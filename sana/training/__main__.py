@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..config import VARIANTS
 from ..interruption import INTERRUPTED, begin
-from ..pipeline import model_path
+from ..loading import model_path
 
 try:
     from accelerate import PartialState

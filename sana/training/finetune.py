@@ -14,9 +14,10 @@ from ..checkpoints.transformer import find_transformer
 from ..checkpoints.writing import write_transformer
 from ..config import TransformerIdentity
 from ..images import on_white, read_picture
+from ..loading import model_path
 from ..networks.autoencoder import DCAutoencoder
 from ..networks.packed import PackedWeight
-from ..pipeline import SanaPipeline, model_path
+from ..pipeline import SanaPipeline
 from ..plan import Settings
 from ..sampling.guidance import Condition
 from ..text.text_encoder import GemmaTextEncoder
@@ -77,6 +78,7 @@ def finetune(
         variant=variant,
         dtype=torch.float32,
         device=machine.device,
+        offload="never",
     )
     given = {"variant": variant} if variant else {}
     with claim(folder, {"model": str(model.resolve()), "data": str(data.resolve()), **given}):

@@ -10,7 +10,7 @@ from bench.quantised import BITS, KINDS, demo_rows, layer_rows, released_rows
 from sana.checkpoints.quantising import PACKED_FORMATS, quantise
 from sana.checkpoints.transformer import load_transformer
 from sana.config import VARIANTS
-from sana.pipeline import MODELS
+from sana.loading import MODELS
 from sana.training.scenes import held_out_scenes
 from tests.sana.twins import tiny_config
 

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 import sana
 from sana.checkpoints.text_encoder import load_text_encoder
-from sana.pipeline import MODELS
+from sana.loading import MODELS
 from sana.text.prompt import DIFFUSERS_INSTRUCTION
 
 DEMO = MODELS["demo"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sana.pipeline import MODELS
+from sana.loading import MODELS
 from tests.host.client import Run
 from tests.host.graphs import Prompt, changed, node, text_to_image
 from tests.host.server import Server

@@ -23,9 +23,10 @@ from sana.checkpoints.files import read_tensors
 from sana.checkpoints.transformer import identify_transformer
 from sana.checkpoints.writing import write_transformer
 from sana.config import VARIANTS
+from sana.loading import MODELS
 from sana.networks.autoencoder import DCAutoencoder
 from sana.networks.transformer import SanaTransformer
-from sana.pipeline import MODELS, SanaPipeline
+from sana.pipeline import SanaPipeline
 from sana.saving import lock
 from sana.training.__main__ import main
 from sana.training.demo import AUTOENCODER, IDENTITY, TRANSFORMER, new_transformer

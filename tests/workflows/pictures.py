@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from sana.checkpoints.transformer import load_transformer
-from sana.pipeline import MODELS
+from sana.loading import MODELS
 from sana.training.scenes import Look, Scene, Thing, draw
 from tests.browser.frontend import launch, open_page
 from tests.host import stand_ins

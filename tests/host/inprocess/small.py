@@ -23,8 +23,8 @@ from bench.weights import randomise
 from sana.checkpoints.header import transformer_header
 from sana.checkpoints.names import with_convolutions
 from sana.config import LATENT_SCALE, VARIANTS, TransformerIdentity
+from sana.loading import MODELS
 from sana.networks.transformer import SanaTransformer
-from sana.pipeline import MODELS
 from sana.sampling.guidance import Condition, Guidance, guided_denoiser
 from tests.host.boot import Host
 

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sana.checkpoints.files import CheckpointError
+from sana.loading import MODELS, default_dtypes
 from sana.networks.autoencoder import DCAutoencoder
 from sana.networks.transformer import SanaTransformer
-from sana.pipeline import MODELS, SanaPipeline, default_dtypes
+from sana.pipeline import SanaPipeline
 from tests.sana.measures import mapped_bytes
 from tests.sana.models import PROMPTS
 from tests.sana.pipeline.drawing import HEIGHT, SIZE, WIDTH, sample
@@ -132,7 +133,7 @@ def test_no_weight_stays_in_its_file(tmp_path: Path, folder: Path, dtype: torch.
 SHRINK = """
 import pathlib, shutil, sys
 import sana
-from sana.pipeline import MODELS
+from sana.loading import MODELS
 folder = pathlib.Path(sys.argv[1])
 shutil.copytree(MODELS["demo"], folder)
 pipeline = sana.SanaPipeline.load(folder)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from sana.pipeline import SamplingError, SanaPipeline
+from sana.pipeline import SanaPipeline
 from sana.plan import Settings
-from sana.sampling.solvers import Step
+from sana.sampling.solvers import SamplingError, Step
 from tests.sana.models import PROMPTS
 from tests.sana.pipeline.drawing import HEIGHT, SIZE, STARTS, WIDTH, count_evaluations, picture, sample
 

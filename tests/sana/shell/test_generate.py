@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from sana.__main__ import parser, read_settings
+from sana.pipeline import SanaPipeline
 from sana.plan import Settings
 from tests.sana.shell.commands import Shell, pixels, record
 
@@ -158,3 +159,18 @@ def test_every_setting_is_an_option_of_its_name(photo: Path) -> None:
     assert settings.guidance_interval == (0.1, 0.9) and settings.instruction is None
     assert (settings.control_scale, settings.control_from, settings.control_to) == (0.5, 0.1, 0.9)
     assert read_settings(parser().parse_args(["generate", "x"])) == Settings()
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [((), "auto"), (("--offload", "never"), "never")])
+def test_offload_is_auto_unless_told_otherwise(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], expected: str
+) -> None:
+    load, told = SanaPipeline.load, []
+
+    def note(*parts: object, **options: object) -> SanaPipeline:
+        told.append(options["offload"])
+        return load(*parts, **options)
+
+    monkeypatch.setattr(SanaPipeline, "load", note)
+    shell.draw("a cat", *arguments)
+    assert told == [expected]

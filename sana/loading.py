@@ -1,0 +1,106 @@
+"""The parts of a model from files, each in the numbers that it computes with."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .checkpoints.autoencoder import load_autoencoder
+from .checkpoints.controlnet import load_controlnet
+from .checkpoints.files import CheckpointError, TensorFile, read_tensors
+from .checkpoints.lora import read_merges
+from .checkpoints.names import is_autoencoder
+from .checkpoints.text_encoder import build_text_encoder, find_text_encoder, is_gemma, read_text_encoder
+from .checkpoints.transformer import build_transformer, find_transformer
+from .config import TransformerIdentity
+from .needs import CONTROLNET, DECODER, ENCODER, TEXT_ENCODER, TRANSFORMER
+from .networks.autoencoder import DCAutoencoder
+from .networks.controlnet import SanaControlNet
+from .networks.devices import computes_bfloat16
+from .networks.transformer import SanaTransformer
+from .offloading import Offloader
+from .text.text_encoder import GemmaTextEncoder
+
+MODELS = {"demo": Path(__file__).parent / "demo" / "checkpoint"}  # names that stand for a folder
+
+
+class Parts(NamedTuple):
+    """What a pipeline is made of, in the order in which it takes them."""
+
+    transformer: SanaTransformer
+    autoencoder: DCAutoencoder
+    text_encoder: GemmaTextEncoder
+    identity: TransformerIdentity
+    controlnet: SanaControlNet | None
+
+
+def load_parts(
+    model: Path | str,
+    offloader: Offloader,
+    *,
+    autoencoder: Path | str | None = None,
+    text_encoder: Path | str | None = None,
+    variant: str | None = None,
+    dtype: torch.dtype | None = None,
+    loras: Sequence[tuple[Path | str, float]] = (),
+    control: Path | str | None = None,
+) -> Parts:
+    """The parts at the home of an offloader, which takes them over. The others: see `SanaPipeline.load`, which raises the same."""
+    model = model_path(model)
+    autoencoder, text_encoder = (part and model_path(part) for part in (autoencoder, text_encoder))
+    file = read_tensors(model, "transformer")
+    found = find_transformer(file, variant)
+    check_parts(model, file, autoencoder, text_encoder)
+    text = find_text_encoder(read_text_encoder(text_encoder or model))
+    merges, text_merges = read_merges(loras, found.identity.config, text.config)
+    own, safe = default_dtypes(found.identity.dtype, offloader.device)
+    others, home = safe if dtype in (None, torch.float16) else dtype, offloader.home
+    parts = Parts(
+        build_transformer(found, dtype or own, home, merges=merges),
+        load_autoencoder(autoencoder or model, others, home),
+        build_text_encoder(text, others, home, merges=text_merges),
+        found.identity,
+        None if control is None else load_controlnet(control, dtype or own, home),
+    )
+    _hand_over(parts, offloader)
+    return parts
+
+
+def _hand_over(parts: Parts, offloader: Offloader) -> None:
+    gemma = parts.text_encoder.model
+    if offloader.is_active:
+        gemma.embedding_device = offloader.home  # a look-up needs no GPU, and the table is a fifth of all weights
+    offloader.add(TEXT_ENCODER, gemma.layers, gemma.norm, on_leave=parts.text_encoder.forget)
+    offloader.add(ENCODER, parts.autoencoder.encoder)
+    offloader.add(TRANSFORMER, parts.transformer)
+    if parts.controlnet is not None:
+        offloader.add(CONTROLNET, parts.controlnet)
+    offloader.add(DECODER, parts.autoencoder.decoder)
+    offloader.settle()
+
+
+def default_dtypes(released: str, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+    """Of a transformer released in such a dtype, and of the other parts, which float16 breaks; see `SanaPipeline.load`."""
+    if device.type == "cpu":
+        return torch.float32, torch.float32
+    own, others = getattr(torch, released), torch.bfloat16
+    if computes_bfloat16(device):
+        return own, others
+    return (torch.float32 if own == torch.bfloat16 else own), torch.float32
+
+
+def model_path(model: Path | str) -> Path:
+    """Where a model is that is given by a name of MODELS or by its path."""
+    return MODELS.get(str(model), Path(model))
+
+
+def check_parts(model: Path, file: TensorFile, autoencoder: Path | str | None, text_encoder: Path | str | None) -> None:
+    """Raises CheckpointError if a part is neither given nor comes with the transformer, at `model`."""
+    parts = {
+        "an autoencoder": autoencoder or (model / "vae").is_dir() or is_autoencoder(file.tensors),
+        "a text encoder": text_encoder or (model / "text_encoder").is_dir() or is_gemma(file.tensors),
+    }
+    missing = " and ".join(name for name, there in parts.items() if not there)
+    if missing:
+        raise CheckpointError(f"{model} is the transformer alone; give {missing} as well")
