@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
     size: int  # above the largest id of its vocabulary, without tokens that a fine-tune added for other uses
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, the beginning-of-sequence token first."""
+        """Token ids, the beginning-of-sequence token first. Raises ValueError for what is no text."""
 
 
 @contextmanager
@@ -62,8 +62,19 @@ class JsonTokenizer:
             self.backend = Backend.from_str(checked)
 
     def encode(self, text: str) -> list[int]:
+        _check_text(text)
         with _as_value_errors():
             return [BOS, *self.backend.encode(text, add_special_tokens=False).ids]
+
+
+def _check_text(text: str) -> None:
+    """Raises ValueError for halves of characters, which a terminal or a JSON of other bytes leaves in a text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the prompt is no text in UTF-8 from its character {error.start + 1} on; type it again"
+        ) from error
 
 
 def _checked(source: bytes) -> tuple[str, int]:
@@ -111,6 +122,7 @@ class SentencePieceTokenizer:
         self.size = self.backend.GetPieceSize()
 
     def encode(self, text: str) -> list[int]:
+        _check_text(text)
         return [BOS, *self.backend.encode(text)]
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -204,3 +205,13 @@ def test_fields_that_are_not_known_are_skipped() -> None:
     others = bytes([15 << 3 | 0, 1, 15 << 3 | 1, *range(8), 15 << 3 | 5, *range(4), 15 << 3 | 2, 2, 0, 0])
     tokenizer = SentencePieceTokenizer(tokenizer_model() + others)
     assert tokenizer.encode(PROMPTS[0]) == SentencePieceTokenizer(tokenizer_model()).encode(PROMPTS[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "source"), [(JsonTokenizer, tokenizer_json), (SentencePieceTokenizer, tokenizer_model)]
+)
+def test_half_of_a_character_is_no_text(kind: type, source: Callable[[], bytes]) -> None:
+    """As Python reads a byte of another encoding from a terminal, and "\\ud800" from JSON."""
+    with pytest.raises(ValueError) as caught:
+        kind(source()).encode("a cat \udcff")
+    assert str(caught.value) == "the prompt is no text in UTF-8 from its character 7 on; type it again"
