@@ -19,6 +19,7 @@ AUTO = "auto"
 MODEL_FOLDERS = ("diffusion_models", "checkpoints")
 PIPELINE_FOLDERS = ("diffusers", *MODEL_FOLDERS)
 PIPELINE = "model_index.json"  # in the folder of a whole pipeline of diffusers
+GGUF = ".gguf"
 MOST_REASONS = 6  # of a message that nothing fits
 
 Loaded = TypeVar("Loaded")
@@ -60,7 +61,7 @@ def model_path(name: str) -> Path:
 
 def part_names(folder: str) -> list[str]:
     """Text encoders or autoencoders: folders that hold one, and files."""
-    return [*sorted(_folders(folder)), *_files(folder)]
+    return [*sorted(_folders(folder)), *_files(folder), *_gguf_files(folder)]
 
 
 def part_path(folder: str, name: str) -> Path:
@@ -88,7 +89,7 @@ def load_part(part: Part, model: Path, chosen: str, load: Callable[[Path], Loade
     reasons: list[str] = []
     # Of Gemma-2-2b and Gemma-2-2b-it only the second knows instructions.
     places = _folders(part.folder)
-    entries = [*sorted(places), *_files(part.folder)]
+    entries = [*sorted(places), *_files(part.folder), *_gguf_files(part.folder)]
     for name in sorted(entries, key=lambda name: not INSTRUCTION_TUNED.search(name)):
         path = places.get(name) or _file(part.folder, name)
         if path is None:  # a link that leads nowhere
@@ -124,6 +125,19 @@ def _files(folder: str) -> list[str]:
     return [name for name in names if not _is_shard(name)]
 
 
+def _gguf_files(folder: str) -> list[str]:
+    """Text encoders that the host's list leaves out, since it reads no such files."""
+    roots = folder_paths.get_folder_paths(folder) if folder == TEXT_ENCODER.folder else ()
+    found = {
+        os.path.relpath(os.path.join(place, name), root)
+        for root in roots
+        for place, _, files in _places(root)
+        for name in files
+        if name.endswith(GGUF)
+    }
+    return sorted(found.difference(folder_paths.get_filename_list(folder)))
+
+
 def _find(folder: str, name: str) -> Path | None:
     return _folders(folder).get(name) or _file(folder, name)
 
@@ -150,17 +164,23 @@ def _folders(folder: str) -> dict[str, Path]:
 
 def _model_folders(root: str) -> Iterator[Path]:
     """The folders below a root, and the root itself if shards lie in it. A pipeline is one, with all that is in it."""
-    above: dict[str, frozenset[str]] = {}  # of each place the real folders on the way to it
-    for place, folders, files in os.walk(root, followlinks=True):
-        real, way = os.path.realpath(place), above.get(os.path.dirname(place), frozenset())
-        above[place] = way | {real}
-        if real in way:  # a link to a folder above itself
-            folders.clear()
-            continue
+    for place, folders, files in _places(root):
         if any(map(_is_shard, files)) or (place != root and _holds_model(files)):
             yield Path(place)
         if PIPELINE in files:
             folders.clear()
+
+
+def _places(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As `os.walk`, through links too, but not through those to a folder above themselves."""
+    above: dict[str, frozenset[str]] = {}  # of each place the real folders on the way to it
+    for place, folders, files in os.walk(root, followlinks=True):
+        real, way = os.path.realpath(place), above.get(os.path.dirname(place), frozenset())
+        above[place] = way | {real}
+        if real in way:
+            folders.clear()
+        else:
+            yield place, folders, files
 
 
 def _holds_model(files: list[str]) -> bool:

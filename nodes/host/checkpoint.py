@@ -1,6 +1,7 @@
 """Checkpoint files to MODEL, CLIP and VAE."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.patcher_extension
@@ -12,8 +13,8 @@ from ...sana.checkpoints.files import read_tensors
 from ...sana.checkpoints.header import transformer_header
 from ...sana.checkpoints.transformer import identify_transformer
 from .extension import extend
+from .foreign import in_host_formats, unpacked
 from .model import FILE_NAME, SanaModel
-from .quantised import with_formats
 from .run import follow_runs
 
 TABLE = "scale_shift_table"  # the parameters that blocks hold beside their layers
@@ -27,7 +28,8 @@ def load_model(
     variant: a name from `sana.VARIANTS`, for a file that cannot tell. dtype: of the weights; None: what the host prefers of
     what the model was released in. Raises CheckpointError for files that are something else.
     """
-    file = with_formats(read_tensors(path, "transformer"))
+    file = in_host_formats(read_tensors(path, "transformer"))
+    file = replace(file, tensors=unpacked(file.tensors, dtype, file.path.name))
     header = transformer_header(identify_transformer(file, variant))
     patcher = comfy.sd.load_diffusion_model_state_dict(
         dict(file.tensors),

@@ -16,13 +16,13 @@ import comfy.sd
 import torch
 from torch import Tensor, nn
 
-from ...sana.checkpoints.files import read_tensors
 from ...sana.checkpoints.formats import COMFY_LAYER
 from ...sana.checkpoints.text_encoder import (
     check_text_encoder,
     find_tokenizer,
     gemma_config,
     gemma_tensors,
+    read_text_encoder,
     stored_companions,
     warn_of_base,
 )
@@ -31,8 +31,9 @@ from ...sana.text.gemma import Gemma2
 from ...sana.text.text_encoder import GemmaTextEncoder
 from ...sana.text.tokenizers import Tokenizer
 from .entries import ForeignEntryError
+from .foreign import in_host_formats, unpacked
 from .padding import mark_padding
-from .quantised import check_quantised, with_formats
+from .quantised import check_quantised
 
 ENCODER = "gemma2_2b"  # as the host calls it: the entry of its tokens, and its name in LoRA and checkpoint files
 INSTRUCTION_ENTRY = "instruction"  # of the tokens too
@@ -144,7 +145,7 @@ def load_clip(
     transformer: for which its texts must have the right width; None: for any. Raises CheckpointError as
     `sana.load_text_encoder` does, and for another width.
     """
-    file = with_formats(read_tensors(path, "text_encoder"))
+    file = in_host_formats(read_text_encoder(path))
     tensors = gemma_tensors(file)
     config = gemma_config(tensors, file)
     if transformer is not None:
@@ -152,11 +153,12 @@ def load_clip(
     tokenizer = find_tokenizer(file, config)
     check_quantised(Gemma2(config, device="meta").state_dict(), tensors, file.path.name)
     warn_of_base(file)
+    tensors = unpacked(tensors, dtype, file.path.name)
     quantised = any(key.endswith(COMFY_LAYER) for key in tensors)
     if not quantised:
         tensors = {key: tensor.to(dtype) if dtype else tensor for key, tensor in tensors.items()}
     stored = tensors["norm.weight" if quantised else "layers.0.mlp.up_proj.weight"].dtype
-    compute = compute_dtype(tensors["norm.weight"].dtype)
+    compute = compute_dtype(stored)
     operations, place = comfy.ops.manual_cast, "meta"
     if quantised:
         operations = comfy.ops.mixed_precision_ops({"mixed_ops": True}, compute, full_precision_mm=True)

@@ -51,7 +51,12 @@ def check_quantised(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor
     layers = {layer: _beside(tensors, layer) for layer in _quantised_layers(tensors)}
     packed = {f"{layer}.{part}" for layer, parts in layers.items() for part in parts}
     plain = {key: tensor for key, tensor in tensors.items() if key not in packed}
-    unknown = next((key for key in sorted(plain) if key.endswith((*COMFY.companions, *BITSANDBYTES.marks))), None)
+    by_others = next((key for key in sorted(plain) if key.endswith(BITSANDBYTES.marks)), None)
+    if by_others is not None:
+        raise CheckpointError(
+            f"{name} is quantised by bitsandbytes, with {by_others} beside its weights; load it with Load SANA, which unpacks it"
+        )
+    unknown = next((key for key in sorted(plain) if key.endswith(COMFY.companions)), None)
     if unknown is not None:
         raise CheckpointError(f"{name} has the scale {unknown}, and nothing in it says in which format; {INSTEAD}")
     matrices = {f"{layer}.weight" for layer in layers} & expected.keys() & tensors.keys()

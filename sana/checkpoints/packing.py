@@ -118,6 +118,12 @@ def with_packed(file: TensorFile) -> TensorFile:
     return replace(file, tensors=tensors)
 
 
+def by_compressed_tensors(file: TensorFile) -> bool:
+    """Whether the configuration beside a file says that compressed-tensors has quantised it."""
+    quantiser = file.config.get(CONFIG_ENTRY)
+    return isinstance(quantiser, Mapping) and quantiser.get("quant_method") == "compressed-tensors"
+
+
 def _modern_names(file: TensorFile) -> dict[str, Tensor]:
     """The tensors, with the names that ComfyUI gives scales today, and without the mark that it gave whole files."""
     found = {}
@@ -153,11 +159,9 @@ def _packed(layer: Layer, file: TensorFile) -> PackedWeight:
         return OF_COMFY[name](layer)
     if by_bits:
         return _bits_8(layer) if "SCB" in layer.beside else _bits_4(layer)
-    quantiser = file.config.get(CONFIG_ENTRY)
-    tells = isinstance(quantiser, Mapping) and quantiser.get("quant_method") == "compressed-tensors"
     if layer.weight.dtype in FP8_DTYPES:
         return _fp8(layer)
-    if layer.weight.dtype == torch.int8 and tells:
+    if layer.weight.dtype == torch.int8 and by_compressed_tensors(file):
         return _int8(layer)
     raise layer.error(f"with {', '.join(layer.beside)} beside it, and nothing says in which format")
 

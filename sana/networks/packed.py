@@ -20,6 +20,7 @@ Unpack = Callable[[Parts], Tensor]  # some rows of all parts -> these rows of th
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 INT4 = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, -8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0)  # two's complement
 UNPACKING_BYTES = 8  # for each number of a weight that is unpacked: in float32, and once more on the way
+MOST_AT_ONCE = 2**24  # numbers; the largest matrix of a block has 2**25
 MX_BLOCK, NV_BLOCK = 32, 16  # numbers of a row that share a scale
 
 
@@ -126,6 +127,21 @@ class PackedWeight(nn.Module):
         for change in self.changes:
             weight = change(weight)
         return weight.to(dtype or self.dtype)
+
+    def numbers(self, dtype: torch.dtype, most: int = MOST_AT_ONCE) -> Tensor:
+        """The whole weight, unpacked by rows where that is possible, so that little more than the result is held.
+
+        most: numbers to unpack at once, if a row has no more.
+        """
+        if self.changes or not self._has_rows:
+            return self(dtype)
+        found = torch.empty(self.shape, dtype=dtype, device=self.like.device)
+        count = max(1, most // math.prod(self.packed_shape[1:]))
+        for start in range(0, len(found), count):
+            part = found[start : start + count]
+            rows = self.unpack(_rows(self.parts, slice(start, start + len(part)))).view(-1, *self.packed_shape[1:])
+            part.copy_(rows[tuple(map(slice, part.shape))])
+        return found
 
     def rows(self, index: Tensor) -> Tensor:
         """The rows at an index of any shape, as `F.embedding` gives them, unpacked alone where that is possible."""

@@ -19,6 +19,7 @@ from tests.host.inprocess.small import DEMO, EQUAL, PROMPT, Small, difference, l
 from tests.host.inprocess.test_quantised_models import GROUP, ROUNDING, as_bytes, settings
 from tests.host.inprocess.test_saving import saved
 from tests.sana.measures import relative_error
+from tests.sana.quantisers import QUANTISERS, quantised
 
 FP8 = "float8_e4m3fn"
 FORMATS = sorted(QUANT_ALGOS)
@@ -178,28 +179,17 @@ def test_scales_of_an_unknown_format(small: Small, original: Tensors) -> None:
         load(small.host, path.name)
 
 
-def test_matrices_of_bitsandbytes(small: Small, original: Tensors) -> None:
-    """Two numbers in a byte, with statistics beside them."""
-    beside = "layers.0.mlp.up_proj.weight"
-    message = (
-        "^{} has the scale {}.absmax, and nothing in it says in which format; use a file with the formats of ComfyUI, "
-    )
-    with pytest.raises(ValueError, match=message.format("nf4", beside)):
-        encode(small, "nf4", in_four_bits(original, beside))
+def test_bitsandbytes_in_a_loader_of_the_host(small: Small) -> None:
+    """Which reads its own formats alone, and leaves the rest to ours."""
     path = small.path.with_name("nf4.safetensors")
     with safe_open(small.path, framework="pt") as file:
-        save_file(in_four_bits(load_file(small.path), f"{LAYER}.weight"), path, file.metadata())
-    with pytest.raises(ValueError, match=message.format(path.name, f"{LAYER}.weight")):
-        load(small.host, path.name)
-
-
-def in_four_bits(tensors: Tensors, name: str) -> Tensors:
-    """As bitsandbytes stores one of these matrices."""
-    numbers = tensors[name].numel()
-    beside = {"absmax": torch.ones(numbers // 64), "quant_map": torch.ones(16)}
-    state = {"quant_state.bitsandbytes__nf4": torch.zeros(64, dtype=torch.uint8)}
-    return {
-        **tensors,
-        name: torch.zeros(numbers // 2, 1, dtype=torch.uint8),
-        **{f"{name}.{kind}": tensor for kind, tensor in (beside | state).items()},
-    }
+        tensors, _ = quantised(load_file(small.path), QUANTISERS["bitsandbytes nf4"], [f"{LAYER}.weight"])
+        save_file(tensors, path, file.metadata())
+    message = (
+        f"^the checkpoint is quantised by bitsandbytes, with {LAYER}.weight.absmax beside its weights; load it with Load SANA, "
+        "which unpacks it$"
+    )
+    with pytest.raises(ValueError, match=message):
+        small.host.call("UNETLoader", unet_name=path.name, weight_dtype="default")
+    assert load(small.host, path.name)[0] is not None
+    path.unlink()

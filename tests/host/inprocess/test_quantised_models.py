@@ -103,10 +103,15 @@ def expected(small: Small, model: SanaTransformer, weights: Tensors) -> Tensor:
     """The latent of `sana` with these weights."""
     twin = SanaTransformer(model.config, device="meta")
     twin.load_state_dict(weights, assign=True)
+    return latent_of(small, twin.requires_grad_(False))
+
+
+def latent_of(small: Small, transformer: SanaTransformer) -> Tensor:
+    """What the KSampler of `draw` should give."""
     sampling = small.model.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", STEPS)
     euler = comfy.k_diffusion.sampling.sample_euler
-    return small.reference(euler, sigmas, small.empty(), transformer=twin.requires_grad_(False))
+    return small.reference(euler, sigmas, small.empty(), transformer=transformer)
 
 
 @exact

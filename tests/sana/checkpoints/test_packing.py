@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sana import CheckpointError, SanaPipeline, load_text_encoder, load_transformer
 from sana.checkpoints.files import TensorFile, read_tensors
@@ -170,6 +170,22 @@ def test_smoothed_columns_are_in_the_weight(diffusers: Tensors) -> None:
     weight = with_packed(TensorFile(FILE, stored)).tensors[f"{Q}.weight"]
     torch.testing.assert_close(weight(), unpacked[f"{Q}.weight"] * factors)
     torch.testing.assert_close(weight.rows(torch.tensor([3])), weight()[3:4])
+
+
+@pytest.mark.parametrize(
+    ("form", "columns"),
+    [(form, 192 if "bitsandbytes" in form else 208) for form in FORMS] + [("bitsandbytes nf4", 96)],
+)
+def test_a_matrix_is_unpacked_whole_and_by_rows(form: str, columns: int) -> None:
+    """40 rows, which 3 do not divide. Some formats pad 40 x 208; in the last case blocks reach across rows."""
+    matrix = torch.randn(40, columns)
+    packed, _ = quantised({f"{Q}.weight": matrix}, QUANTISERS[form], [f"{Q}.weight"])
+    weight = with_packed(TensorFile(FILE, packed)).tensors[f"{Q}.weight"].cut_to(matrix.shape)
+    for most in (1, 3 * weight.packed_shape[1], 2**24):
+        assert torch.equal(weight.numbers(torch.float32, most), weight())
+    assert torch.equal(weight.numbers(torch.bfloat16), weight(torch.bfloat16))
+    weight.changes.append(nn.Threshold(0.0, 7.0))
+    assert torch.equal(weight.numbers(torch.float32, 1), weight()) and bool((weight() == 7.0).any())
 
 
 # Memory
