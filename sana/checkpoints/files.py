@@ -33,6 +33,7 @@ STAND_INS = {
 NAME_PARTS = re.compile(r"(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 PLAIN_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")  # of a model, in a folder with other things
 DIFFUSERS_CLASSES = ("SanaTransformer2DModel", "SanaControlNetModel", "AutoencoderDC")  # in their config.json
+LONG_WORD = re.compile(r"(\S{500})\S+")  # in messages; paths are shorter
 SHARD = re.compile(r"-\d{5}-of-(\d{5})(?=\.|$)")  # of a stem; older files name their format behind it
 LONGEST_MESSAGE = 2000  # characters
 
@@ -40,11 +41,13 @@ LONGEST_MESSAGE = 2000  # characters
 class CheckpointError(ValueError):
     """A file that is not what was asked for. The message is one sentence: what was found, and what to do.
 
-    It is one line of a length that can be read, whatever the names in the file are.
+    It is one line of a length that can be read, whatever the names in the file are: what has no spaces is cut, and what is
+    not printed is escaped, since names may command a terminal.
     """
 
     def __init__(self, message: str) -> None:
-        line = " ".join(message.splitlines())
+        cut = LONG_WORD.sub(r"\1...", " ".join(message.splitlines()))
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
         half = LONGEST_MESSAGE // 2
         super().__init__(line if len(line) <= LONGEST_MESSAGE else f"{line[:half]} ... {line[-half:]}")
 

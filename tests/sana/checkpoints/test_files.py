@@ -444,9 +444,13 @@ def test_names_are_without_what_pytorch_writes_into_them(tmp_path: Path, part: s
 
 def test_a_message_is_one_line_that_can_be_read() -> None:
     """Whatever a file calls its tensors; a whole list of model files that do not fit is shorter than the bound."""
-    assert (
-        str(CheckpointError("a  b\nc.pth\r\nis damaged\u2028; give another")) == "a  b c.pth is damaged ; give another"
-    )
-    fits, longer = "a" * 1999 + "b", "a" * 1000 + "x" + "b" * 1000
-    assert str(CheckpointError(fits)) == fits
-    assert str(CheckpointError(longer)) == "a" * 1000 + " ... " + "b" * 1000
+    assert str(CheckpointError("a  b\nc.pth\r\nis\u2028damaged")) == "a  b c.pth is damaged"
+    fits, longer = "ab " * 666 + "ab", "ab " * 334 + "x" + " cd" * 333
+    assert str(CheckpointError(fits)) == fits and len(fits) == 2000
+    assert str(CheckpointError(longer)) == longer[:1000] + " ... " + longer[-1000:]
+
+
+def test_names_in_a_file_neither_fill_a_terminal_nor_command_it() -> None:
+    assert str(CheckpointError("first " + "x" * 501 + " it is")) == "first " + "x" * 500 + "... it is"
+    assert str(CheckpointError("first " + "x" * 500 + " it is")) == "first " + "x" * 500 + " it is"
+    assert str(CheckpointError("first a\n\x1b[31mb\udcff é; it is")) == r"first a \x1b[31mb\udcff é; it is"
