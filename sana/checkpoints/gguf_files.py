@@ -4,6 +4,7 @@ The names are those of llama.cpp (gguf/tensor_mapping.py), which stores the weig
 """
 
 import math
+import re
 import struct
 from collections import UserDict
 from collections.abc import Iterator, Mapping
@@ -11,12 +12,14 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..networks.packed import PackedWeight, Parts
 from .files import CheckpointError, TensorFile
 from .gguf_container import Container, StoredTensor, read_container
+from .numbers import LARGEST
 
 ARCHITECTURE = "gemma2"
 TOKENIZER = "spiece_model"  # the tensor of bytes that other readers know
@@ -34,6 +37,7 @@ IN_BLOCK = {
     "ffn_down": "mlp.down_proj",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+NAME = re.compile(r"(?:blk\.([0-9]+)\.)?(\w+)\.(\w+)")  # the number of a block, a part, and weight or bias
 # Of a config.json, by their keys behind "gemma2.".
 FIELDS = {
     "hidden_size": "embedding_length",
@@ -47,7 +51,10 @@ FIELDS = {
     "sliding_window": "attention.sliding_window",
 }
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What the tokenizer's fields list, behind "tokenizer.ggml.".
+TOKENS = {"tokens": str, "scores": float, "token_type": int}
 # Kinds of tokens, the same numbers in GGUF and in sentencepiece.
+KINDS = range(1, 7)
 CONTROL, USER_DEFINED = 3, 4
 ROLES = ("unknown", "bos", "eos", "padding")  # of tokens, in the order in which sentencepiece numbers them
 VARINT, BYTES, FOUR_BYTES = 0, 2, 5  # how a protobuf stores the value of a field
@@ -64,7 +71,9 @@ def read_gguf(path: Path | str) -> TensorFile:
     fields = _Fields(path.name, container.fields)
     found = fields["general.architecture"]
     if found != ARCHITECTURE:
-        raise CheckpointError(f"{path.name} is a GGUF of {found}; give one of gemma-2-2b-it, or a safetensors file")
+        raise CheckpointError(
+            f"{path.name} is a GGUF of {str(found)[:50]}; give one of gemma-2-2b-it, or a safetensors file"
+        )
     config = {name: fields[f"{ARCHITECTURE}.{key}"] for name, key in FIELDS.items()}
     tensors = {_name(tensor.name): _tensor(gguf, tensor, container, path.name) for tensor in container.tensors}
     embedding = tensors.get("embed_tokens.weight")
@@ -98,10 +107,11 @@ class _Fields(UserDict[str, object]):
 
 def _name(name: str) -> str:
     """In the names of Hugging Face; others keep their own."""
-    *place, part, leaf = name.split(".")
-    if place[:1] == ["blk"] and part in IN_BLOCK:
-        return f"layers.{place[1]}.{IN_BLOCK[part]}.{leaf}"
-    return f"{OUTSIDE[part]}.{leaf}" if not place and part in OUTSIDE else name
+    found = NAME.fullmatch(name)
+    block, part, leaf = found.groups() if found else (None, "", "")
+    if block is None:
+        return f"{OUTSIDE[part]}.{leaf}" if part in OUTSIDE else name
+    return f"layers.{block}.{IN_BLOCK[part]}.{leaf}" if part in IN_BLOCK else name
 
 
 def _tensor(gguf: ModuleType, stored: StoredTensor, container: Container, file: str) -> Tensor | PackedWeight:
@@ -138,7 +148,8 @@ def _not_unpacked(stored: StoredTensor, kind: str, file: str) -> CheckpointError
 def _unpacked(quants: ModuleType, kind: object, parts: Parts) -> Tensor:
     """By NumPy, so on the CPU, and from there to where the parts are."""
     packed = parts["packed"]
-    return torch.from_numpy(quants.dequantize(packed.cpu().numpy(), kind)).to(packed.device)
+    with np.errstate(all="ignore"):  # a damaged scale makes numbers that are not finite, which NumPy would warn of
+        return torch.from_numpy(quants.dequantize(packed.cpu().numpy(), kind)).to(packed.device)
 
 
 def _tokenizer(fields: _Fields) -> bytes:
@@ -151,14 +162,37 @@ def _tokenizer(fields: _Fields) -> bytes:
         raise CheckpointError(
             f"{fields.file} has a tokenizer that is not of sentencepiece, as Gemma's is; take another file"
         )
-    tokens, scores, kinds = (fields[f"tokenizer.ggml.{key}"] for key in ("tokens", "scores", "token_type"))
+    tokens, scores, kinds = (_listed(fields, f"tokenizer.ggml.{key}", kind) for key, kind in TOKENS.items())
     if not len(tokens) == len(scores) == len(kinds):
         raise CheckpointError(f"{fields.file} has {len(tokens)} tokens with {len(scores)} scores; download it again")
+    wrong = next((kind for kind in kinds if kind not in KINDS), None)
+    if wrong is not None:
+        raise CheckpointError(
+            f"{fields.file} has a token of type {wrong}, which sentencepiece has not; download it again"
+        )
     model = b"".join(_message(1, _piece(*piece)) for piece in zip(tokens, scores, kinds, strict=True))
     bpe, fallback = _number(3, 2), _number(35, 1)
-    marks = [_number(40 + i, fields[f"tokenizer.ggml.{role}_token_id"]) for i, role in enumerate(ROLES)]
+    marks = [_number(40 + i, _token_id(fields, role, len(tokens))) for i, role in enumerate(ROLES)]
     plain = [_message(1, b"identity"), _number(3, 0), _number(4, 0), _number(5, 1)]
     return model + _message(2, b"".join([bpe, fallback, *marks])) + _message(3, b"".join(plain))
+
+
+def _listed(fields: _Fields, key: str, kind: type) -> list[object]:
+    """A list of one type in a field. Raises CheckpointError for anything else, and for more than any vocabulary has."""
+    found = fields[key]
+    if not isinstance(found, list) or len(found) > LARGEST or any(type(value) is not kind for value in found):
+        raise CheckpointError(
+            f"{fields.file} has {key} that are no list of at most {LARGEST} {kind.__name__}; download it again"
+        )
+    return found
+
+
+def _token_id(fields: _Fields, role: str, count: int) -> int:
+    key = f"tokenizer.ggml.{role}_token_id"
+    found = fields[key]
+    if type(found) is not int or not 0 <= found < count:
+        raise CheckpointError(f"{fields.file} has {key} {str(found)[:50]!r} of {count} tokens; download it again")
+    return found
 
 
 def _piece(token: str, score: float, kind: int) -> bytes:
@@ -172,7 +206,7 @@ def _message(field: int, content: bytes) -> bytes:
 
 
 def _number(field: int, value: int) -> bytes:
-    return bytes([*_varint(field << 3 | VARINT), *_varint(int(value))])
+    return bytes([*_varint(field << 3 | VARINT), *_varint(value)])
 
 
 def _varint(value: int) -> Iterator[int]:
