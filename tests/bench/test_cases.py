@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from bench import cases, memory, twins
+from bench import cases, memory, offload, twins
 from bench.race import Call, relative_error
 from sana.config import VARIANTS
 from tests.sana.models import GEMMA
@@ -30,7 +30,7 @@ def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     configs = {name: replace(tiny_config(name), text_width=GEMMA.hidden_size) for name in VARIANTS}
     variants = {name: replace(row, transformer=configs[name]) for name, row in VARIANTS.items()}
     autoencoders = {cases.AUTOENCODER: tiny_autoencoder_config(cases.AUTOENCODER)}
-    for module in (cases, memory):
+    for module in (cases, memory, offload):
         monkeypatch.setattr(module, "VARIANTS", variants)
         monkeypatch.setattr(module, "AUTOENCODERS", autoencoders)
     monkeypatch.setattr(twins, "GEMMA_2_2B", replace(GEMMA, vocab_size=256_000))
@@ -55,3 +55,17 @@ def test_memory_is_modelled_for_every_size_and_measured_up_to_one() -> None:
     assert [(phase.side, phase.measured is not None) for phase in phases[1:]] == [(64, True), (128, False)] * 2
     for phase in phases:
         assert phase.total >= phase.weights > 0
+
+
+def test_what_parts_take_one_after_another_is_modelled_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 8 bits, with the embedding counted apart."""
+    monkeypatch.setattr(offload, "GemmaConfig", lambda: replace(GEMMA, vocab_size=256_000))
+    networks = offload.Networks("sana-0.6b-1024px", 8)
+    before = offload.reset_resident()
+    rows = [offload.measure(phase, part, run, before) for phase, part, run in networks.phases(64)]
+    assert [row.phase for row in rows] == ["encoding the prompt", "sampling", "decoding"]
+    assert [row.elsewhere for row in rows] == [256_000 * (GEMMA.hidden_size + 4), 0, 0]
+    for row in rows:
+        assert 0 < row.measured and 0 < row.resident and 0 < row.weights
+        assert row.measured <= row.model
+    assert all(parameter.is_meta for parameter in networks.text_encoder.parameters())
