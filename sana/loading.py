@@ -9,6 +9,7 @@ import torch
 from .checkpoints.autoencoder import load_autoencoder
 from .checkpoints.controlnet import load_controlnet
 from .checkpoints.files import CheckpointError, TensorFile, read_tensors
+from .checkpoints.filling import placed_bytes
 from .checkpoints.lora import read_merges
 from .checkpoints.names import is_autoencoder
 from .checkpoints.text_encoder import build_text_encoder, find_text_encoder, is_gemma, read_text_encoder
@@ -19,7 +20,7 @@ from .networks.autoencoder import DCAutoencoder
 from .networks.controlnet import SanaControlNet
 from .networks.devices import computes_bfloat16
 from .networks.transformer import SanaTransformer
-from .offloading import Offloader
+from .offloading import CPU, Offloader
 from .text.text_encoder import GemmaTextEncoder
 
 MODELS = {"demo": Path(__file__).parent / "demo" / "checkpoint"}  # names that stand for a folder
@@ -55,13 +56,18 @@ def load_parts(
     text = find_text_encoder(read_text_encoder(text_encoder or model))
     merges, text_merges = read_merges(loras, found.identity.config, text.config)
     own, safe = default_dtypes(found.identity.dtype, offloader.device)
-    others, home = safe if dtype in (None, torch.float16) else dtype, offloader.home
+    own, others = dtype or own, safe if dtype in (None, torch.float16) else dtype
+    if offloader.is_active:
+        beside = [placed_bytes(read_tensors(autoencoder or model, "vae").tensors, others)]
+        beside += [] if control is None else [placed_bytes(read_tensors(control, "controlnet").tensors, own)]
+        offloader.choose_home(placed_bytes(found.tensors, own) + placed_bytes(text.tensors, others) + sum(beside))
+    home = offloader.home
     parts = Parts(
-        build_transformer(found, dtype or own, home, merges=merges),
+        build_transformer(found, own, home, merges=merges),
         load_autoencoder(autoencoder or model, others, home),
         build_text_encoder(text, others, home, merges=text_merges),
         found.identity,
-        None if control is None else load_controlnet(control, dtype or own, home),
+        None if control is None else load_controlnet(control, own, home),
     )
     _hand_over(parts, offloader)
     return parts
@@ -70,14 +76,14 @@ def load_parts(
 def _hand_over(parts: Parts, offloader: Offloader) -> None:
     gemma = parts.text_encoder.model
     if offloader.is_active:
-        gemma.embedding_device = offloader.home  # a look-up needs no GPU, and the table is a fifth of all weights
+        gemma.embedding_device = CPU  # a look-up needs no GPU, and the table is a fifth of all weights
+        gemma.embed_tokens.to(CPU)
     offloader.add(TEXT_ENCODER, gemma.layers, gemma.norm, on_leave=parts.text_encoder.forget)
     offloader.add(ENCODER, parts.autoencoder.encoder)
     offloader.add(TRANSFORMER, parts.transformer)
     if parts.controlnet is not None:
         offloader.add(CONTROLNET, parts.controlnet)
     offloader.add(DECODER, parts.autoencoder.decoder)
-    offloader.settle()
 
 
 def default_dtypes(released: str, device: torch.device) -> tuple[torch.dtype, torch.dtype]:

@@ -16,6 +16,7 @@ from .networks.devices import FREE_SHARE, free_bytes
 from .networks.memory import GIB
 
 Offload = Literal["never", "auto"]
+CPU = torch.device("cpu")
 
 log = logging.getLogger(__name__)
 
@@ -31,11 +32,11 @@ class Need(NamedTuple):
 class Part:
     """Modules that move together. on_leave: called when they have left, for what was computed with them."""
 
-    def __init__(self, modules: Iterable[nn.Module], on_leave: Callable[[], None]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], on_leave: Callable[[], None], is_there: bool) -> None:
         self.modules = tuple(modules)
         self.nbytes = sum(map(weight_bytes, self.modules))
         self.on_leave = on_leave
-        self.is_there = False  # on the device
+        self.is_there = is_there  # on the device
 
     def move(self, device: torch.device) -> None:
         for module in self.modules:
@@ -64,21 +65,17 @@ class Offloader:
                 "--offload never (in Python offload='never') says that this is meant.",
                 device,
             )
+        self.home = CPU if self.is_active else device  # where parts are loaded to
 
-    @property
-    def home(self) -> torch.device:
-        """Where parts are loaded to."""
-        return torch.device("cpu") if self.is_active else self.device
+    def choose_home(self, nbytes: int) -> None:
+        """On the device if there is room for parts of so many bytes in all."""
+        if self.is_active and self._capacity(FREE_SHARE) >= nbytes:
+            self.home = self.device
 
     def add(self, name: str, *modules: nn.Module, on_leave: Callable[[], None] = lambda: None) -> None:
         """Take over a part that was loaded to `home`; not one that stays."""
         if self.is_active:
-            self.parts[name] = Part(modules, on_leave)
-
-    def settle(self) -> None:
-        """Put all parts on the device if there is room."""
-        if self.is_active and self._fits(self.parts.values(), 0):
-            self.bring(Need(tuple(self.parts), 0, 0))
+            self.parts[name] = Part(modules, on_leave, is_there=self.home == self.device)
 
     def bring(self, need: Need) -> None:
         """Put the parts of a phase on the device. Others leave, the largest first, as far as there is no room beside them."""
@@ -88,7 +85,7 @@ class Offloader:
         others = sorted((part for part in self._there() if part not in needed), key=lambda part: part.nbytes)
         while others and not self._fits([*needed, *others], need.working):
             part = others.pop()
-            part.move(torch.device("cpu"))
+            part.move(CPU)
             part.is_there = False
             part.on_leave()
         for part in needed:

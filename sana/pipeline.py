@@ -23,7 +23,7 @@ from .needs import check_bounds, decoding_need, latent_shape, needs
 from .networks.autoencoder import DCAutoencoder, decode_within_memory
 from .networks.controlnet import SanaControlNet
 from .networks.transformer import SanaTransformer
-from .offloading import Need, Offload, Offloader
+from .offloading import CPU, Need, Offload, Offloader
 from .plan import Plan, Settings, make_plan
 from .sampling.control import ControlledTransformer, within
 from .sampling.guidance import Condition, guided_denoiser, inpainting_denoiser, scm_denoiser
@@ -31,9 +31,7 @@ from .sampling.noise import noise_source
 from .sampling.solvers import SOLVERS, Denoiser, SamplingError, Step, scm_start, scm_steps
 from .text.text_encoder import GemmaTextEncoder
 
-PLANS_AHEAD = (
-    16  # whose texts are encoded together where parts take turns: 1.4 MB each, and as many unfinished pictures
-)
+PLANS_AHEAD = 16  # whose texts, 1.4 MB each, are encoded together where parts take turns
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +65,7 @@ class SanaPipeline:
         self.text_encoder = text_encoder
         self.identity = identity
         self.controlnet = controlnet
-        self.offloader = offloader or Offloader(torch.device("cpu"), "never")
+        self.offloader = offloader or Offloader(CPU, "never")
         self._counted: WeakKeyDictionary[Plan, dict[str, Need]] = WeakKeyDictionary()
         self.velocity = compiled_velocity(transformer) if compiled else transformer.velocity
 
@@ -165,9 +163,8 @@ class SanaPipeline:
         """Texts and pictures of plans, encoded, on the CPU: for `follow`, at any time. Raises ValueError as it does."""
         for plan in plans:
             self._check(plan)
-        cpu = torch.device("cpu")
-        inputs = [self._encode_texts(plan).to(cpu) for plan in plans]  # all of them before the first picture
-        return [self._encode_pictures(plan, each).to(cpu) for plan, each in zip(plans, inputs, strict=True)]
+        inputs = [self._encode_texts(plan).to(CPU) for plan in plans]  # all of them before the first picture
+        return [self._encode_pictures(plan, each).to(CPU) for plan, each in zip(plans, inputs, strict=True)]
 
     @torch.no_grad()
     def follow(self, plan: Plan, inputs: Inputs | tuple[Condition, Condition | None] | None = None) -> Iterator[Step]:

@@ -97,5 +97,16 @@ def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor],
             )
 
 
+def placed_bytes(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> int:
+    """What a network will take that `fill` gives these tensors in this dtype."""
+    return sum(_placed_bytes(tensor, dtype or tensor.dtype) for tensor in tensors.values())
+
+
+def _placed_bytes(tensor: Tensor | PackedWeight, dtype: torch.dtype) -> int:
+    if isinstance(tensor, PackedWeight):
+        return sum(part.nbytes for part in tensor.parts.values())
+    return tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize
+
+
 def _placed(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
     return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None, copy=dtype is not None)

@@ -1,5 +1,6 @@
 """Which parts are on a device, by the bytes that it has: moves are noted and not made."""
 
+import copy
 import logging
 from collections.abc import Callable
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from sana import offloading
+from sana.checkpoints.filling import fill, placed_bytes
 from sana.networks.adapters import Change, Changes, Factors
 from sana.networks.devices import FREE_SHARE, free_bytes
 from sana.networks.packed import PackedWeight, put_weight, scaled
@@ -54,13 +56,17 @@ class Bytes(nn.Module):
         self.weight = nn.Parameter(torch.zeros(size, dtype=torch.uint8), requires_grad=False)
 
 
-@pytest.mark.parametrize(("budget", "moves"), [(900, ["+large", "+middle", "+small"]), (896, [])])
-def test_everything_comes_at_once_where_it_fits(
-    offloader: Callable[[int], tuple[Offloader, Card]], budget: int, moves: list[str]
+@pytest.mark.parametrize(("nbytes", "home"), [(900, GPU), (901, torch.device("cpu"))])
+def test_parts_are_loaded_to_the_device_where_all_fit(
+    offloader: Callable[[int], tuple[Offloader, Card]], nbytes: int, home: torch.device
 ) -> None:
-    made, card = offloader(budget)
-    made.settle()
-    assert card.moves == moves
+    made, card = offloader(900)
+    assert made.home == torch.device("cpu")
+    made.choose_home(nbytes)
+    assert made.home == home
+    made.add("small", Bytes(SIZES["small"]))
+    made.bring(Need(("small",), 0, 0))
+    assert card.moves == ([] if home == GPU else ["+small"])
 
 
 @pytest.mark.parametrize(
@@ -126,7 +132,8 @@ def test_parts_stay_where_they_are_never_to_leave(
     made = Offloader(torch.device(device), offload)
     made.add("part", nn.Linear(2, 2))
     assert not made.is_active and not made.parts and made.home == torch.device(device)
-    made.settle()
+    made.choose_home(0)
+    assert made.home == torch.device(device)
     made.bring(Need(("part",), 0, 0))
     made.check({"phase": Need(("part",), 0, 1)})
     assert made.has_room(Need(("part",), 1, 1))
@@ -172,3 +179,17 @@ def test_free_memory_of_any_device_that_tells_it(monkeypatch: pytest.MonkeyPatch
     assert free_bytes(torch.device("xpu"), 1.0) == 3000
     monkeypatch.setattr(torch.xpu, "mem_get_info", refuse)
     assert free_bytes(torch.device("xpu")) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, None])
+def test_what_parts_will_take_is_told_before_they_are_loaded(dtype: torch.dtype | None) -> None:
+    parts = {"packed": torch.zeros(3, 4, dtype=torch.int8), "scale": torch.ones(3, 1)}
+    network = nn.Sequential(nn.Linear(4, 3, device="meta"), nn.BatchNorm1d(3, device="meta"))
+    tensors = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in network.state_dict().items()}
+    told = [placed_bytes(tensors, dtype)]
+    packed = {**tensors, "0.weight": PackedWeight("int8", scaled, parts, (3, 4))}
+    told.append(placed_bytes(packed, dtype))
+    assert told == [
+        weight_bytes(fill(copy.deepcopy(network), each, "file", dtype, "cpu")) for each in (tensors, packed)
+    ]
+    assert told[0] - told[1] == 12 * (dtype or torch.float32).itemsize - 24
