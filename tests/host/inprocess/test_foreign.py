@@ -32,7 +32,7 @@ from tests.sana.quantisers import QUANTISERS, compressed_gemma, quantised
 Tensors = dict[str, Tensor]
 FORMS = [form for form in QUANTISERS if form.startswith("bitsandbytes")]
 ENDS = (*(f".{name}.weight" for name in ("to_q", "to_k", "to_v", "linear_1", "linear")), "_proj.weight")
-BF16 = 0.015  # relative error of a text by weights that were rounded to bfloat16
+BF16 = 0.04  # relative error of a text by weights in bfloat16, with which some devices compute as well
 LAYER, STATE = "transformer_blocks.0.attn1.to_q", "weight.quant_state.bitsandbytes__nf4"
 
 
@@ -193,7 +193,8 @@ def test_what_is_saved_of_it_loads_here_and_in_the_shell(small: Small, folder: P
     assert torch.equal(small.ksampler(model=again), latent)
     assert torch.equal(encode(small, text), encode(small, clip))
     assert relative_error(latent_of(small, load_transformer(whole)), latent) < 0.01
-    assert relative_error(of_shell(whole), encode(small, clip)) < 1e-5
+    written = load_text_encoder(whole, None).model.state_dict()
+    assert same_bits(written, clip.cond_stage_model.encoder.model.state_dict())
     whole.unlink()
 
 
@@ -259,7 +260,7 @@ def test_gemma_in_fp8_by_compressed_tensors(small: Small, strategy: str) -> None
     assert relative_error(encode(small, auto), expected) < BF16
     path = saved(small, "CLIPSave", "text_encoders", clip=auto)
     assert torch.equal(encode(small, text_encoder(small, path.name)), encode(small, auto))
-    assert relative_error(of_shell(path), encode(small, auto)) < 1e-5
+    assert relative_error(encode(small, text_encoder(small, path.name, "fp32")), of_shell(path)) < 1e-5
     path.unlink(), shutil.rmtree(place)
 
 
