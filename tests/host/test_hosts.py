@@ -26,7 +26,7 @@ def test_unknown_version_is_refused() -> None:
 def test_missing_download_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts, "ROOT", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"ComfyUI 0\.30\.0 has not been downloaded; run `python3 tests` once"):
-        Server(hosts.NEWEST, (), tmp_path / "base")
+        Server(hosts.NEWEST, (), tmp_path / "base", {})
 
 
 def test_tests_inside_a_host_need_its_version() -> None:
