@@ -21,8 +21,9 @@ import torch
 
 from sana.images import MOST_PIXELS
 
-from .mutations import Damaged, make
-from .payloads import CANARY, Ground
+from .inputs import make
+from .inputs.originals import Damaged
+from .inputs.payloads import CANARY, Ground
 from .readers import Call, Printed, entries
 
 SECONDS = 2.0  # of a processor

@@ -23,7 +23,7 @@ from sana.checkpoints.transformer import load_transformer
 from sana.images import on_white, read_picture, read_size
 from sana.jobs import read_record
 
-from .mutations import Damaged
+from .inputs.originals import Damaged
 
 PROMPT = "a red circle " + "a" * 40 + "!"
 INSTRUCTION = "Draw: "  # the official one takes a third of the time

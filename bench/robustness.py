@@ -1,6 +1,6 @@
 """What damaged and hostile inputs do to the package: python -m bench.robustness. Writes results/robustness.json.
 
-Every input is made from a seed (`mutations`), goes through the package's own entries (`readers`) in a process that is watched,
+Every input is made from a seed (`inputs`), goes through the package's own entries (`readers`) in a process that is watched,
 and its answer is judged (`judging`). An answer that is not clear is listed with its kind and seed, by which it is repeated alone:
 python -m bench.robustness --kind KIND --seed SEED --inputs 1.
 """
@@ -16,9 +16,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .inputs import KINDS
+from .inputs.originals import write_originals
 from .judging import BYTES, PICTURE_BYTES, SECONDS, Answer, Worker
 from .machine import write_result
-from .mutations import KINDS, write_originals
 
 INPUTS = 10_000
 BATCH = 50  # inputs of a kind that one process reads after another

@@ -5,6 +5,7 @@ Each kind has a process of its own that reads one input after another.
 
 import contextlib
 import copyreg
+import hashlib
 import json
 import os
 import pickle
@@ -21,9 +22,10 @@ from random import Random
 import pytest
 
 from bench import robustness
+from bench.inputs import KINDS, make
+from bench.inputs.originals import Damaged, write_originals
+from bench.inputs.payloads import FILES, PAYLOADS, PROTOCOLS, WILD, Ground
 from bench.judging import Answer, Limits, Worker, flaw
-from bench.mutations import KINDS, Damaged, make, write_originals
-from bench.payloads import FILES, PAYLOADS, PROTOCOLS, WILD, Ground
 from bench.readers import Call, Printed, entries, run_shell
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells the peak of a process's memory")
@@ -254,6 +256,37 @@ def test_a_seed_makes_the_same_input_again_and_others_make_others(originals: Pat
         shutil.rmtree(folder)
     assert made[0] == made[1]
     assert len({str(found) for found in made}) >= 3
+
+
+def test_the_originals_are_the_same_every_time(originals: Path, tmp_path: Path) -> None:
+    """Else a seed that is reported would damage something else when it is repeated."""
+    assert len([*contents(originals)]) > 10
+    for i in range(3):
+        (again := tmp_path / str(i)).mkdir()
+        write_originals(again)
+        assert [*contents(again)] == [*contents(originals)]
+
+
+def test_another_process_makes_the_same_inputs(originals: Path, tmp_path: Path) -> None:
+    """In which addresses, hashes and whatever else is of chance are others."""
+    code = "import sys; from tests.bench.test_robustness import digests; print(digests(*sys.argv[1:]))"
+    run = [sys.executable, "-c", code, str(originals), str(tmp_path / "input")]
+    found = subprocess.run(run, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    assert found == digests(str(originals), str(tmp_path / "input"))
+
+
+def digests(originals: str, folder: str) -> str:
+    """Of thirty inputs of each kind, made in the same place."""
+    found = {}
+    for kind in KINDS:
+        digest = hashlib.sha256()
+        for seed in range(30):
+            Path(folder).mkdir()
+            made = make(kind, seed, Path(folder), Path(originals))
+            digest.update(repr((made, *contents(Path(folder)))).encode("utf-8", "surrogateescape"))
+            shutil.rmtree(folder)
+        found[kind] = digest.hexdigest()
+    return str(found)
 
 
 def contents(folder: Path) -> Iterator[tuple[str, bytes]]:

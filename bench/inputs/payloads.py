@@ -7,7 +7,6 @@ it. It leaves one object on the stack.
 import io
 import marshal
 import pickle
-import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -311,10 +310,14 @@ def zipped(ground: Ground, body: bytes) -> bytes:
 
 
 def legacy(ground: Ground, body: bytes) -> bytes:
-    """As it wrote them before: a number, a version, a machine, the object, and the keys of storages."""
+    """As it wrote them before: the object, and the keys of storages."""
+    return legacy_start() + ground.written(in_dictionary(ground, body)) + pickle.dumps([], 2)
+
+
+def legacy_start() -> bytes:
+    """What stands before the object: a number, a version and a machine."""
     system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
-    before = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, system)]
-    return b"".join(before) + ground.written(in_dictionary(ground, body)) + pickle.dumps([], 2) + struct.pack("<q", 0)
+    return b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, system))
 
 
 FILES = (plain, zipped, legacy)
