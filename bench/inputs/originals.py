@@ -64,8 +64,10 @@ def write_originals(folder: Path) -> None:
     save_file({**encoder.model.state_dict(), **stored_companions(tokenizer, GEMMA)}, folder / "encoder.safetensors")
     generator = torch.Generator().manual_seed(3)
     layers = [f"transformer.transformer_blocks.{i}.attn1.{name}" for i in range(2) for name in ("to_q", "to_k", "to_v")]
-    ends = ("lora_A.weight", "lora_B.weight")
-    lora = {f"{layer}.{end}": torch.randn(64, 4, generator=generator) for layer in layers for end in ends}
+    shapes = {"lora_A.weight": (4, 64), "lora_B.weight": (64, 4)}
+    lora = {
+        f"{layer}.{end}": torch.randn(shape, generator=generator) for layer in layers for end, shape in shapes.items()
+    }
     save_file(lora, folder / "lora.safetensors")
     Image.new("RGB", (40, 40), "red").save(folder / "image.png")
     for path in folder.rglob("*.safetensors"):
