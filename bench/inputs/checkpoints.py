@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import struct
 from pathlib import Path
 from random import Random
 
@@ -11,18 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .damage import damaged_bytes, damaged_json, damaged_tensors, damaged_value, index, json_bytes
-from .originals import Damaged, copy_beside, link_tree, weights
+from .originals import Damaged, copy_beside, link_tree, safetensors_bytes, split_safetensors, weights
 
 LORA = ("lora_A.weight", "lora_B.weight", "lora_down.weight", "lora_up.weight", "alpha", "lokr_w1", "hada_w1_a", "diff")
-
-
-def safetensors_bytes(header: bytes, numbers: bytes, size: int | None = None) -> bytes:
-    return struct.pack("<Q", len(header) if size is None else size) + header + numbers
-
-
-def split_safetensors(content: bytes) -> tuple[dict[str, object], bytes]:
-    size = struct.unpack("<Q", content[:8])[0]
-    return json.loads(content[8 : 8 + size]), content[8 + size :]
 
 
 def safetensors(rng: Random, folder: Path, originals: Path) -> Damaged:

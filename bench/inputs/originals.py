@@ -77,13 +77,19 @@ def write_originals(folder: Path) -> None:
 def _sort_header(path: Path) -> None:
     """The library writes the entries of a header in an order of chance, and a seed has to damage the same byte every time."""
     content = path.read_bytes()
+    header, numbers = split_safetensors(content)
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    path.write_bytes(safetensors_bytes(text.ljust(len(content) - 8 - len(numbers)), numbers))
+
+
+def safetensors_bytes(header: bytes, numbers: bytes, size: int | None = None) -> bytes:
+    """A file of a header as it is. size: what the file tells of its length; None: the truth."""
+    return struct.pack("<Q", len(header) if size is None else size) + header + numbers
+
+
+def split_safetensors(content: bytes) -> tuple[dict[str, object], bytes]:
     size = struct.unpack("<Q", content[:8])[0]
-    header = json.loads(content[8 : 8 + size])
-    path.write_bytes(
-        content[:8]
-        + json.dumps(header, sort_keys=True, separators=(",", ":")).encode().ljust(size)
-        + content[8 + size :]
-    )
+    return json.loads(content[8 : 8 + size]), content[8 + size :]
 
 
 def _autoencoder() -> AutoencoderConfig:

@@ -1,5 +1,6 @@
 """Twins with adapters: diffusers' transformer with a random adapter of PEFT, and the files that trainers write of it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,6 +13,31 @@ from torch import Tensor, nn
 
 from sana.config import TransformerConfig
 from tests.sana.twins import diffusers_transformer, randomise
+
+
+def dotted(prefix: str, down: str, up: str) -> Callable[[str], tuple[str, str, str | None]]:
+    return lambda path: (f"{prefix}{path}.{down}", f"{prefix}{path}.{up}", None)
+
+
+def underscored(prefix: str) -> Callable[[str], tuple[str, str, str | None]]:
+    def names(path: str) -> tuple[str, str, str]:
+        flat = prefix + path.replace(".", "_")
+        return f"{flat}.lora_down.weight", f"{flat}.lora_up.weight", f"{flat}.alpha"
+
+    return names
+
+
+# Names of the smaller matrix, the larger one and the scale, by layer; without a scale, alpha is the rank.
+TRAINERS = {
+    "diffusers": dotted("transformer.", "lora_A.weight", "lora_B.weight"),
+    "PEFT": dotted("base_model.model.", "lora_A.weight", "lora_B.weight"),
+    "PEFT in diffusers": dotted("transformer.base_model.model.", "lora_A.weight", "lora_B.weight"),
+    "PEFT, named adapter": dotted("transformer.", "lora_A.default.weight", "lora_B.default.weight"),
+    "kohya": underscored("lora_unet_"),
+    "OneTrainer": underscored("lora_transformer_"),
+    "LyCORIS": underscored("lycoris_"),
+    "the host": dotted("diffusion_model.", "lora_down.weight", "lora_up.weight"),
+}
 
 
 def adapted(structure: TransformerConfig, config: PeftConfig) -> tuple[nn.Module, dict[str, Tensor]]:

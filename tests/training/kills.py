@@ -26,25 +26,12 @@ from sana.saving import lock
 from sana.training.__main__ import main
 from sana.training.folder import claim
 from sana.training.loop import TrainingConfig, train
+from tests.training.doubling import Objective, batches
 
 STEPS = 3
 # What Python tells before it changes a folder.
 CHANGES = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.chmod", "os.utime", "shutil.rmtree"}
 RUN = {"data": "pictures"}
-
-
-class Objective(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.hidden, self.out = nn.Linear(4, 8), nn.Linear(8, 4)
-
-    def forward(self, batch: Tensor) -> Tensor:
-        return (self.out(torch.tanh(self.hidden(batch))) - 2 * batch).square().mean()
-
-
-def batches(step: int, process: int) -> Tensor:
-    return torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
 
 
 def sheet(objective: nn.Module) -> Image.Image:

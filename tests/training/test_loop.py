@@ -14,24 +14,9 @@ from torch.optim.swa_utils import AveragedModel
 from sana.training.loop import TrainingConfig, TrainingState, optimizers, train
 from tests.sana.measures import mapped_bytes
 from tests.sana.mishaps import no_file_above
+from tests.training.doubling import Objective, batches
 
 CONFIG = TrainingConfig(steps=9, learning_rate=0.02, warmup=2, save_every=3, sheet_every=4, ema_decay=0.5)
-
-
-class Objective(nn.Module):
-    """Learns to double its input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.hidden, self.out = nn.Linear(4, 8), nn.Linear(8, 4)
-
-    def forward(self, batch: Tensor) -> Tensor:
-        return (self.out(torch.tanh(self.hidden(batch))) - 2 * batch).square().mean()
-
-
-def batches(step: int, process: int) -> Tensor:
-    return torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
 
 
 def run(folder: Path, config: TrainingConfig = CONFIG, source=batches, sheet=None) -> dict[str, Tensor]:

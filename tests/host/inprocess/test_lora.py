@@ -29,6 +29,7 @@ from tests.host.inprocess.small import (
     picture,
     pipeline_latent,
 )
+from tests.sana.adapted import TRAINERS
 from tests.sana.twins import diffusers_transformer
 
 RANK, ALPHA, STRENGTH = 2, 4.0, 0.5
@@ -47,31 +48,6 @@ CHANGED = 1e-2
 PART = "gemma2_2b.transformer.model.layers.0.self_attn.v_proj"
 # What the host and OneTrainer call it.
 TEXT_LAYERS = (f"text_encoders.{PART}", "text_encoder.layers.0.self_attn.v_proj", "lora_te1_layers_0_self_attn_v_proj")
-
-
-def dotted(prefix: str, down: str, up: str) -> Callable[[str], tuple[str, str, str | None]]:
-    return lambda path: (f"{prefix}{path}.{down}", f"{prefix}{path}.{up}", None)
-
-
-def underscored(prefix: str) -> Callable[[str], tuple[str, str, str | None]]:
-    def names(path: str) -> tuple[str, str, str]:
-        flat = prefix + path.replace(".", "_")
-        return f"{flat}.lora_down.weight", f"{flat}.lora_up.weight", f"{flat}.alpha"
-
-    return names
-
-
-# Names of the smaller matrix, the larger one and the scale, by layer; without a scale, alpha is the rank.
-TRAINERS = {
-    "diffusers": dotted("transformer.", "lora_A.weight", "lora_B.weight"),
-    "PEFT": dotted("base_model.model.", "lora_A.weight", "lora_B.weight"),
-    "PEFT in diffusers": dotted("transformer.base_model.model.", "lora_A.weight", "lora_B.weight"),
-    "PEFT, named adapter": dotted("transformer.", "lora_A.default.weight", "lora_B.default.weight"),
-    "kohya": underscored("lora_unet_"),
-    "OneTrainer": underscored("lora_transformer_"),
-    "LyCORIS": underscored("lycoris_"),
-    "the host": dotted("diffusion_model.", "lora_down.weight", "lora_up.weight"),
-}
 
 
 def factors(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from sana.checkpoints.text_encoder import build_text_encoder, find_text_encoder
 from sana.checkpoints.transformer import FoundTransformer, build_transformer
 from sana.config import TransformerIdentity
 from sana.networks.transformer import SanaTransformer
-from tests.sana.adapted import adapted, merged, save_as_diffusers, save_as_peft
+from tests.sana.adapted import TRAINERS, adapted, dotted, merged, save_as_diffusers, save_as_peft
 from tests.sana.dialects import official_transformer
 from tests.sana.measures import relative_error
 from tests.sana.models import GEMMA, gemma, write_model
@@ -158,29 +158,7 @@ def test_weights_in_16_bits_are_merged_in_32(tmp_path: Path) -> None:
 # Dialects
 
 
-def dotted(prefix: str, down: str, up: str) -> object:
-    return lambda path: (f"{prefix}{path}.{down}", f"{prefix}{path}.{up}", None)
-
-
-def underscored(prefix: str) -> object:
-    def names(path: str) -> tuple[str, str, str]:
-        flat = prefix + path.replace(".", "_")
-        return f"{flat}.lora_down.weight", f"{flat}.lora_up.weight", f"{flat}.alpha"
-
-    return names
-
-
-DIALECTS = {
-    "diffusers": dotted("transformer.", "lora_A.weight", "lora_B.weight"),
-    "PEFT": dotted("base_model.model.", "lora_A.weight", "lora_B.weight"),
-    "PEFT in diffusers": dotted("transformer.base_model.model.", "lora_A.weight", "lora_B.weight"),
-    "PEFT, named adapter": dotted("transformer.", "lora_A.default.weight", "lora_B.default.weight"),
-    "bare": dotted("", "lora_A", "lora_B"),
-    "kohya": underscored("lora_unet_"),
-    "OneTrainer": underscored("lora_transformer_"),
-    "LyCORIS": underscored("lycoris_"),
-    "the host": dotted("diffusion_model.", "lora_down.weight", "lora_up.weight"),
-}
+DIALECTS = {**TRAINERS, "bare": dotted("", "lora_A", "lora_B")}
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
