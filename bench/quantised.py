@@ -22,6 +22,7 @@ from sana.checkpoints.transformer import load_transformer
 from sana.config import VARIANTS, GemmaConfig, TransformerIdentity
 from sana.loading import MODELS
 from sana.networks.transformer import SanaTransformer
+from sana.offloading import weight_bytes
 from sana.pipeline import SanaPipeline
 from sana.plan import DEFAULT_STEPS, Settings
 from sana.text.gemma import Gemma2
@@ -82,11 +83,7 @@ def sizes(transformer: Path, text_encoder: Path) -> dict[str, int]:
         for part in (transformer, text_encoder)
         for path in ([part] if part.is_file() else part.glob("*.safetensors"))
     ]
-    return {"disk": sum(path.stat().st_size for path in paths), "memory": sum(map(held_bytes, networks))}
-
-
-def held_bytes(network: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+    return {"disk": sum(path.stat().st_size for path in paths), "memory": sum(map(weight_bytes, networks))}
 
 
 def accuracy(pipeline: SanaPipeline, items: Sequence[CaptionedScene], settings: Settings) -> dict[str, float]:

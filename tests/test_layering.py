@@ -67,6 +67,7 @@ ROOMS = {
     "training": {
         "config",
         "images",
+        "reading",
         "saving",
         "interruption",
         "networks",

@@ -44,13 +44,16 @@ TEXT_LAYER = re.compile(r"(?:^|[._])(?<!encoder[._])layers[._]\d+[._](?:self_att
 LEFTOVERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 ADAPTER_NAME = re.compile(r"(?<=\.lora_)(A|B|magnitude_vector)\.(?!weight$)[^.]+(?=\.weight$)")
 
-# Ends of names behind the path of a layer. For one of our layers that is a part of theirs, the first kind is the same,
-DOWN = (".lora_A.weight", ".lora_A", ".lora_down.weight", ".hada_w1_b")
+# Ends of names behind the path of a layer: of the two factors of a LoRA,
+UPS = (".lora_B.weight", ".lora_B", ".lora_up.weight")
+DOWNS = (".lora_A.weight", ".lora_A", ".lora_down.weight")
+# and of all kinds. For one of our layers that is a part of theirs, the first group is the same,
+DOWN = (*DOWNS, ".hada_w1_b")
 SHARED = (*DOWN, ".hada_w2_b", ".alpha")
 # and the second has rows of its own.
 MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 ROWS = (
-    *(".lora_B.weight", ".lora_B", ".lora_up.weight", ".hada_w1_a", ".hada_w2_a"),
+    *(*UPS, ".hada_w1_a", ".hada_w2_a"),
     *(".dora_scale", *MAGNITUDES, ".diff", ".diff_b", ".set_weight"),
 )
 # Of a Kronecker product, which has no rows of its own for a part of a layer.

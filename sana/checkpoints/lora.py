@@ -20,6 +20,8 @@ from ..networks.transformer import SanaTransformer
 from ..reading import check_file
 from ..text.gemma import Gemma2
 from .adapters import (
+    DOWNS,
+    UPS,
     Settings,
     describe_lora,
     is_lora,
@@ -37,10 +39,8 @@ Shapes = Mapping[str, torch.Size]  # of the parameters of a network, by name
 Merges = Mapping[str, Changes]  # by the name of a weight
 Parts = dict[str, Tensor]  # of a layer in a file, by the ends of their names
 
-# Ends of names of the two factors of a LoRA, and of its core.
-UPS = (".lora_B.weight", ".lora_B", ".lora_up.weight")
-DOWNS = (".lora_A.weight", ".lora_A", ".lora_down.weight")
-LISTS = (".dora_scale", ".diff", ".diff_b", ".set_weight")  # which may have one axis; all others have two or more
+# Ends of names of what may have one axis; all others have two or more.
+LISTS = (".dora_scale", ".diff", ".diff_b", ".set_weight")
 WHOLE = {".set_weight": "replacement", ".diff": "difference"}
 BLOCKS = "transformer_blocks."  # before the number of a block in our names
 FIRST_BLOCK = f"{BLOCKS}0."
@@ -151,8 +151,8 @@ class Lora:
 
     def _check_parts(self, layer: str, change: Change) -> None:
         """Raises CheckpointError for numbers that are not finite, and for parts that do not fit each other."""
-        tensors = [tensor for part in (*change.parts, (change.lengths,)) for tensor in part if tensor is not None]
-        if not all(bool(tensor.float().isfinite().all()) for tensor in tensors) or not math.isfinite(change.scale):
+        finite = all(bool(tensor.float().isfinite().all()) for tensor in change.tensors)
+        if not finite or not math.isfinite(change.scale):
             raise CheckpointError(
                 f"{self.name} holds numbers at {layer} that are not finite; it is damaged, or its training failed"
             )

@@ -1,6 +1,5 @@
 """The work folder of a training: which training it is of, that no other works in it meanwhile, and what is computed once."""
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -10,6 +9,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..reading import parse_json, read_bytes
 from ..saving import lock, remove_leftovers, write_json
 from .loop import process_state
 
@@ -83,9 +83,9 @@ def _enter(folder: Path, run: Mapping[str, str], held: ExitStack) -> None:
 
 def _read_note(note: Path) -> dict[str, str]:
     try:
-        readable = note.is_file() and note.stat().st_size <= LONGEST_NOTE
-        known = json.loads(note.read_bytes()) if readable else None
-    except (ValueError, RecursionError, OSError):
+        content = read_bytes(note, LONGEST_NOTE)
+        known = parse_json(content) if len(content) <= LONGEST_NOTE else None
+    except (ValueError, OSError):
         known = None
     if not isinstance(known, dict) or not all(isinstance(value, str) for value in known.values()):
         raise ValueError(
