@@ -42,12 +42,8 @@ KINDS = {
     "caption projection": "caption_projection.linear_1",
     "modulation": "time_embed.linear",
 }
-BITS = {
-    "fp8": 8,
-    "int8": 8,
-    "mxfp8": 8 + 8 / 32,
-    "nvfp4": 4 + 8 / 16,
-}  # a number, with its part of the scales of blocks
+# Of a number, with its part of the scales of blocks.
+BITS = {"fp8": 8, "int8": 8, "mxfp8": 8 + 8 / 32, "nvfp4": 4 + 8 / 16}
 TOKENS = 256
 
 

@@ -19,9 +19,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 SUFFIXES = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".avifs"),
 )
-MOST_PIXELS = (
-    8192**2
-)  # 200 MB in RGB; the largest that a model draws has a quarter, and cameras of today have 61 million
+# 200 MB in RGB; the largest picture that a model draws has a quarter, and cameras of today have 61 million.
+MOST_PIXELS = 8192**2
 SIDEWAYS = range(5, 9)  # Exif orientations that swap height and width
 # What Pillow and its libraries raise where the bytes of a picture make no sense.
 DAMAGE = (

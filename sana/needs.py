@@ -82,13 +82,10 @@ def sampling_need(
     if controlnet is not None:
         activations = max(activations, controlnet.activation_bytes(shape, itemsize))
         activations += controlnet.correction_bytes(shape, itemsize)
-        unpacking, blocks = (
-            max(unpacking, unpacking_bytes(controlnet, itemsize)),
-            blocks + len(controlnet.controlnet_blocks),
-        )
-    texts = (
-        (evaluated + batch) * TEXT_TOKENS * itemsize
-    )  # with the negative prompt, and without it where it does not act
+        unpacking = max(unpacking, unpacking_bytes(controlnet, itemsize))
+        blocks += len(controlnet.controlnet_blocks)
+    # With the negative prompt, and without it where it does not act.
+    texts = (evaluated + batch) * TEXT_TOKENS * itemsize
     texts *= 2 * blocks * config.hidden_size + 2 * config.text_width  # keys and values of every block, and the states
     latents = LATENTS * shape.numel() * torch.float32.itemsize
     working = activations + texts + latents + unpacking

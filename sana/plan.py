@@ -21,13 +21,8 @@ DEFAULT_STRENGTH = 0.5  # of an image to start from, without a mask
 # Settings that Sprint, which has no guidance by a second evaluation and another schedule, has no use for.
 NOT_OF_SPRINT = ("negative", "mask", "pag_scale", "pag_blocks", "guidance_interval", "solver", "flow_shift")
 LARGE = 2  # times the pixels of the model's square, from which on an image does not suggest its own size
-NOT_RECORDED = (
-    "seed",
-    "image",
-    "mask",
-    "control_image",
-    "max_bytes",
-)  # those of a batch or a machine, and what is no JSON
+# Settings of a batch or a machine, and what is no JSON.
+NOT_RECORDED = ("seed", "image", "mask", "control_image", "max_bytes")
 
 Setting = TypeVar("Setting")
 

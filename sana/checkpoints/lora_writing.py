@@ -15,9 +15,8 @@ from .lora import Lora, Part, read_lora, tell_fit
 from .names import POINTWISE
 
 COMPONENTS = ("transformer", "text_encoder")  # what names in diffusers begin with, in the order of `Part.known`
-MOST_NUMBERS = (
-    2**26
-)  # of a weight whose change is computed whole; the largest of a release that trainers change has 25 million
+# Of a weight whose change is computed whole; the largest of a release that trainers change has 25 million.
+MOST_NUMBERS = 2**26
 
 Tensors = dict[str, Tensor]
 

@@ -12,9 +12,8 @@ from typing import BinaryIO, NamedTuple
 
 import torch
 
-MOST_STEPS = (
-    1_000_000  # of a pickle; the training state of the largest release, with optimizer and averages, has 300,000
-)
+# Of a pickle; the training state of the largest release, with optimizer and averages, has 300,000.
+MOST_STEPS = 1_000_000
 MOST_BYTES = 2**26  # of pickles, whose texts and arrays count; the numbers of tensors lie elsewhere
 FEW_STEPS = 1000  # of a pickle that holds next to nothing
 UNREAD = object()  # in the place of what nobody asks for
@@ -133,10 +132,8 @@ FUNCTIONS: dict[str, Callable[..., object]] = {
     "torch._tensor._rebuild_from_type_v2": _with_attributes,
 }
 KNOWN = {*FUNCTIONS, *STORAGE_DTYPES, *DTYPES, *PASSED_OVER}
-KEYS = (
-    str,
-    int,
-)  # of dictionaries; others are dropped with their values, since a tuple takes as long as it likes to hash
+# Of dictionaries; others are dropped with their values, since a tuple takes as long as it likes to hash.
+KEYS = (str, int)
 
 
 def _called(function: Named, arguments: tuple[object, ...]) -> object:

@@ -12,9 +12,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-ALIGNMENT = (
-    8  # bytes; the header ends at a multiple of it, and readers take a tensor only at a multiple of its numbers' size
-)
+# Bytes; the header ends at a multiple of it, and readers take a tensor only at a multiple of its numbers' size.
+ALIGNMENT = 8
 LONGEST_ENTRY = 128  # bytes of what a header tells of a tensor beside its name, at most
 DTYPES = {
     torch.float64: "F64",
