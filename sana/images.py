@@ -21,6 +21,7 @@ SUFFIXES = (
 )
 # 200 MB in RGB; the largest picture that a model draws has a quarter, and cameras of today have 61 million.
 MOST_PIXELS = 8192**2
+BAND = 256  # rows of a transparent picture that are drawn above its ground at once
 SIDEWAYS = range(5, 9)  # Exif orientations that swap height and width
 # What Pillow and its libraries raise where the bytes of a picture make no sense.
 DAMAGE = (
@@ -83,19 +84,24 @@ def _quietly_opened(path: Path, formats: list[str]) -> Image.Image:
 
 def on_white(picture: Image.Image) -> Image.Image:
     """A picture in RGB, with white below what is transparent: the colours that are stored there were never seen."""
-    return _above(picture, "white").convert("RGB")
+    return _above(picture, "white", "RGB")
 
 
 def to_mask(picture: Image.Image) -> Image.Image:
     """A mask in grey, white where to paint. What is transparent is black: it is kept."""
-    return _above(picture, "black").convert("L")
+    return _above(picture, "black", "L")
 
 
-def _above(picture: Image.Image, ground: str) -> Image.Image:
+def _above(picture: Image.Image, ground: str, mode: str) -> Image.Image:
+    """In this mode, above a colour. A band of rows at a time, since each layer takes as much memory as the picture."""
     if not picture.has_transparency_data:
-        return picture
-    layer = picture.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, ground), layer)
+        return picture.convert(mode)
+    found = Image.new(mode, picture.size)
+    for top in range(0, picture.height, BAND):
+        box = (0, top, picture.width, min(top + BAND, picture.height))
+        layer = picture.crop(box).convert("RGBA")
+        found.paste(Image.alpha_composite(Image.new("RGBA", layer.size, ground), layer).convert(mode), box)
+    return found
 
 
 def to_tensor(picture: Image.Image, height: int, width: int) -> Tensor:

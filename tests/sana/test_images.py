@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from sana.images import FORMATS, SUFFIXES, on_white, read_picture, read_size, to_mask, to_picture, to_tensor
+from sana.images import BAND, FORMATS, SUFFIXES, on_white, read_picture, read_size, to_mask, to_picture, to_tensor
 
 
 def test_a_photo_is_turned_upright(tmp_path: Path) -> None:
@@ -168,3 +168,12 @@ def test_the_largest_picture_is_read(tmp_path: Path) -> None:
     path = blank_png(tmp_path / "p.png", 8192, 8192)
     assert read_size(path) == (8192, 8192)
     assert read_picture(path).getextrema() == (0, 0)
+
+
+@pytest.mark.parametrize("height", [BAND - 1, BAND, 2 * BAND + 1])
+def test_a_transparent_picture_in_bands_is_the_same_as_whole(height: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, 5, 4), dtype=np.uint8)
+    layer = Image.fromarray(pixels)
+    for found, ground, mode in ((on_white, "white", "RGB"), (to_mask, "black", "L")):
+        whole = Image.alpha_composite(Image.new("RGBA", layer.size, ground), layer).convert(mode)
+        assert found(layer).mode == mode and np.array_equal(np.asarray(found(layer)), np.asarray(whole))
