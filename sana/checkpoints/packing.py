@@ -56,8 +56,11 @@ class Layer(NamedTuple):
     def error(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.file} has the quantised layer {self.name} {what}; take the original file")
 
-    def scale(self, part: str, sizes: tuple[int, ...] | None = None) -> Tensor:
-        """Finite numbers of one of so many; None: of any. Raises CheckpointError for others, and if there are none."""
+    def scale(self, part: str, sizes: tuple[int, ...] | None = None, *, wide: bool = True) -> Tensor:
+        """Finite numbers of one of so many; None: of any. Raises CheckpointError for others, and if there are none.
+
+        wide: floating-point ones of 16 bits or more; else such as take a byte.
+        """
         if part not in self.beside:
             raise self.error(f"without its {part}")
         found = self.beside[part]
@@ -65,6 +68,8 @@ class Layer(NamedTuple):
             raise self.error(
                 f"with a {part} of shape {tuple(found.shape)} beside a weight of {tuple(self.weight.shape)}"
             )
+        if (found.itemsize == 1) == wide or (wide and not found.is_floating_point()):
+            raise self.error(f"with a {part} in {_name(found.dtype)}, which no such format has")
         if found.is_floating_point() and not found.float().isfinite().all():
             raise self.error(f"with a {part} that is not finite")
         return found
@@ -125,12 +130,20 @@ def by_compressed_tensors(file: TensorFile) -> bool:
 
 
 def _modern_names(file: TensorFile) -> dict[str, Tensor]:
-    """The tensors, with the names that ComfyUI gives scales today, and without the mark that it gave whole files."""
+    """The tensors, with the names that ComfyUI gives scales today, and without the mark that it gave whole files.
+
+    Raises CheckpointError for a scale with both names.
+    """
     found = {}
     for name, tensor in file.tensors.items():
         end = next((end for end in OLD_NAMES if name.endswith(end)), "")
+        new = name.removesuffix(end) + OLD_NAMES.get(end, "")
+        if end and new in file.tensors:
+            raise CheckpointError(
+                f"{file.path.name} has {name} and {new}, two scales in the place of one; take the original file"
+            )
         if name.split(".")[-1] != COMFY_MODEL:
-            found[name.removesuffix(end) + OLD_NAMES.get(end, "")] = tensor
+            found[new] = tensor
     return found
 
 
@@ -229,9 +242,7 @@ def _untiled(layer: Layer, columns: int, dtype: torch.dtype) -> Tensor:
     (cuBLAS, "1D block scaling factors layout")."""
     rows = len(layer.weight)
     down, across = math.ceil(rows / TILE_ROWS), math.ceil(columns / TILE_COLUMNS)
-    stored = layer.scale("weight_scale", (down * TILE_ROWS * across * TILE_COLUMNS,))
-    if stored.dtype.itemsize != 1:
-        raise layer.error(f"with a weight_scale in {_name(stored.dtype)}, which no format of blocks has")
+    stored = layer.scale("weight_scale", (down * TILE_ROWS * across * TILE_COLUMNS,), wide=False)
     tiles = stored.contiguous().view(torch.uint8).view(down, across, TILE_ROWS // 4, 4, TILE_COLUMNS)
     matrix = tiles.permute(0, 3, 2, 1, 4).reshape(down * TILE_ROWS, across * TILE_COLUMNS)
     scale = matrix[:rows, :columns].contiguous().view(dtype)
@@ -255,7 +266,7 @@ def _bits_4(layer: Layer) -> PackedWeight:
     """nf4 or fp4 of bitsandbytes: places in a list of 16 numbers, and the largest number of each block."""
     told = _state(layer)
     shape, block = torch.Size(told["shape"]), told["blocksize"]
-    packed = layer.weight.contiguous().view(torch.uint8).flatten()
+    packed = layer.weight.flatten().view(torch.uint8)
     if 2 * len(packed) != shape.numel():
         raise layer.error(f"of shape {tuple(shape)} in {len(packed)} bytes")
     scale = _largest(layer, told, math.ceil(shape.numel() / block))
@@ -284,15 +295,14 @@ def _state(layer: Layer) -> dict[str, object]:
 
 def _largest(layer: Layer, told: Mapping[str, object], count: int) -> Tensor:
     """The largest number of each block, (count,), which double quantisation has stored in 8 bits."""
-    stored = layer.scale("weight.absmax", (count,)).flatten()
-    if "weight.nested_absmax" not in layer.beside:
+    twice = any(part.startswith("weight.nested_") for part in layer.beside)
+    stored = layer.scale("weight.absmax", (count,), wide=not twice).flatten()
+    if not twice:
         return stored.float()
-    if stored.dtype != torch.uint8:
-        raise layer.error(f"with a weight.absmax in {_name(stored.dtype)} beside a list of 256 numbers")
     block = told["nested_blocksize"]
     outer = layer.scale("weight.nested_absmax", (math.ceil(count / block),)).float().flatten()
     codes = layer.scale("weight.nested_quant_map", (256,)).float().flatten()
-    return codes[stored.int()] * outer.repeat_interleave(block)[:count] + told["nested_offset"]
+    return codes[stored.view(torch.uint8).int()] * outer.repeat_interleave(block)[:count] + told["nested_offset"]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -369,6 +369,21 @@ STATE = "weight.quant_state.bitsandbytes__nf4"
 BROKEN = {
     "no scale": ("fp8", change("weight_scale", nothing), f"{LAYER}without its weight_scale{ORIGINAL}"),
     "scale not finite": ("fp8", change("weight_scale", not_finite), f"{LAYER}with a weight_scale that is not finite{ORIGINAL}"),
+    "scale in integers": (
+        "fp8",
+        change("weight_scale", lambda old: old.int()),
+        f"{LAYER}with a weight_scale in int32, which no such format has{ORIGINAL}",
+    ),
+    "scales in 8 bits": (
+        "int8 by rows",
+        change("weight_scale", lambda old: old.to(torch.float8_e4m3fn)),
+        f"{LAYER}with a weight_scale in float8_e4m3fn, which no such format has{ORIGINAL}",
+    ),
+    "scale under two names": (
+        "fp8",
+        change("scale_weight", lambda old: torch.ones(())),
+        f"has {Q}.scale_weight and {Q}.weight_scale, two scales in the place of one{ORIGINAL}",
+    ),
     "scales of other rows": (
         "int8 by rows",
         change("weight_scale", lambda old: old[:95]),
@@ -409,7 +424,7 @@ BROKEN = {
     "scales of blocks in float32": (
         "nvfp4",
         change("weight_scale", lambda old: old.float()),
-        f"{LAYER}with a weight_scale in float32, which no format of blocks has{ORIGINAL}",
+        f"{LAYER}with a weight_scale in float32, which no such format has{ORIGINAL}",
     ),
     "scale of a block not finite": (
         "nvfp4",
@@ -520,10 +535,25 @@ BROKEN = {
             {"nested_offset": 10**400},
         )
     },
+    "no largest numbers of the largest": (
+        "bitsandbytes nf4 twice",
+        change("weight.nested_absmax", nothing),
+        f"{LAYER}without its weight.nested_absmax{ORIGINAL}",
+    ),
+    "places without a list": (
+        "bitsandbytes nf4 twice",
+        lambda stored: change("weight.nested_absmax", nothing)(change("weight.nested_quant_map", nothing)(stored)),
+        f"{LAYER}with a weight.absmax in uint8, which no such format has{ORIGINAL}",
+    ),
+    "one number": (
+        "bitsandbytes nf4 in bfloat16",
+        change("weight", lambda old: old.flatten()[0]),
+        f"{LAYER}of shape (96, 96) in 2 bytes{ORIGINAL}",
+    ),
     "places in no list": (
         "bitsandbytes nf4 twice",
         change("weight.absmax", lambda old: old.int() + 256),
-        f"{LAYER}with a weight.absmax in int32 beside a list of 256 numbers{ORIGINAL}",
+        f"{LAYER}with a weight.absmax in int32, which no such format has{ORIGINAL}",
     ),
 }  # fmt: skip
 
