@@ -68,18 +68,23 @@ def check_quantised(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor
         if weight is None or weight.ndim != 2:
             raise CheckpointError(f"{name} has a format for {layer}, which has no matrix; it is another model")
         told = _checked_format(layer, parts, name)
-        sizes = {key: tuple(tensor.shape) for key, tensor in sorted(parts.items()) if key != COMFY_LAYER[1:]}
-        kind = (str(told), weight.shape, str(sizes))
+        found = {key: _told(tensor) for key, tensor in sorted(parts.items()) if key != COMFY_LAYER[1:]}
+        kind = (str(told), weight.shape, str(found))
         try:
             _take(operations, weight.shape, layer, parts, unpack=kind not in kinds, name=name)
         except MISFITS as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(
-                f"{name} has for {layer} {', '.join(f'{key} {size}' for key, size in sizes.items())}, which make no "
+                f"{name} has for {layer} {', '.join(f'{key} {what}' for key, what in found.items())}, which make no "
                 f"{told['format']} matrix of {weight.shape[0]} x {weight.shape[1]} numbers; it is damaged or another model"
             ) from error
         kinds.add(kind)
+
+
+def _told(tensor: Tensor) -> str:
+    """Its shape and its dtype."""
+    return f"{tuple(tensor.shape)} in {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _quantised_layers(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -133,7 +138,7 @@ def _take(
             f"ComfyUI, or {INSTEAD}"
         )
     if layer.endswith(EMBEDDING):  # too large to be unpacked, and in no format that packs its rows
-        if parts["weight"].shape != shape:
+        if parts["weight"].shape != shape or parts["weight_scale"].numel() not in (1, shape[0]):
             raise ValueError(f"an embedding of {parts['weight'].shape}")
     elif unpack:
         layout = get_layout_class(QUANT_ALGOS[found.quant_format]["comfy_tensor_layout"])

@@ -122,18 +122,18 @@ def test_quantised_text_encoder_is_saved_and_loaded_to_the_bit(small: Small, ori
 def test_embedding_in_a_format_of_the_host(small: Small, original: Tensors) -> None:
     """Rows are unpacked as they are looked up, which the host does in 8 bits alone."""
     embedding = original["embed_tokens.weight"]
-    for form, layer in ((FP8, "embed_tokens"), ("nvfp4", "embed_tokens")):
+    for form in (FP8, "nvfp4", "mxfp8"):
         matrix = QuantizedTensor.from_float(embedding, QUANT_ALGOS[form]["comfy_tensor_layout"], scale="recalculate")
-        told = {f"{layer}.comfy_quant": as_bytes({"format": form})}
-        tensors = {**original, **matrix.state_dict(f"{layer}.weight"), **told}
+        told = {"embed_tokens.comfy_quant": as_bytes({"format": form})}
+        tensors = {**original, **matrix.state_dict("embed_tokens.weight"), **told}
         if form == FP8:
-            unpacked = encode(small, "embedding-unpacked", {**original, f"{layer}.weight": matrix.dequantize()})
+            unpacked = encode(small, "embedding-unpacked", {**original, "embed_tokens.weight": matrix.dequantize()})
             assert difference(encode(small, "embedding", tensors), unpacked) <= EQUAL
-        else:
-            with pytest.raises(
-                ValueError, match=r"^embedding has for embed_tokens weight \(.*, which make no nvfp4 matrix of "
-            ):
-                encode(small, "embedding", tensors)
+            tensors["embed_tokens.weight_scale"] = torch.ones(3)
+        with pytest.raises(
+            ValueError, match=rf"^embedding has for embed_tokens weight \(.*, which make no {form} matrix of "
+        ):
+            encode(small, "embedding", tensors)
 
 
 def test_formats_of_a_text_encoder_in_the_header(

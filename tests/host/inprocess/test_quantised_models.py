@@ -268,23 +268,29 @@ BAD: dict[str, tuple[str, Callable[[Tensors], Tensors], str]] = {
     "half the columns": (
         "nvfp4",
         lambda t: {f"{LAYER}.weight": t[f"{LAYER}.weight"][:, :144]},
-        rf"has for {LAYER} weight (576, 144), weight_scale (640, 36), weight_scale_2 (), which make no nvfp4 matrix of "
-        "576 x 576 numbers; it is damaged or another model",
+        rf"has for {LAYER} weight (576, 144) in uint8, weight_scale (640, 36) in float8_e4m3fn, weight_scale_2 () in float32, "
+        "which make no nvfp4 matrix of 576 x 576 numbers; it is damaged or another model",
     ),
     "half the rows": (
         "float8_e4m3fn",
         lambda t: {f"{LAYER}.weight": t[f"{LAYER}.weight"][:288]},
-        f"has for {LAYER} weight (288, 576), weight_scale (), which make no float8_e4m3fn matrix of 576 x 576 numbers; it is",
+        f"has for {LAYER} weight (288, 576) in float8_e4m3fn, weight_scale () in float32, which make no float8_e4m3fn matrix ",
     ),
     "twice the columns": (
         "float8_e4m3fn",
         lambda t: {f"{LAYER}.weight": torch.zeros(576, 1152, dtype=torch.float8_e4m3fn)},
-        f"has for {LAYER} weight (576, 1152), weight_scale (), which make no float8_e4m3fn matrix of 576 x 576 numbers; it",
+        f"has for {LAYER} weight (576, 1152) in float8_e4m3fn, weight_scale () in float32, which make no float8_e4m3fn matrix ",
     ),
     "scales of another size": (
         "mxfp8",
         lambda t: {f"{LAYER}.weight_scale": t[f"{LAYER}.weight_scale"][:128]},
-        f"has for {LAYER} weight (576, 576), weight_scale (128, 20), which make no mxfp8 matrix of 576 x 576 numbers; it is",
+        f"has for {LAYER} weight (576, 576) in float8_e4m3fn, weight_scale (128, 20) in float8_e8m0fnu, which make no mxfp8 ",
+    ),
+    "scales of another dtype beside those of others": (
+        "mxfp8",
+        lambda t: {f"{LAYER}.weight_scale": t[f"{LAYER}.weight_scale"].float()},
+        f"has for {LAYER} weight (576, 576) in float8_e4m3fn, weight_scale (640, 20) in float32, which make no mxfp8 matrix of "
+        "576 x 576 numbers; it is",
     ),
     "no scale": (
         "float8_e4m3fn",
@@ -294,7 +300,7 @@ BAD: dict[str, tuple[str, Callable[[Tensors], Tensors], str]] = {
     "one scale of two": (
         "nvfp4",
         lambda t: {f"{LAYER}.weight_scale_2": None},
-        f"has for {LAYER} weight (576, 288), weight_scale (640, 36), which make no nvfp4 matrix of 576 x 576 numbers; it is",
+        f"has for {LAYER} weight (576, 288) in uint8, weight_scale (640, 36) in float8_e4m3fn, which make no nvfp4 matrix of ",
     ),
     "a scale that is not finite": (
         "nvfp4",
