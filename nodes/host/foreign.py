@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...sana.checkpoints.files import TensorFile
 from ...sana.checkpoints.formats import COMFY_LAYER
-from ...sana.checkpoints.packing import BESIDE, by_compressed_tensors, packed_kinds, with_packed
+from ...sana.checkpoints.packing import BESIDE, FP8_DTYPES, by_compressed_tensors, packed_kinds, with_packed
 from ...sana.networks.packed import PackedWeight
 from .quantised import with_formats
 
@@ -58,10 +58,12 @@ def unpacked(tensors: Mapping[str, Tensor | PackedWeight], dtype: torch.dtype | 
 
 
 def _foreign_layers(file: TensorFile) -> set[str]:
-    """The quantised layers of which the host has not said the format."""
+    """The quantised layers of which the host has not said the format. Of numbers in float8 the dtype says it."""
     beside = [found.groups() for found in map(BESIDE.fullmatch, file.tensors) if found]
+    weights = {layer: file.tensors.get(f"{layer}.weight") for layer, _ in beside}
+    fp8 = {layer for layer, weight in weights.items() if weight is not None and weight.dtype in FP8_DTYPES}
     by_others = {layer for layer, part in beside if by_compressed_tensors(file) or part.startswith(OF_BITSANDBYTES)}
-    return {layer for layer in by_others if f"{layer}{COMFY_LAYER}" not in file.tensors}
+    return {layer for layer in by_others | fp8 if f"{layer}{COMFY_LAYER}" not in file.tensors}
 
 
 def _layer(name: str) -> str:

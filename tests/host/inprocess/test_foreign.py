@@ -22,7 +22,7 @@ from sana.checkpoints.names import with_convolutions
 from sana.checkpoints.writing import transformer_json
 from sana.networks.packed import PackedWeight
 from tests.host.inprocess.small import DEMO, EQUAL, PROMPT, Small, difference, limit, load
-from tests.host.inprocess.test_quantised_models import latent_of, network
+from tests.host.inprocess.test_quantised_models import latent_of, network, packed, write
 from tests.host.inprocess.test_saving import same_bits, saved, weights
 from tests.sana.gguf_writer import write_gguf
 from tests.sana.measures import relative_error
@@ -241,12 +241,18 @@ def test_broken_matrices_are_named_in_one_sentence(small: Small, folder: Path, c
 # compressed-tensors
 
 
+@pytest.mark.parametrize("told", [True, False], ids=["told", "not told"])
 @pytest.mark.parametrize("strategy", ["tensor", "channel"])
-def test_gemma_in_fp8_by_compressed_tensors(small: Small, strategy: str) -> None:
-    """One scale for a matrix is a format of the host; one for each row is not."""
+def test_gemma_in_fp8_by_compressed_tensors(small: Small, strategy: str, told: bool) -> None:
+    """One scale for a matrix is a format of the host; one for each row is not. told: whether config.json says who packed it."""
     place = small.host.base / "models" / "text_encoders" / f"fp8-{strategy}"
     with torch.inference_mode(False):
         compressed_gemma(place, strategy)
+    config = json.loads((place / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    if not told:
+        del config["quantization_config"]
+        (place / "config.json").write_text(json.dumps(config))
     (place / "tokenizer.json").write_bytes(tokenizer_json())
     clip, expected = text_encoder(small, place.name, "fp32"), of_shell(place)
     layer = clip.cond_stage_model.encoder.model.layers[1].mlp.up_proj
@@ -262,6 +268,19 @@ def test_gemma_in_fp8_by_compressed_tensors(small: Small, strategy: str) -> None
     assert torch.equal(encode(small, text_encoder(small, path.name)), encode(small, auto))
     assert relative_error(encode(small, text_encoder(small, path.name, "fp32")), of_shell(path)) < 1e-5
     path.unlink(), shutil.rmtree(place)
+
+
+def test_float8_with_scales_alone(small: Small) -> None:
+    """Beside them nothing says in which format; the dtype does."""
+    tensors = packed(dict(network().state_dict()), "float8_e4m3fn")
+    path = write(small, "marked", tensors)
+    model = load(small.host, path.name)[0]
+    bare = write(small, "bare", {key: part for key, part in tensors.items() if not key.endswith(".comfy_quant")})
+    found = load(small.host, bare.name)[0]
+    ours, theirs = (each.model.diffusion_model.get_parameter(f"{LAYER}.weight") for each in (found, model))
+    assert isinstance(ours, QuantizedTensor) and torch.equal(ours.dequantize(), theirs.dequantize())
+    assert torch.equal(small.ksampler(model=found), small.ksampler(model=model))
+    path.unlink(), bare.unlink()
 
 
 # GGUF

@@ -169,9 +169,11 @@ def test_quantised_text_encoder_is_checked(small: Small, original: Tensors) -> N
 
 def test_scales_of_an_unknown_format(small: Small, original: Tensors) -> None:
     """The host would compute with the packed numbers as they are."""
-    message = r"^scales has the scale layers.0.mlp.down_proj.weight_scale, and nothing in it says in which format; "
+    layer = "layers.0.mlp.down_proj"
+    numbers = torch.ones(original[f"{layer}.weight"].shape, dtype=torch.int8)
+    message = rf"^scales has the scale {layer}.weight_scale, and nothing in it says in which format; "
     with pytest.raises(ValueError, match=message):
-        encode(small, "scales", pack(original, quantise(original, FP8)))
+        encode(small, "scales", {**original, f"{layer}.weight": numbers, f"{layer}.weight_scale": torch.ones(())})
     path = small.path.with_name("scales.safetensors")
     with safe_open(small.path, framework="pt") as file:
         save_file({**load_file(small.path), f"{LAYER}.weight_scale": torch.ones(())}, path, file.metadata())
