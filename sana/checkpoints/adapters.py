@@ -39,7 +39,10 @@ TEXT_DOTTED = (
     *("text_encoders.gemma2_2b.transformer.model.", "text_encoders.transformer.model."),
 )
 TEXT_UNDERSCORED = ("lora_te1_", "lora_te1_model_", "lora_te_", "lora_te_model_")
-TEXT_LAYER = re.compile(r"(?:^|[._])(?<!encoder[._])layers[._]\d+[._](?:self_attn|mlp)[._]")
+# Of a text encoder without a network named encoder in it, as CLIP and T5 have one.
+TEXT_LAYER = re.compile(r"(?:^|[._])(?:(?<!encoder[._])|(?<=text_encoder[._]))layers[._]\d+[._](?:self_attn|mlp)[._]")
+# In our names and those of models like ours.
+BLOCK_LAYER = re.compile(r"(?:^|[._])transformer_blocks[._]\d+[._](?:attn[12][._]to_|ff[._]conv_)")
 # What training code leaves in names: a parallel or compiled network before them, and the name of an adapter inside.
 LEFTOVERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 ADAPTER_NAME = re.compile(r"(?<=\.lora_)(A|B|magnitude_vector)\.(?!weight$)[^.]+(?=\.weight$)")
@@ -115,6 +118,8 @@ def describe_lora(names: Iterable[str]) -> str:
     for marks, model in OTHERS:
         if any(mark in name for mark in marks for name in found):
             return model
+    if any(BLOCK_LAYER.search(name) for name in found):
+        return "a transformer with other blocks"
     return "a model of unknown kind"
 
 

@@ -334,10 +334,27 @@ def test_a_kronecker_product_for_a_fused_layer_keeps_its_name() -> None:
         ("lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha", "the text encoder of another model"),
         ("diffusion_model.blocks.0.self_attn.q.lora_A.weight", "a model of another family"),
         ("something", "a model of unknown kind"),
-        (
-            "base_model.model.layers.0.self_attn.v_proj.lora_A.weight",
-            "SANA's text encoder, which Load LoRA (Model and CLIP) takes",
+        *(
+            (f"{layer}.lora_A.weight", "SANA's text encoder, which Load LoRA (Model and CLIP) takes")
+            for layer in (
+                "base_model.model.layers.0.self_attn.v_proj",
+                "text_encoder.layers.0.self_attn.v_proj",
+                "lora_te1_layers_0_mlp_up_proj",
+            )
         ),
+        (
+            "text_encoder.text_model.encoder.layers.0.self_attn.v_proj.lora_A.weight",
+            "the text encoder of another model",
+        ),
+        ("text_encoder.encoder.layers.0.self_attn.v_proj.lora_A.weight", "a model of another family"),
+        *(
+            (f"{layer}.lora_A.weight", "a transformer with other blocks")
+            for layer in (
+                "transformer.transformer_blocks.40.attn1.to_q",
+                "lora_unet_transformer_blocks_40_ff_conv_point",
+            )
+        ),
+        ("lora_unet_down_blocks_0_transformer_blocks_0_attn1_to_q.lora_down.weight", "a Stable Diffusion model"),
         ("blocks.0.attn.qkv.lokr_w1", "several layers of SANA in one, as a product that cannot be cut apart"),
     ],
 )
