@@ -108,10 +108,12 @@ def read_jobs(options: argparse.Namespace) -> list[Job]:
 
 
 def read_strength(text: str) -> tuple[Path, float]:
-    """A file and its strength, from FILE or FILE=STRENGTH. Raises ValueError for a strength that is no number."""
+    """A file and its strength, from FILE or FILE=STRENGTH. Raises ValueError for no file and a strength that is no number."""
     name, sign, strength = text.rpartition("=")
     if not sign or Path(text).exists():
-        return Path(text), 1.0
+        name, strength = text, "1"
+    if not name:
+        raise ValueError(f"--lora is {text!r}, which names no file; give FILE or FILE=0.8")
     try:
         return Path(name), float(strength)
     except ValueError as error:

@@ -94,8 +94,8 @@ class SanaPipeline:
         control: file or folder of a ControlNet, which then needs `Settings.control_image`.
         offload: "auto" lets parts leave a GPU for one another where it has no room for all, with Gemma's embedding on the
         CPU in any case; "never" keeps everything on the device.
-        Raises CheckpointError for files that are something else, ValueError for a strength that is no finite number and for
-        an unknown offload, and FileNotFoundError.
+        Raises CheckpointError for files that are something else, ValueError for a LoRA without a strength or with one that is
+        no finite number and for an unknown offload, and FileNotFoundError.
         """
         offloader = Offloader(torch.device(device), offload)
         *parts, controlnet = load_parts(

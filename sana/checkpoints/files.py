@@ -70,6 +70,7 @@ def read_tensors(path: Path | str, component: str | None = None) -> TensorFile:
     FileNotFoundError if there is nothing at the path.
     """
     path = Path(path)
+    path = path if path.name else path.resolve()  # "." has no name to be told
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a checkpoint file or a folder of a diffusers model")
     if path.is_dir():

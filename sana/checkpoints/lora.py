@@ -184,9 +184,9 @@ def read_lora(path: Path | str, *, sprint: bool | None = None) -> Lora:
     path = _existing(path)
     file = read_tensors(path)
     if not is_lora(file.tensors):
-        raise CheckpointError(f"{path.name} is {describe(file.tensors)}; give a LoRA")
+        raise CheckpointError(f"{file.path.name} is {describe(file.tensors)}; give a LoRA")
     inside = path / "adapter_model.safetensors" if path.is_dir() else path
-    return Lora(path.name, file.tensors, read_settings(file.metadata, inside), sprint)
+    return Lora(file.path.name, file.tensors, read_settings(file.metadata, inside), sprint)
 
 
 def lora_files(path: Path | str) -> list[Path]:
@@ -217,14 +217,14 @@ def read_merges(
     """What LoRA files, each with a strength, make of the weights of a transformer and of a text encoder.
 
     text_encoder: None if it does not count. Warns of a file of which a part fits. Raises CheckpointError for one of which
-    nothing does, as `Lora.changes` does, and ValueError for a strength that is no finite number.
+    nothing does, as `Lora.changes` does, and ValueError for a strength that is no finite number and for what is no pair.
     """
     if not loras:
         return {}, {}
     parts = [Part.transformer(transformer)]
     parts += [] if text_encoder is None else [Part.text_encoder(text_encoder)]
     found: list[dict[str, list[tuple[Change, float]]]] = [{}, {}]
-    for path, strength in loras:
+    for path, strength in map(_pair, loras):
         if not math.isfinite(strength):
             raise ValueError(f"the strength of {path} is {strength}; it must be a finite number, such as 1")
         lora = read_lora(path, sprint=transformer.guidance_embed)
@@ -238,6 +238,17 @@ def read_merges(
                     known.setdefault(name, []).append((change, strength))
     first, second = ({name: Changes(changes) for name, changes in known.items()} for known in found)
     return first, second
+
+
+def _pair(given: object) -> tuple[Path, float]:
+    """A file and its strength. Raises ValueError for anything else."""
+    try:
+        path, strength = given
+        return Path(path), float(strength)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"a LoRA is given as {given!r:.100}; give its file and a strength, such as ('style.safetensors', 1.0)"
+        ) from error
 
 
 def tell_fit(lora: Lora, fitting: set[str]) -> str:

@@ -182,6 +182,17 @@ def test_shards_in_another_number_beside_a_complete_set_do_not_count(tmp_path: P
     assert_holds(read_tensors(tmp_path), tensors)
 
 
+def test_the_folder_at_hand_is_told_by_its_name(
+    tmp_path: Path, tensors: Tensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file(tensors, tmp_path / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    for path in (".", Path()):
+        file = read_tensors(path)
+        assert_holds(file, tensors)
+        assert file.path.name == tmp_path.name
+
+
 def test_a_component_of_a_pipeline_folder(tmp_path: Path, tensors: Tensors) -> None:
     (tmp_path / "vae").mkdir()
     save_file(tensors, tmp_path / "vae" / "model.safetensors")

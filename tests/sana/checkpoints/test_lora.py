@@ -503,6 +503,18 @@ def test_a_strength_is_a_finite_number(tmp_path: Path, strength: float) -> None:
         read_merges([(path, strength)], CONFIG, None)
 
 
+@pytest.mark.parametrize(
+    "given",
+    ["a.safetensors", ("a.safetensors",), ("a.safetensors", None), ("a.safetensors", "x"), (None, 1.0), ("a", 1.0, 2)],
+)
+def test_what_is_no_pair_of_a_file_and_a_strength(given: object) -> None:
+    with pytest.raises(ValueError) as caught:
+        read_merges([given], CONFIG, None)
+    assert str(caught.value) == (
+        f"a LoRA is given as {given!r}; give its file and a strength, such as ('style.safetensors', 1.0)"
+    )
+
+
 @pytest.mark.parametrize("read", [read_lora, lora_files])
 def test_a_lora_that_is_not_there(tmp_path: Path, read: object) -> None:
     with pytest.raises(FileNotFoundError, match="style.safetensors does not exist; give the file of a LoRA"):

@@ -99,6 +99,11 @@ def test_a_lora_that_cannot_be_used_is_refused(shell: Shell, lora: Path, given: 
     assert shell.fail("a cat", "--lora", lora.parent / given).endswith(message.format(folder=lora.parent))
 
 
+@pytest.mark.parametrize("given", ["", "=0.5"])
+def test_a_strength_without_a_file_is_refused(shell: Shell, given: str) -> None:
+    assert shell.fail("a cat", "--lora", given) == f"--lora is {given!r}, which names no file; give FILE or FILE=0.8"
+
+
 def test_a_name_with_an_equals_sign_is_a_name_where_there_is_such_a_file(tmp_path: Path) -> None:
     path = tmp_path / "r=4"
     assert read_strength(f"{path}") == (tmp_path / "r", 4.0)
