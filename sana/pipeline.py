@@ -177,7 +177,8 @@ class SanaPipeline:
         self._check(plan)
         for step in self._steps(plan, inputs and Inputs(*inputs)):
             if not bool(torch.isfinite(step.next_x).all()):
-                computing, advice = self.transformer.dtype, "the checkpoint is damaged"
+                computing = self.transformer.dtype
+                advice = "a LoRA, a ControlNet or the checkpoint is damaged: try without the first two"
                 if computing != torch.float32:
                     advice = f"the model was released in {self.identity.dtype}, so use that or float32"
                 raise SamplingError(
