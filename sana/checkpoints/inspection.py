@@ -1,8 +1,12 @@
 """What a checkpoint is, in words."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from ..config import TRANSFORMER_SOURCE, VARIANTS, AutoencoderConfig, GemmaConfig, TransformerIdentity
+from ..networks.packed import PackedWeight
 from .adapters import is_lora
 from .autoencoder import autoencoder_name, autoencoder_tensors, detect_autoencoder
 from .files import TensorFile, read_tensors
@@ -12,7 +16,8 @@ from .kinds import QUANTO, SVDQUANT, UNMERGED, describe
 from .lora import read_lora
 from .lora_inspection import lora_lines
 from .names import is_autoencoder, is_transformer
-from .packing import format_name, packed_kinds
+from .packing import format_name, packed_kinds, with_packed
+from .text_encoder import is_gemma
 from .transformer import find_transformer
 
 # What to do with some of what `kinds.describe` knows.
@@ -37,7 +42,7 @@ def describe_file(path: Path | str, model: Path | str | None = None) -> str:
     name, content = file.path.name, f"{len(file.tensors)} tensors, {_amount(file)}"
     if is_transformer(file.tensors):
         found = find_transformer(file)
-        packed = [f"quantised matrices: {', '.join(kinds)}"] if (kinds := [*packed_kinds(found.tensors)]) else []
+        packed = _packed_lines(found.tensors)
         return "\n".join([f"{name}: a SANA transformer", content, *packed, *_transformer_lines(found.identity)])
     if is_autoencoder(file.tensors):
         config = detect_autoencoder(autoencoder_tensors(file), file)
@@ -45,7 +50,8 @@ def describe_file(path: Path | str, model: Path | str | None = None) -> str:
     kind = describe(file.tensors)
     if is_lora(file.tensors):
         return "\n".join([f"{name}: a LoRA", content, *lora_lines(read_lora(path), model)])
-    return "\n".join([f"{name}: {kind}", content, USES.get(kind, "it is of no use to SANA by itself")])
+    packed = _packed_lines(with_packed(file).tensors) if is_gemma(file.tensors) else []
+    return "\n".join([f"{name}: {kind}", content, *packed, USES.get(kind, "it is of no use to SANA by itself")])
 
 
 def _amount(file: TensorFile) -> str:
@@ -53,6 +59,12 @@ def _amount(file: TensorFile) -> str:
     size_bytes = sum(tensor.nbytes for tensor in file.tensors.values())
     dtypes = sorted({format_name(tensor) for tensor in file.tensors.values()})
     return f"{numbers:,} numbers in {', '.join(dtypes)}, {size_bytes / 1e9:.2f} GB"
+
+
+def _packed_lines(tensors: Mapping[str, Tensor | PackedWeight]) -> list[str]:
+    """How many matrices are quantised and how; none if none is."""
+    kinds = ", ".join(packed_kinds(tensors))
+    return [f"quantised matrices: {kinds}"] if kinds else []
 
 
 def _transformer_lines(identity: TransformerIdentity) -> list[str]:

@@ -137,7 +137,8 @@ def test_info(tmp_path: Path) -> None:
     lines = describe_file(path).splitlines()
     assert lines[0] == "gemma.gguf: a Gemma text encoder"
     assert "numbers in Q8_0, float32, uint8" in lines[1]
-    assert lines[2] == "give its path as the text encoder"
+    matrices = sum(tensor.ndim == 2 for tensor in gemma().state_dict().values())
+    assert lines[2:] == [f"quantised matrices: {matrices} in Q8_0", "give its path as the text encoder"]
 
 
 # Bad input

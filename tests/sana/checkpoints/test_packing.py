@@ -261,6 +261,15 @@ def test_info_counts_what_is_quantised(tmp_path: Path, diffusers: Tensors) -> No
     assert not [line for line in describe_file(write(tmp_path, diffusers)).splitlines() if "quantised" in line]
 
 
+def test_info_counts_what_is_quantised_of_a_text_encoder(tmp_path: Path) -> None:
+    plain = dict(gemma().state_dict())
+    names = [name for name in plain if name.endswith("_proj.weight")]
+    stored, _ = quantised(plain, QUANTISERS["nvfp4"], names)
+    told = [f"quantised matrices: {len(names)} in nvfp4", "give its path as the text encoder"]
+    assert describe_file(write_gemma(tmp_path / "packed", stored)).splitlines()[2:] == told
+    assert describe_file(write_gemma(tmp_path / "plain", plain)).splitlines()[2:] == told[1:]
+
+
 @pytest.mark.parametrize("form", ["fp8", "nvfp4", "bitsandbytes nf4 twice"])
 def test_a_quantised_file_is_converted_to_its_numbers(tmp_path: Path, diffusers: Tensors, form: str) -> None:
     stored, unpacked = quantised(diffusers, QUANTISERS[form], MATRICES)
