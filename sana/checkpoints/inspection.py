@@ -12,7 +12,7 @@ from .autoencoder import autoencoder_name, autoencoder_tensors, detect_autoencod
 from .files import TensorFile, read_tensors
 from .gguf_container import is_gguf
 from .gguf_files import read_gguf
-from .kinds import QUANTO, SVDQUANT, UNMERGED, describe
+from .kinds import ADAPTER, QUANTO, SVDQUANT, UNMERGED, describe
 from .lora import read_lora
 from .lora_inspection import lora_lines
 from .names import is_autoencoder, is_transformer
@@ -25,6 +25,7 @@ USES = {
     "a Gemma text encoder": "give its path as the text encoder",
     QUANTO: f"use {TRANSFORMER_SOURCE} instead",
     UNMERGED: "merge the adapter and save the model again, or load the adapter as a LoRA beside the model it is for",
+    ADAPTER: "use it with a LoRA loader in ComfyUI",
     SVDQUANT: f"use {TRANSFORMER_SOURCE} instead",
     "a ControlNet for SANA": "use it with a SANA transformer: --control in the shell, the node Load SANA ControlNet in ComfyUI",
 }

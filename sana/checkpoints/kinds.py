@@ -15,6 +15,7 @@ from .names import (
 
 QUANTO = "a model quantised by quanto"
 UNMERGED = "a SANA transformer with an adapter of PEFT that is not merged"
+ADAPTER = "an adapter of the kind OFT, BOFT or GLoRA, which ComfyUI reads and the shell does not"
 SVDQUANT = "a SANA transformer quantised by SVDQuant, which only nunchaku reads"
 # What other files users hand us by mistake, by a part of a tensor name.
 KINDS = (
@@ -22,6 +23,7 @@ KINDS = (
     ((UNMERGED_MARK,), UNMERGED),
     ((QUANTO_MARK,), QUANTO),
     (("lora_A.", "lora_B.", "lora_down.", "lora_up.", "hada_w1", "lokr_w1"), "a LoRA"),
+    ((".oft_blocks", ".a1.weight"), ADAPTER),
     (SVDQUANT_FORMAT.marks, SVDQUANT),
     (("double_blocks.0.", "single_transformer_blocks.0."), "a Flux model"),
     (("input_blocks.0.0.", "down_blocks.0.resnets.0.time_emb_proj."), "a Stable Diffusion model"),

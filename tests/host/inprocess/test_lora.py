@@ -235,6 +235,25 @@ def test_lokr_of_lycoris(small: Small, weights: dict[str, Tensor]) -> None:
     assert difference(small.sample(model=model), small.sample(model=changed)) <= EQUAL
 
 
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"oft_blocks": (4, 24, 24)},
+        {"oft_blocks": (2, 4, 24, 24)},
+        {"a1.weight": (96, 2), "a2.weight": (2, 96), "b1.weight": (96, 2), "b2.weight": (2, 96)},
+    ],
+    ids=["OFT", "BOFT", "GLoRA"],
+)
+def test_kinds_that_the_host_alone_computes(small: Small, shapes: dict[str, tuple[int, ...]]) -> None:
+    torch.manual_seed(1)
+    layer = "lycoris_" + LAYERS[0].replace(".", "_")
+    tensors = {f"{layer}.{part}": torch.randn(shape) / 4 for part, shape in shapes.items()}
+    name = write_lora(small, "other-kind", {**tensors, f"{layer}.alpha": torch.tensor(2.0)})
+    (model,) = small.host.call("LoraLoaderModelOnly", model=small.model, lora_name=name, strength_model=1.0)
+    assert {*model.patches} == {f"diffusion_model.{LAYERS[0]}.weight"}
+    assert difference(small.sample(model=model), small.sample()) > CHANGED
+
+
 @pytest.mark.parametrize("node", ["LoraLoader", "LoraLoaderBypass"])
 @pytest.mark.parametrize("layer", TEXT_LAYERS)
 def test_lora_of_the_text_encoder(small: Small, node: str, layer: str) -> None:

@@ -127,6 +127,8 @@ def test_lines_on_other_files_say_what_they_are(tmp_path: Path) -> None:
         "1 tensors, 6 numbers in float32, 0.00 GB",
         "it is of no use to SANA by itself",
     ]
+    save_file({"lycoris_transformer_blocks_0_attn1_to_q.oft_blocks": torch.ones(2, 2, 2)}, path)
+    assert describe_file(path).splitlines()[2] == "use it with a LoRA loader in ComfyUI"
     save_file({"transformer_blocks.0.ff.inverted_conv.qweight": torch.ones(2)}, path)
     assert describe_file(path).splitlines()[2] == "use Efficient-Large-Model/Sana_1600M_1024px_BF16 instead"
     save_file({"layers.0.post_feedforward_layernorm.weight": torch.ones(2)}, path)

@@ -270,6 +270,14 @@ OTHERS = {
     "the text encoder of another model": ("text_model.encoder.layers.0.layer_norm1.weight",),
     "the text encoder of another model ": ("encoder.block.0.layer.0.SelfAttention.q.weight",),
     "a Gemma text encoder": ("model.layers.0.post_feedforward_layernorm.weight",),
+    "an adapter of the kind OFT, BOFT or GLoRA, which ComfyUI reads and the shell does not": (
+        "lycoris_transformer_blocks_0_attn1_to_q.alpha",
+        "lycoris_transformer_blocks_0_attn1_to_q.oft_blocks",
+    ),
+    "an adapter of the kind OFT, BOFT or GLoRA, which ComfyUI reads and the shell does not ": (
+        "lycoris_transformer_blocks_0_attn1_to_q.a1.weight",
+        "lycoris_transformer_blocks_0_attn1_to_q.b1.weight",
+    ),
     "a ControlNet for another model": (
         "controlnet_blocks.0.weight",
         "transformer_blocks.0.ff.net.0.proj.weight",
