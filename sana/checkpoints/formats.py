@@ -1,10 +1,14 @@
-"""Formats of quantised weights, as data: by which tensor names each is known. The host and the shell read these tables."""
+"""Formats of quantised weights, as data: by which tensor names each is known, and how scales of blocks lie in a file.
+
+The host and the shell read these tables.
+"""
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..reading import parse_json
 
@@ -34,6 +38,7 @@ QUANTO = QuantisedFormat("optimum-quanto", ("._data", "._scale", "._shift"))
 COMPRESSED = QuantisedFormat("compressed-tensors", (".weight_packed", ".weight_zero_point", ".weight_shape"))
 SVDQUANT = QuantisedFormat("nunchaku", ("ff.inverted_conv.qweight",))
 FORMATS = (COMFY, BITSANDBYTES, COMPRESSED, QUANTO, SVDQUANT)
+TILE_ROWS, TILE_COLUMNS = 128, 4  # of scales of blocks, which are stored in the order of NVIDIA's matrix products
 
 
 def companions(names: Iterable[str]) -> list[str]:
@@ -59,3 +64,30 @@ def numbers_per_element(tensors: Mapping[str, Tensor], name: str) -> int:
     """
     told = layer_format(tensors, name.removesuffix(".weight")).get("format")
     return 2 if tensors[name].dtype == torch.uint8 or told in COMFY_FOUR_BITS else 1
+
+
+def untiled(stored: Tensor) -> Tensor:
+    """Scales of blocks as a matrix of bytes, out of tiles of 128 rows and 4 columns, which are stored as 32 rows of 4 x 4
+    (cuBLAS, "1D block scaling factors layout")."""
+    rows, columns = stored.shape
+    tiles = stored.view(torch.uint8).view(rows // TILE_ROWS, columns // TILE_COLUMNS, TILE_ROWS // 4, 4, TILE_COLUMNS)
+    return tiles.permute(0, 3, 2, 1, 4).reshape(rows, columns)
+
+
+def tiled(matrix: Tensor) -> Tensor:
+    """The same in tiles, filled up to whole ones with zeros."""
+    filled = F.pad(matrix, (0, -matrix.shape[1] % TILE_COLUMNS, 0, -len(matrix) % TILE_ROWS))
+    rows, columns = filled.shape
+    tiles = filled.view(rows // TILE_ROWS, 4, TILE_ROWS // 4, columns // TILE_COLUMNS, TILE_COLUMNS)
+    return tiles.permute(0, 3, 2, 1, 4).reshape(rows, columns)
+
+
+def scales_of_parts(stored: Tensor, rows: int, count: int) -> Tensor:
+    """Scales in tiles, laid out anew so that equal parts of their rows are those of equal parts of the matrix.
+
+    stored: (R, C), as a file has them; others than whole tiles stay as they are. rows: of the matrix. count: of its parts.
+    """
+    if len(stored) % TILE_ROWS or stored.shape[1] % TILE_COLUMNS:
+        return stored
+    parts = untiled(stored.contiguous())[:rows].tensor_split(count)
+    return torch.cat([tiled(part) for part in parts]).view(stored.dtype)

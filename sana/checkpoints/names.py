@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from .formats import COMFY_ATTENTION
+from .formats import COMFY_ATTENTION, scales_of_parts
 
 Tensors = dict[str, Tensor]
 
@@ -240,7 +240,9 @@ def _from_official(tensors: Tensors) -> Tensors:
     for name, tensor in tensors.items():
         match = re.match(r"blocks\.(\d+)\.(.+)", name)
         if match:
-            found.update(_apply(match[2], tensor, IN_BLOCK, f"transformer_blocks.{match[1]}."))
+            weight = tensors.get(f"{name.rpartition('.')[0]}.weight")
+            rows = weight.shape[0] if weight is not None and weight.ndim else 0
+            found.update(_apply(match[2], tensor, IN_BLOCK, f"transformer_blocks.{match[1]}.", rows))
         elif not name.startswith("controlnet.") and name not in DROPPED:
             found.update(_apply(name, tensor, outside))
     return found
@@ -255,14 +257,21 @@ def _from_early_diffusers(tensors: Tensors) -> Tensors:
     return found
 
 
-def _apply(name: str, tensor: Tensor, table: Mapping[str, str | tuple[str, ...]], prefix: str = "") -> Tensors:
-    """One tensor in our names. A name that is not in the table keeps its own, so that a strict load reports it."""
+def _apply(
+    name: str, tensor: Tensor, table: Mapping[str, str | tuple[str, ...]], prefix: str = "", rows: int = 0
+) -> Tensors:
+    """One tensor in our names. A name that is not in the table keeps its own, so that a strict load reports it.
+
+    rows: of the weight that it belongs to, for scales of blocks in it.
+    """
     stem, _, leaf = name.rpartition(".")
     targets = table.get(name) or table.get(f"{stem}.*") or name
     if isinstance(targets, str):
         return {prefix + targets.replace("*", leaf): tensor}
     # What accompanies a quantised weight, such as its scale, belongs to every part of it, unless it is one for each row.
     by_row = leaf in ROW_SCALES and tensor.numel() == len(tensor) > 1 if tensor.ndim else False
+    if leaf in ROW_SCALES and tensor.ndim == 2 and tensor.itemsize == 1:
+        tensor, by_row = scales_of_parts(tensor, rows, len(targets)), True
     whole = not (by_row or (leaf in ("weight", "bias") and tensor.ndim))
     parts = (tensor,) * len(targets) if whole else tensor.tensor_split(len(targets))
     return {prefix + target.replace("*", leaf): part for target, part in zip(targets, parts, strict=True)}

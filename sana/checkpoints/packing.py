@@ -25,7 +25,7 @@ from ..networks.packed import (
 )
 from ..reading import parse_json
 from .files import CheckpointError, TensorFile
-from .formats import COMFY_MODEL, COMPRESSED, layer_format
+from .formats import COMFY_MODEL, COMPRESSED, TILE_COLUMNS, TILE_ROWS, layer_format, untiled
 from .numbers import LARGEST
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -41,7 +41,6 @@ STATE = "weight.quant_state.bitsandbytes__"  # behind it nf4 or fp4; JSON as byt
 ROW_ORDER = 0  # of `weight_format`: the matrix as it is; other orders are of GPUs' own
 ROTATION = 256  # numbers that are rotated together where a file does not say
 AXES, MATRIX = range(2, 5), range(2, 3)  # how many a packed weight has; a convolution has 4
-TILE_ROWS, TILE_COLUMNS = 128, 4  # of scales of blocks, which are stored in the order of NVIDIA's matrix products
 
 
 class Layer(NamedTuple):
@@ -238,14 +237,11 @@ def _nvfp4(layer: Layer) -> PackedWeight:
 
 
 def _untiled(layer: Layer, columns: int, dtype: torch.dtype) -> Tensor:
-    """The scales of blocks, (R, columns), out of tiles of 128 rows and 4 columns, which are stored as 32 rows of 4 x 4
-    (cuBLAS, "1D block scaling factors layout")."""
+    """The scales of blocks, (R, columns), out of tiles."""
     rows = len(layer.weight)
-    down, across = math.ceil(rows / TILE_ROWS), math.ceil(columns / TILE_COLUMNS)
-    stored = layer.scale("weight_scale", (down * TILE_ROWS * across * TILE_COLUMNS,), wide=False)
-    tiles = stored.contiguous().view(torch.uint8).view(down, across, TILE_ROWS // 4, 4, TILE_COLUMNS)
-    matrix = tiles.permute(0, 3, 2, 1, 4).reshape(down * TILE_ROWS, across * TILE_COLUMNS)
-    scale = matrix[:rows, :columns].contiguous().view(dtype)
+    padded = rows + -rows % TILE_ROWS, columns + -columns % TILE_COLUMNS
+    stored = layer.scale("weight_scale", (math.prod(padded),), wide=False)
+    scale = untiled(stored.contiguous().view(padded))[:rows, :columns].contiguous().view(dtype)
     if dtype.is_floating_point and not scale.float().isfinite().all():
         raise layer.error("with a weight_scale that is not finite")
     return scale

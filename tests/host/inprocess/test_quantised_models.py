@@ -206,21 +206,29 @@ def test_lora_on_a_quantised_model(small: Small, form: str) -> None:
     file.unlink(), path.unlink()
 
 
-@pytest.mark.skipif("int8_tensorwise" not in QUANT_ALGOS, reason="a format of newer hosts")
-def test_a_scale_for_each_row_goes_with_its_rows(small: Small) -> None:
-    """Official files hold q, k and v in one matrix."""
+FUSED = {"attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "cross_attn.kv_linear": ("attn2.to_k", "attn2.to_v")}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_scales_go_with_their_rows(small: Small, form: str) -> None:
+    """Official files hold q, k and v in one matrix. Scales of blocks lie in tiles of 128 rows, which no part of it fills."""
+    assert WIDTH % 128
     state = dict(network().state_dict())
     official = official_transformer(with_convolutions(state))
-    layout = QUANT_ALGOS["int8_tensorwise"]["comfy_tensor_layout"]
-    for name in [name for name in official if name.endswith("attn.qkv.weight")]:
-        whole = QuantizedTensor.from_float(official[name], layout, per_channel=True)
+    layout = QUANT_ALGOS[form]["comfy_tensor_layout"]
+    more = {"int8_tensorwise": {"per_channel": True}, "convrot_w4a4": {"convrot_groupsize": GROUP}}.get(form, {})
+    for name in [name for name in official if name.endswith(tuple(f"{part}.weight" for part in FUSED))]:
+        _, index, layer = name.removesuffix(".weight").split(".", 2)
+        whole = QuantizedTensor.from_float(official[name], layout, scale="recalculate", **more)
         official |= whole.state_dict(name)
-        official[name.removesuffix("weight") + "comfy_quant"] = as_bytes({"format": "int8_tensorwise"})
-        parts = ("to_q", "to_k", "to_v")
-        names = [name.replace("blocks.", "transformer_blocks.").replace("attn.qkv", f"attn1.{part}") for part in parts]
-        state |= dict(zip(names, whole.dequantize().chunk(3), strict=True))
+        official[name.removesuffix("weight") + "comfy_quant"] = as_bytes(settings(form))
+        names = [f"transformer_blocks.{index}.{part}.weight" for part in FUSED[layer]]
+        state |= dict(zip(names, whole.dequantize().chunk(len(names)), strict=True))
     path = write(small, "rows", official)
-    assert relative_error(draw(small, path), expected(small, network(), state)) <= ROUNDING["int8_tensorwise"]
+    model = load(small.host, path.name)[0]
+    for name in (f"transformer_blocks.1.{part}.weight" for parts in FUSED.values() for part in parts):
+        assert torch.equal(model.model.diffusion_model.get_parameter(name).dequantize(), state[name]), name
+    assert relative_error(small.ksampler(model=model), expected(small, network(), state)) <= ROUNDING.get(form, 1e-5)
     path.unlink()
 
 

@@ -12,6 +12,7 @@ from sana.checkpoints.autoencoder import autoencoder_tensors, detect_autoencoder
 from sana.checkpoints.files import TensorFile
 from sana.checkpoints.filling import fill
 from sana.checkpoints.names import (
+    OFFICIAL_MARK,
     dialect_prefix,
     is_autoencoder,
     is_transformer,
@@ -25,6 +26,7 @@ from sana.config import AUTOENCODERS, VARIANTS
 from sana.networks.autoencoder import DCAutoencoder
 from sana.networks.controlnet import SanaControlNet
 from tests.sana.dialects import early_diffusers_transformer, official_transformer, original_autoencoder
+from tests.sana.quantisers import QUANTISERS
 from tests.sana.released import names, released
 from tests.sana.twins import (
     FAMILIES,
@@ -204,6 +206,37 @@ def test_an_unknown_name_is_kept_for_the_strict_load_to_report(name: str) -> Non
     official = official_transformer(dict(diffusers_transformer(tiny_config("sana-0.6b-1024px")).state_dict()))
     extra = to_transformer_names({**official, name: torch.ones(1)}).keys() - to_transformer_names(official).keys()
     assert extra == {name.replace("blocks.", "transformer_blocks.")}
+
+
+@pytest.mark.parametrize("width", [96, 128, 160])
+def test_scales_of_blocks_go_with_the_rows_of_a_part(width: int) -> None:
+    """They lie in tiles of 128 rows, which are laid out anew: as those of the part alone, which no other part changes."""
+    torch.manual_seed(0)
+    parts = [torch.randn(width, 96) * 10**i for i in range(3)]
+    stored = QUANTISERS["mxfp8"](torch.cat(parts)).stored
+    official = {OFFICIAL_MARK: torch.zeros(1), **{f"blocks.0.attn.qkv.{key}": part for key, part in stored.items()}}
+    found = to_transformer_names(official)
+    for letter, part in zip("qkv", parts, strict=True):
+        for key, expected in QUANTISERS["mxfp8"](part).stored.items():
+            ours = found[f"transformer_blocks.0.attn1.to_{letter}.{key}"]
+            assert ours.dtype == expected.dtype and torch.equal(ours.view(torch.uint8), expected.view(torch.uint8)), key
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale", "rows"),
+    [((384, 32), (130, 3), [44, 43, 43]), ((384, 32), (130, 4), [44, 43, 43]), ((), (128, 4), [0, 0, 0])],
+)
+def test_scales_that_are_no_tiles_of_a_matrix_are_left_for_their_reader(
+    weight: tuple[int, ...], scale: tuple[int, ...], rows: list[int]
+) -> None:
+    weight, scale = (torch.zeros(shape, dtype=torch.uint8) for shape in (weight, scale))
+    official = {
+        OFFICIAL_MARK: torch.zeros(1),
+        "blocks.0.attn.qkv.weight": weight,
+        "blocks.0.attn.qkv.weight_scale": scale,
+    }
+    found = to_transformer_names(official)
+    assert [len(found[f"transformer_blocks.0.attn1.to_{part}.weight_scale"]) for part in "qkv"] == rows
 
 
 def test_the_scale_of_a_quantised_tensor_goes_with_every_part_of_it() -> None:
