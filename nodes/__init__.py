@@ -2,9 +2,10 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import autoencoder, controlnet, latent, loaders, sampling, text
+from . import answers, autoencoder, controlnet, latent, loaders, sampling, text
 from .host.breakdown import contained
 from .host.register import register
+from .host.routes import serve
 
 NODES = (*loaders.NODES, *text.NODES, *latent.NODES, *sampling.NODES, *autoencoder.NODES, *controlnet.NODES)
 
@@ -17,4 +18,5 @@ class SanaExtension(ComfyExtension):
 async def comfy_entrypoint() -> SanaExtension:
     """Called by the host once, when it loads the pack."""
     register()
+    serve("/sana/tokens", answers.tokens)
     return SanaExtension()

@@ -2,12 +2,18 @@
 
 from comfy_api.latest import io
 
+from ..sana.config import TEXT_TOKENS
 from ..sana.text.prompt import INSTRUCTION
 from .host.clip import SanaTextModel
 from .host.report import reported
 
 CATEGORY = "SANA/conditioning"
 OFFICIAL, NONE, CUSTOM = "official", "none", "custom"
+
+
+def instruction_text(choice: str, custom: str) -> str | None:
+    """What is put before a prompt. None: nothing."""
+    return {OFFICIAL: INSTRUCTION, NONE: None, CUSTOM: custom or None}[choice]
 
 
 class GemmaTextEncode(io.ComfyNode):
@@ -47,11 +53,12 @@ class GemmaTextEncode(io.ComfyNode):
     def execute(cls, clip: io.Clip.Type, text: str, instruction: str, custom_instruction: str = "") -> io.NodeOutput:
         if not isinstance(getattr(clip, "cond_stage_model", None), SanaTextModel):
             raise ValueError("this CLIP is not Gemma-2; connect the CLIP of Load SANA or Load SANA text encoder")
-        before = {OFFICIAL: INSTRUCTION, NONE: None, CUSTOM: custom_instruction or None}[instruction]
+        before = instruction_text(instruction, custom_instruction)
         (count,) = clip.cond_stage_model.encoder.count([text], before)
         lost = f", {count.lost} cut off" if count.lost else ""
+        used = f"{count.used - 1} of {TEXT_TOKENS - 1} tokens"  # without the first, which begins every text
         conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text, instruction=before))
-        return reported(conditioning, text=f"{count.used} of 300 tokens{lost}")
+        return reported(conditioning, text=f"encoded {used}{lost}")
 
 
 NODES = (GemmaTextEncode,)

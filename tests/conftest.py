@@ -59,6 +59,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     used = getattr(item, "funcargs", {})
     if report.failed and "servers" in used:
         report.sections += used["servers"].logs()
-    if report.failed and "frontend" in used:
-        report.sections.append(("messages of the page", used["frontend"].report()))
+    for name in {"frontend", "opened"} & used.keys():
+        if report.failed:
+            report.sections.append(("messages of the page", used[name].report()))
     return report

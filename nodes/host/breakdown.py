@@ -1,26 +1,33 @@
-"""Libraries that break down with what is no `Exception`. It would end the thread that runs the host's queue."""
+"""Libraries that break down with what is no `Exception`. It would end a thread of the host, or the host itself."""
 
 import functools
+from collections.abc import Callable
+from typing import TypeVar
 
 from comfy.model_management import InterruptProcessingException
 from comfy_api.latest import io
 
 PASSED = (Exception, InterruptProcessingException, KeyboardInterrupt)  # each has its meaning for the host
+Result = TypeVar("Result")
 
 
-def contained(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
-    """The node itself, whose `execute` now raises RuntimeError where a library panics or tries to end the program."""
-    execute = node.execute.__func__
+def guarded(function: Callable[..., Result]) -> Callable[..., Result]:
+    """The function, which now raises RuntimeError where a library panics or tries to end the program."""
 
-    @functools.wraps(execute)
-    def execute_contained(cls: type[io.ComfyNode], **inputs: object) -> io.NodeOutput:
+    @functools.wraps(function)
+    def call(*arguments: object, **named: object) -> Result:
         try:
-            return execute(cls, **inputs)
+            return function(*arguments, **named)
         except PASSED:
             raise
         except BaseException as error:
             reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
             raise RuntimeError(f"a library broke down ({reason}); a file may be damaged: download it again") from error
 
-    node.execute = classmethod(execute_contained)
+    return call
+
+
+def contained(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
+    """The node itself, whose `execute` is guarded."""
+    node.execute = classmethod(guarded(node.execute.__func__))
     return node

@@ -205,6 +205,18 @@ def find_tokenizer(file: TensorFile, config: GemmaConfig) -> Tokenizer:
     )
 
 
+def read_tokenizer(path: Path | str, transformer: TransformerConfig | None = None) -> Tokenizer:
+    """The tokenizer of the text encoder in a file or folder, without the weights of either.
+
+    transformer: for which its texts must have the right width; None: for any. Raises as `load_text_encoder` does.
+    """
+    file = read_text_encoder(path)
+    config = gemma_config(gemma_tensors(file), file)
+    if transformer is not None:
+        check_text_encoder(config, transformer, file.path.name)
+    return find_tokenizer(file, config)
+
+
 def warn_of_base(file: TensorFile) -> None:
     """Log a warning if a text encoder is known to be the base model: by its name, where no chat template says otherwise."""
     folder = file.path if file.path.is_dir() else file.path.parent

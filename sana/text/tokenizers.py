@@ -5,6 +5,7 @@ Gemma-2 needs neither, so everything but a vocabulary with its merges is compare
 """
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -24,6 +25,8 @@ DECODER = {
 # Settings of its model that Gemma-2 leaves empty.
 UNSET = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
 
+BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # of a letter that has no piece of its own
+
 # Numbers of fields in sentencepiece_model.proto, and kinds of fields in protobuf's encoding.
 SPECS, CHARACTER_MAP = (3, 5), 2  # normalizer_spec and denormalizer_spec; precompiled_charsmap in either
 VARINT, BYTES, FIXED_SIZES = 0, 2, {1: 8, 5: 4}
@@ -35,6 +38,9 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Token ids, the beginning-of-sequence token first. Raises ValueError for what is no text."""
+
+    def starts(self, text: str) -> list[int]:
+        """Where each token of `encode` begins in the text, in characters. Raises ValueError for what is no text."""
 
 
 @contextmanager
@@ -65,6 +71,11 @@ class JsonTokenizer:
         _check_text(text)
         with _as_value_errors():
             return [BOS, *self.backend.encode(text, add_special_tokens=False).ids]
+
+    def starts(self, text: str) -> list[int]:
+        _check_text(text)
+        with _as_value_errors():
+            return [0, *(start for start, _ in self.backend.encode(text, add_special_tokens=False).offsets)]
 
 
 def _check_text(text: str) -> None:
@@ -124,6 +135,25 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         _check_text(text)
         return [BOS, *self.backend.encode(text)]
+
+    def starts(self, text: str) -> list[int]:
+        _check_text(text)
+        found, at, letter = [0], 0, b""
+        pieces = self.backend.encode(text, out_type=str)  # whose places are in bytes or in characters by version
+        for piece in pieces:
+            found.append(at)
+            byte = BYTE_PIECE.fullmatch(piece)
+            letter = letter + bytes.fromhex(byte[1]) if byte else b""
+            if not byte:
+                at += len(piece)
+            elif len(letter) == _utf8_length(letter[0]):
+                at, letter = at + 1, b""
+        return found
+
+
+def _utf8_length(first: int) -> int:
+    """Bytes of a letter in UTF-8, by the first of them."""
+    return 1 if first < 0xC0 else 2 if first < 0xE0 else 3 if first < 0xF0 else 4
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:

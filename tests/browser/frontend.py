@@ -2,7 +2,8 @@
 
 import io
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from tests.host.base_directory import PACK
 from tests.host.client import Client
 
 SIZE = {"width": 1600, "height": 1000}
-TIMEOUT_MS, RUN_MS = 60_000, 180_000
+TIMEOUT_MS, RUN_MS, POLL_MS = 60_000, 180_000, 50
 LOADED = """name => {  // the frontend first opens a default workflow, then the one asked for
     const workflow = window.app?.extensionManager?.workflow?.activeWorkflow
     return workflow?.filename.startsWith(name) && app.graph.nodes.length > 0
@@ -34,6 +35,15 @@ PICTURES = """() => Object.entries(app.nodeOutputs).every(([id, output]) => {
     const node = app.graph.getNodeById(id)
     return !node || !output?.images?.length || node.imgs?.every(picture => picture.complete)
 })"""
+SET = """([type, name, value]) => {
+    app.canvas.graph.nodes.find(node => node.type === type).widgets.find(widget => widget.name === name).value = value
+}"""
+TRACKER = "app.extensionManager.workflow.activeWorkflow.changeTracker"
+REMEMBER = f"() => {{ const tracker = {TRACKER}; tracker.captureCanvasState ? tracker.captureCanvasState() : tracker.checkState() }}"
+ENCLOSE = """type => {
+    app.graph.convertToSubgraph(new Set(app.graph.nodes.filter(node => node.type === type)))
+}"""
+ENTER = "() => { app.canvas.setGraph([...app.rootGraph.subgraphs.values()][0]) }"
 
 
 @contextmanager
@@ -117,6 +127,40 @@ class Frontend:
     def workflow(self) -> dict:
         """The workflow on the canvas as the frontend saves it."""
         return self.page.evaluate("() => JSON.parse(JSON.stringify(app.rootGraph.serialize()))")
+
+    def add(self, node_type: str) -> None:
+        """Adds a node to the graph in view."""
+        self.page.evaluate("type => { app.canvas.graph.add(LiteGraph.createNode(type)) }", node_type)
+
+    def set(self, node_type: str, name: str, value: object) -> None:
+        """Gives a value to a widget of the first node of a type in view."""
+        self.page.evaluate(SET, [node_type, name, value])
+
+    def remember(self) -> None:
+        """Has the user interface notice a change, to which `undo` returns."""
+        self.page.evaluate(REMEMBER)
+
+    def undo(self) -> None:
+        self.page.evaluate(f"() => {TRACKER}.undo()")
+
+    def enclose(self, node_type: str) -> None:
+        """Puts all nodes of a type into a subgraph."""
+        self.page.evaluate(ENCLOSE, node_type)
+
+    def enter_subgraph(self) -> None:
+        """Shows the inside of the only subgraph."""
+        self.page.evaluate(ENTER)
+
+    def open_previous(self) -> None:
+        """Goes back to the workflow that was in view before."""
+        self.page.evaluate("() => app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
+
+    def wait_until(self, read: Callable[[], object], wanted: object) -> None:
+        """Waits until `read` returns what is wanted. Raises AssertionError if it does not."""
+        deadline = time.monotonic() + TIMEOUT_MS / 1000
+        while (found := read()) != wanted:
+            assert time.monotonic() < deadline, f"{found} instead of {wanted}"
+            self.page.wait_for_timeout(POLL_MS)
 
     def screenshot(self, path: Path | None = None) -> Image.Image:
         """What the page shows, also written to `path` if given."""

@@ -21,6 +21,6 @@ def test_demo_draws_a_picture_at_a_click(frontend: Frontend, tmp_path: Path) -> 
     assert frontend.run()["kind"] == "execution_success"
     after = frontend.screenshot(tmp_path / "after.png")
     assert len(after.getcolors(2**24) or []) > len(before.getcolors(2**24) or []) + 100
-    for text in ("made for 256 px and cfg 2; its own text encoder and its own autoencoder", " of 300 tokens"):
+    for text in ("made for 256 px and cfg 2; its own text encoder and its own autoencoder", " of 299 tokens"):
         frontend.page.get_by_text(text).first.wait_for()
     assert not frontend.exceptions, frontend.report()

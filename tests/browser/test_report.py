@@ -1,10 +1,9 @@
-"""What a node found out stays on it, in both ways of drawing nodes, and in no saved workflow; without js/report.js all draws."""
+"""What a node found out stays on it, in both ways of drawing nodes, and in no saved workflow; without our modules all draws."""
 
 from pathlib import Path
 
-import pytest
-
 from tests.browser.frontend import DRAWN, Frontend
+from tests.host.base_directory import PACK
 from tests.workflows import graph
 
 WORKFLOW = "sana_demo"
@@ -14,23 +13,7 @@ NOTE_CACHED = """() => {
     window.cached = []
     app.api.addEventListener("execution_cached", event => window.cached.push(...event.detail.nodes))
 }"""
-UNDO = "() => app.extensionManager.workflow.activeWorkflow.changeTracker.undo()"
-RENAME = """() => {
-    app.graph.nodes[0].title = "renamed"
-    const tracker = app.extensionManager.workflow.activeWorkflow.changeTracker
-    tracker.captureCanvasState ? tracker.captureCanvasState() : tracker.checkState()
-}"""
-TO_SUBGRAPH = "type => { app.graph.convertToSubgraph(new Set(app.graph.nodes.filter(node => node.type === type))) }"
-ENTER_SUBGRAPH = "() => { app.canvas.setGraph([...app.rootGraph.subgraphs.values()][0]) }"
-ADD = "type => { app.graph.add(LiteGraph.createNode(type)) }"
 EXECUTED = "output => app.graph.nodes.at(-1).onExecuted(output)"
-
-
-@pytest.fixture(params=[False, True], ids=["canvas", "vue"])
-def page(frontend: Frontend, request: pytest.FixtureRequest) -> Frontend:
-    """A page that draws nodes on its canvas, or as elements."""
-    frontend.choose(Comfy_VueNodes_Enabled=request.param)
-    return frontend
 
 
 def run(page: Frontend) -> None:
@@ -61,9 +44,10 @@ def test_text_stays(page: Frontend, tmp_path: Path) -> None:
     run(page)
     texts = shown(page)
     page.screenshot(tmp_path / "after.png")
-    assert len(texts) == 3 and LOADED in texts and sum(" of 300 tokens" in text for text in texts) == 2
-    page.page.evaluate(RENAME)
-    page.page.evaluate(UNDO)
+    assert len(texts) == 3 and LOADED in texts and sum(" of 299 tokens" in text for text in texts) == 2
+    page.page.evaluate("() => { app.graph.nodes[0].title = 'renamed' }")
+    page.remember()
+    page.undo()
     assert shown(page) == texts
 
     page.open(WORKFLOW)
@@ -83,23 +67,23 @@ def test_text_stays(page: Frontend, tmp_path: Path) -> None:
 def test_text_is_that_of_the_workflow_in_view(frontend: Frontend) -> None:
     """Another workflow has nodes with the same ids. One of the nodes is in a subgraph."""
     frontend.open(WORKFLOW)
-    frontend.page.evaluate(TO_SUBGRAPH, "SanaCheckpointLoader")
+    frontend.enclose("SanaCheckpointLoader")
     run(frontend)
     texts = shown(frontend)
     assert len(texts) == 2
     frontend.load(graph.read("sana_1k_text_to_image"))
     assert shown(frontend) == []
-    frontend.page.evaluate("() => app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
+    frontend.open_previous()
     frontend.page.wait_for_function("() => document.querySelector('.sana-report')")
     assert shown(frontend) == texts
-    frontend.page.evaluate(ENTER_SUBGRAPH)
+    frontend.enter_subgraph()
     assert shown(frontend) == [LOADED]
 
 
-def test_empty_text_takes_the_older_one_away(page: Frontend) -> None:
+def test_empty_text_takes_the_older_one_away(opened: Frontend) -> None:
     """And an output without a text, or none at all, leaves it."""
-    page.open()
-    page.page.evaluate(ADD, SPRINT)
+    opened.load({"version": 0.4, "nodes": [], "links": []})
+    opened.add(SPRINT)
     for output, texts in (
         ({"sana_report": ["one", "two"]}, ["one\ntwo"]),
         ({"images": []}, ["one\ntwo"]),
@@ -107,8 +91,8 @@ def test_empty_text_takes_the_older_one_away(page: Frontend) -> None:
         ({"sana_report": ["three"]}, ["three"]),
         ({"sana_report": []}, []),
     ):
-        page.page.evaluate(EXECUTED, output)
-        assert shown(page) == texts
+        opened.page.evaluate(EXECUTED, output)
+        assert shown(opened) == texts
 
 
 def test_old_workflows_load_as_they_were_saved(frontend: Frontend) -> None:
@@ -123,8 +107,8 @@ def test_old_workflows_load_as_they_were_saved(frontend: Frontend) -> None:
     assert not frontend.exceptions, frontend.report()
 
 
-def test_page_without_the_module_draws(frontend: Frontend, tmp_path: Path) -> None:
-    frontend.page.route("**/report.js", lambda route: route.abort())
+def test_page_without_our_modules_draws(frontend: Frontend, tmp_path: Path) -> None:
+    frontend.page.route(f"**/extensions/{PACK}/*.js", lambda route: route.abort())
     frontend.open(WORKFLOW)
     run(frontend)
     assert shown(frontend) == []

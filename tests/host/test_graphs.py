@@ -60,8 +60,8 @@ def test_nodes_say_what_they_found(host: Server) -> None:
     first, second = host.queue(prompt), host.queue(prompt)
     texts = first.texts()
     assert texts["load"] == "custom, made for 256 px and cfg 2; its own text encoder and its own autoencoder"
-    assert texts["negative"] == "1 of 300 tokens"
-    assert texts["positive"].startswith("300 of 300 tokens, ") and texts["positive"].endswith(" cut off")
+    assert texts["negative"] == "encoded 0 of 299 tokens"
+    assert texts["positive"].startswith("encoded 299 of 299 tokens, ") and texts["positive"].endswith(" cut off")
     assert {"load", "negative", "positive"} <= {*second.data("execution_cached")[0]["nodes"]}
     assert second.texts() == texts
 

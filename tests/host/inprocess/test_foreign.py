@@ -82,6 +82,17 @@ def text_encoder(small: Small, name: str, dtype: str = "auto") -> CLIP:
     return small.host.call("SanaTextEncoderLoader", text_encoder=name, dtype=dtype)[0]
 
 
+def ids(clip: CLIP) -> list[int]:
+    """The tokens of the prompt, the first of which begins every text."""
+    return clip.cond_stage_model.encoder.tokenizer.encode(PROMPT)
+
+
+def counted(small: Small, loader: str, **inputs: str) -> int:
+    """What the user interface is told of the prompt."""
+    question = {"loader": loader, "text": PROMPT, "instruction": "none", **inputs}
+    return small.host.pack("nodes.answers").tokens(question)["used"]
+
+
 def dtypes(clip: CLIP) -> set[torch.dtype]:
     return {tensor.dtype for tensor in clip.cond_stage_model.encoder.model.state_dict().values()}
 
@@ -107,6 +118,7 @@ def test_a_folder_of_bitsandbytes_draws_what_the_shell_draws(small: Small, folde
     for name, weight in clip.cond_stage_model.encoder.model.state_dict().items():
         assert torch.equal(weight, layers[name](torch.bfloat16)) if name in layers else weight.dtype == torch.float32
     assert relative_error(encode(small, clip), of_shell(folder)) < BF16
+    assert counted(small, "SanaCheckpointLoader", model=folder.name, text_encoder="auto") == len(ids(clip)) - 1
 
 
 @pytest.mark.parametrize(
@@ -311,6 +323,7 @@ def test_gemma_in_gguf_encodes_as_in_the_shell(small: Small, gguf: Callable[...,
     auto = text_encoder(small, path.name)
     assert dtypes(auto) == {torch.float32, torch.float16 if kind == Kind.F16 else torch.bfloat16}
     assert relative_error(encode(small, auto), expected) < BF16
+    assert counted(small, "SanaTextEncoderLoader", text_encoder=path.name) == len(ids(clip)) - 1
     written = saved(small, "CLIPSave", "text_encoders", clip=auto)
     assert torch.equal(encode(small, text_encoder(small, written.name)), encode(small, auto))
     written.unlink()

@@ -69,8 +69,8 @@ def test_tokens_are_reported_and_the_prompt_is_not(
         small.encode(PROMPT)
         small.encode(LONG)
     count, long = small.pipeline.text_encoder.count([PROMPT, LONG])
-    assert f"{count.used} of 300 tokens" in caplog.messages
-    assert f"300 of 300 tokens, {long.lost} cut off" in caplog.messages
+    assert f"encoded {count.used - 1} of 299 tokens" in caplog.messages
+    assert f"encoded 299 of 299 tokens, {long.lost} cut off" in caplog.messages
     assert "cat and" not in caplog.text and "circle" not in caplog.text
     assert not capsys.readouterr().out
 

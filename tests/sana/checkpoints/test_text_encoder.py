@@ -13,8 +13,15 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from sana.checkpoints.files import CheckpointError, TensorFile
-from sana.checkpoints.text_encoder import TOKENIZERS, gemma_config, gemma_json, load_text_encoder, stored_companions
-from sana.config import GemmaConfig
+from sana.checkpoints.text_encoder import (
+    TOKENIZERS,
+    gemma_config,
+    gemma_json,
+    load_text_encoder,
+    read_tokenizer,
+    stored_companions,
+)
+from sana.config import VARIANTS, GemmaConfig
 from sana.text.tokenizers import JsonTokenizer, SentencePieceTokenizer, Tokenizer
 from tests.sana.models import GEMMA, PROMPTS, gemma, tokenizer_json, tokenizer_model
 
@@ -350,3 +357,37 @@ def test_odd_rotary_parameters_are_passed_over(tmp_path: Path, rotary: object) -
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "rope_parameters": rotary}))
     assert load_text_encoder(tmp_path).model.config.rope_theta == 10_000
+
+
+def resident_bytes() -> int:
+    """Of this process."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells how much memory a process has")
+def test_a_tokenizer_is_read_without_the_weights(tmp_path: Path, tensors: Tensors) -> None:
+    """Beside a file of 4 GB, which is a hole on the disk."""
+    folder = write_folder(tmp_path, tensors)
+    data = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header, size, filler = json.loads(data[8 : 8 + length]), len(data) - 8 - length, 2**32
+    header["lm_head.weight"] = {"dtype": "F32", "shape": [filler // 4], "data_offsets": [size, size + filler]}
+    written = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(written).to_bytes(8, "little") + written + data[8 + length :])
+        file.truncate(8 + len(written) + size + filler)
+    before = resident_bytes()
+    assert read_tokenizer(folder).encode(PROMPTS[0]) == token_ids()
+    assert resident_bytes() - before < 2**28
+
+
+def test_a_tokenizer_is_refused_where_its_text_encoder_would_be(tmp_path: Path, tensors: Tensors) -> None:
+    folder = write_folder(tmp_path / "folder", tensors)
+    with pytest.raises(
+        CheckpointError, match=f"^folder is a Gemma-2 of width {GEMMA.hidden_size}, and the transformer takes"
+    ):
+        read_tokenizer(folder, VARIANTS["sana-0.6b-1024px"].transformer)
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="give a Gemma-2-2b-it"):
+        read_tokenizer(tmp_path / "other.safetensors")

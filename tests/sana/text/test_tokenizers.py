@@ -158,16 +158,31 @@ def test_an_interrupt_while_a_text_is_encoded_stays_one() -> None:
         tokenizer.encode("a")
 
 
+def test_tokens_begin_where_their_text_stands() -> None:
+    """The first has no text. A letter that takes several tokens, one for each of its bytes, is the text of all of them."""
+    tokenizer = JsonTokenizer(tokenizer_json())
+    for prompt in PROMPTS:
+        starts = tokenizer.starts(prompt)
+        assert len(starts) == len(tokenizer.encode(prompt)) and starts[0] == 0 and starts == sorted(starts)
+        for k, start in enumerate(starts[1:], 1):
+            before = tokenizer.backend.decode(tokenizer.encode(prompt)[1:k])
+            assert before.rstrip("�") == prompt[:start]
+
+
 # sentencepiece
 
 
-def sentencepiece_model(rule: Path | None) -> bytes:
-    """A model that replaces characters by a rule; None: by none."""
+def sentencepiece_model(rule: Path | None, **settings: object) -> bytes:
+    """A model that replaces characters by a rule; None: by none. settings: of its training."""
     model = io.BytesIO()
     rules = {"normalization_rule_tsv": str(rule)} if rule else {"normalization_rule_name": "identity"}
     lines = iter(["red circle left of a blue square", "hello world"] * 20)
     SentencePieceTrainer.train(
-        sentence_iterator=lines, model_writer=model, vocab_size=60, hard_vocab_limit=False, minloglevel=2, **rules
+        sentence_iterator=lines,
+        model_writer=model,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **{"vocab_size": 60, **rules, **settings},
     )
     return model.getvalue()
 
@@ -179,6 +194,22 @@ def test_ids_are_those_of_sentencepiece() -> None:
         assert tokenizer.size == library.GetPieceSize() > 20 and tokenizer.source == source
         for prompt in PROMPTS:
             assert tokenizer.encode(prompt) == [2, *library.encode(prompt)]
+
+
+def test_tokens_of_sentencepiece_begin_where_their_text_stands() -> None:
+    """With bytes for letters that have no piece, as Gemma has them, and without."""
+    bytewise = sentencepiece_model(
+        None, byte_fallback=True, vocab_size=320, add_dummy_prefix=False, remove_extra_whitespaces=False
+    )
+    for source in (tokenizer_model(), bytewise):
+        tokenizer = SentencePieceTokenizer(source)
+        for prompt in [*PROMPTS, "aé月🐱b", "🐱🐱"]:
+            starts = tokenizer.starts(prompt)
+            assert len(starts) == len(tokenizer.encode(prompt)) and starts[0] == 0
+            for k, start in enumerate(starts[1:], 1):
+                before = tokenizer.backend.decode(tokenizer.encode(prompt)[1:k])
+                assert before.rstrip("�") == prompt[:start]
+    assert SentencePieceTokenizer(bytewise).starts("月é🐱 ")[1:] == [0, 0, 0, 1, 1, 2, 2, 2, 2, 3]
 
 
 def test_a_sentencepiece_model_that_makes_texts_longer_is_refused(tmp_path: Path) -> None:

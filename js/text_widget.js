@@ -1,0 +1,40 @@
+/** A text on a node, below its other widgets, that is saved in no workflow and no prompt and exists only while there is one. */
+
+const MARGIN = 6, LINE = 15, LETTER = 6.5; // px: around the text, of a line, and of a letter on average
+
+/** The height of a text that is broken into lines as wide as the node, in px. */
+function height(node, text) {
+    const letters = Math.max(1, Math.floor((node.size[0] - 4 * MARGIN) / LETTER));
+    return Math.ceil(text.length / letters) * LINE + 2 * MARGIN;
+}
+
+function addWidget(node, name, className) {
+    const element = document.createElement("div");
+    element.className = className;
+    element.style.cssText =
+        `box-sizing: border-box; padding: 0 ${MARGIN}px; font-size: 12px; line-height: ${LINE}px; color: var(--descrip-text, #999); ` +
+        "overflow: hidden auto; overflow-wrap: anywhere; white-space: pre-line; user-select: text;";
+    const needed = () => height(node, element.textContent);
+    const widget = node.addDOMWidget(name, name, element, {
+        serialize: false, // into prompts
+        hideOnZoom: false,
+        margin: MARGIN,
+        getValue: () => element.textContent,
+        setValue: (text) => (element.textContent = text),
+        getMinHeight: needed,
+        getMaxHeight: needed,
+    });
+    widget.serialize = false; // into workflows
+    return widget;
+}
+
+/** Shows a text in the widget of this name, which is made if need be; an empty text takes the widget away. Returns its element. */
+export function showText(node, name, className, text) {
+    let widget = node.widgets?.find((found) => found.name === name);
+    if (text) {
+        widget ??= addWidget(node, name, className);
+        widget.value = text;
+    } else if (widget) node.removeWidget(widget);
+    node.setDirtyCanvas(true, true);
+    return text ? widget.element : undefined;
+}
