@@ -4,10 +4,10 @@
  * The nodes work without this file. The server counts (nodes/answers.py), with the tokenizer of the loader that the node is
  * connected to. Where it cannot, or where the text comes from another node, nothing is shown.
  */
-import { api } from "../../scripts/api.js";
 import { follow, isConnected, valueOf } from "./changes.js";
+import { answerTo } from "./server.js";
 import { sourceOf } from "./source.js";
-import { showText } from "./text_widget.js";
+import { showText } from "./elements.js";
 
 const NODE = "GemmaTextEncode", WIDGET = "sana_meter";
 const LOADERS = ["SanaCheckpointLoader", "SanaTextEncoderLoader"];
@@ -35,20 +35,6 @@ function show(node, answer) {
     element?.style.setProperty("color", answer.lost ? "var(--error-text, #f55)" : "var(--descrip-text, #999)");
 }
 
-async function answerTo(question) {
-    if (!question) return null;
-    try {
-        const response = await api.fetchApi("/sana/tokens", {
-            method: "POST",
-            headers: { "Content-Type": "application/json" },
-            body: question,
-        });
-        return response.ok ? await response.json() : null;
-    } catch {
-        return null;
-    }
-}
-
 /** Asks one question at a time for a node. What changes meanwhile is asked once, as it is in the end. */
 async function ask(node, question) {
     const state = asked.get(node) ?? { busy: false };
@@ -59,7 +45,7 @@ async function ask(node, question) {
     for (let answered; answered !== state.question; ) {
         await new Promise((done) => setTimeout(done, PAUSE));
         answered = state.question;
-        const answer = await answerTo(answered);
+        const answer = answered && (await answerTo("/sana/tokens", JSON.parse(answered)));
         if (answered === state.question) show(node, answer);
     }
     state.busy = false;

@@ -5,7 +5,7 @@
  * cached results, too.
  */
 import { app } from "../../scripts/app.js";
-import { showText } from "./text_widget.js";
+import { showText } from "./elements.js";
 
 const KEY = "sana_report";
 

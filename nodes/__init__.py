@@ -19,4 +19,5 @@ async def comfy_entrypoint() -> SanaExtension:
     """Called by the host once, when it loads the pack."""
     register()
     serve("/sana/tokens", answers.tokens)
+    serve("/sana/sizes", answers.sizes)
     return SanaExtension()

@@ -1,4 +1,4 @@
-"""What the user interface asks while a graph is edited, before anything is loaded: how long a prompt is.
+"""What the user interface asks while a graph is edited, before anything is loaded: how long a prompt is, what a model may be.
 
 Models are named as the lists of the loaders name them, and nothing else is opened. No weight is read.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..sana.checkpoints.files import CheckpointError, read_tensors
 from ..sana.checkpoints.text_encoder import read_tokenizer
-from ..sana.checkpoints.transformer import identify_transformer
+from ..sana.checkpoints.transformer import identify_transformer, possible_sizes
 from ..sana.config import TEXT_TOKENS
 from ..sana.text.prompt import window
 from ..sana.text.tokenizers import Tokenizer
@@ -36,6 +36,15 @@ def tokens(question: Mapping[str, object]) -> dict[str, object]:
     before = instruction_text(instruction, _text(question, "custom_instruction"))
     path = _encoder_path(loader, model, encoder, int(time.monotonic() // FRESH_SECONDS))
     return _count(_tokenizer(path, path.stat().st_mtime_ns), _text(question, "text"), before)
+
+
+def sizes(question: Mapping[str, object]) -> dict[str, object]:
+    """{"sizes": px for which the `model` of Load SANA may have been released}; several where its file cannot tell.
+
+    Raises CheckpointError for what is no SANA transformer, and for a name that the list does not have.
+    """
+    path = model_path(_entry(_text(question, "model"), model_names()))
+    return {"sizes": possible_sizes(in_host_formats(read_tensors(path, "transformer")))}
 
 
 def _text(question: Mapping[str, object], name: str) -> str:

@@ -131,16 +131,18 @@ def _given_identity(variant: str, tensors: Mapping[str, Tensor], file: TensorFil
     """A row of VARIANTS. Raises CheckpointError if its network is not that of the tensors, but for what these cannot tell."""
     row = VARIANTS[variant]
     found = detect_transformer(tensors, file, row.transformer.cross_heads)
-    fitting = replace(
-        row.transformer, position_base=found.position_base, position_interpolation=found.position_interpolation
-    )
-    if not _is_padded_or_same(found, fitting):
+    if not _is_padded_or_same(found, _with_positions(row.transformer, found)):
         raise CheckpointError(
             f"{file.path.name} has {found.depth} blocks of width {found.hidden_size} and is no {variant}; give the variant "
             "that it is, or none"
         )
     config = replace(row.transformer, ff_width=found.ff_width)
     return TransformerIdentity(config, variant, row.base_size, row.flow_shift, row.dtype, "the given variant")
+
+
+def _with_positions(released: TransformerConfig, found: TransformerConfig) -> TransformerConfig:
+    """A released network with the position table of another, which leaves no trace in converted files."""
+    return replace(released, position_base=found.position_base, position_interpolation=found.position_interpolation)
 
 
 def _is_padded_or_same(found: TransformerConfig, released: TransformerConfig) -> bool:
@@ -151,13 +153,7 @@ def _is_padded_or_same(found: TransformerConfig, released: TransformerConfig) ->
 
 def _complete_identity(config: TransformerConfig, stored: str, file: TensorFile) -> TransformerIdentity:
     """Base size and flow shift from the configuration beside the tensors, a buffer among them, or the table."""
-    sample_size, buffer = whole(file.config, "sample_size", beside(file.path.name)), _position_buffer(file)
-    if sample_size is not None:
-        base_size, origin = sample_size * DOWNSAMPLE, "config.json"
-    elif buffer:
-        base_size, origin = math.isqrt(buffer) * DOWNSAMPLE, "its position buffer"
-    else:
-        base_size, origin = None, "the table, since the file does not say"
+    base_size, origin = _told_size(file)
     flow_shift = None if config.guidance_embed else _sibling_flow_shift(file)
     rows = [
         (name, row)
@@ -173,6 +169,36 @@ def _complete_identity(config: TransformerConfig, stored: str, file: TensorFile)
     if flow_shift is None or flow_shift == DEFAULT_FLOW_SHIFT:
         flow_shift = row.flow_shift
     return TransformerIdentity(config, name, row.base_size, flow_shift, _release_dtype(stored, name), origin)
+
+
+def _told_size(file: TensorFile) -> tuple[int | None, str]:
+    """The base size that the configuration beside the tensors or a buffer among them tells, if one does, and which."""
+    sample_size, buffer = whole(file.config, "sample_size", beside(file.path.name)), _position_buffer(file)
+    if sample_size is not None:
+        return sample_size * DOWNSAMPLE, "config.json"
+    if buffer:
+        return math.isqrt(buffer) * DOWNSAMPLE, "its position buffer"
+    return None, "the table, since the file does not say"
+
+
+def possible_sizes(file: TensorFile) -> list[int]:
+    """The sizes in pixels for which the transformer in a file may have been released, by all that the file tells.
+
+    More than one: only a person can tell which variant it is. None: it is no released one. Raises as `load_transformer`.
+    """
+    told = told_identity(read_header(file))
+    if told is not None:
+        return [told.base_size]
+    config = detect_transformer(transformer_tensors(file), file)
+    base_size, _ = _told_size(file)
+    return sorted(
+        {
+            row.base_size
+            for row in VARIANTS.values()
+            if base_size in (None, row.base_size)
+            and _is_padded_or_same(config, _with_positions(row.transformer, config))
+        }
+    )
 
 
 def _stored_dtype(tensors: Mapping[str, Tensor], file: TensorFile) -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from tests.browser.frontend import DRAWN, Frontend
+from tests.browser.test_rows import in_sight
 from tests.host.base_directory import PACK
 from tests.workflows import graph
 
@@ -110,6 +111,7 @@ def test_old_workflows_load_as_they_were_saved(frontend: Frontend) -> None:
 def test_page_without_our_modules_draws(frontend: Frontend, tmp_path: Path) -> None:
     frontend.page.route(f"**/extensions/{PACK}/*.js", lambda route: route.abort())
     frontend.open(WORKFLOW)
+    in_sight(frontend, "GemmaTextEncode", text=True, custom_instruction=True)
     run(frontend)
     assert shown(frontend) == []
     frontend.screenshot(tmp_path / "blocked.png")

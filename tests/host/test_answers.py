@@ -182,3 +182,13 @@ def test_the_route_is_there_under_both_of_its_names(servers: Servers, version: s
     for path in ("sana/tokens", "api/sana/tokens"):
         body = {**DEMO, "text": TEXT, "instruction": "none"}
         assert requests.post(f"{servers(version).url}/{path}", json=body, timeout=60).json()["limit"] == 299
+
+
+def test_sizes_that_a_model_may_have_been_released_for(server: Server) -> None:
+    """None for the demo; the names are those of the list, as for tokens."""
+    url = f"{server.url}/sana/sizes"
+    assert requests.post(url, json={"model": "demo"}, timeout=60).json() == {"sizes": []}
+    for name in ("..", "../demo", "gone"):
+        response = requests.post(url, json={"model": name}, timeout=60)
+        assert response.status_code == 400
+        assert response.json()["error"] == f"{name!r} is in no list of the loaders; choose another, or press R"

@@ -12,7 +12,7 @@ from sana.checkpoints.autoencoder import detect_autoencoder
 from sana.checkpoints.files import CheckpointError, TensorFile
 from sana.checkpoints.header import header_tensor, transformer_header
 from sana.checkpoints.names import HEADER_TENSOR
-from sana.checkpoints.transformer import identify_transformer
+from sana.checkpoints.transformer import identify_transformer, possible_sizes
 from sana.config import AUTOENCODERS, VARIANTS, TransformerIdentity
 from sana.networks.transformer import SanaTransformer
 from tests.sana.dialects import padded
@@ -101,6 +101,33 @@ def test_without_anything_beside_them_tensors_are_those_of_the_first_row() -> No
         identity = identify_transformer(TensorFile(FILE, tensors))
         assert identity.variant == variant
         assert identity.origin == "the table, since the file does not say"
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("Sana_1600M_1024px", [512, 1024, 2048, 4096]),
+        ("Sana_600M_1024px", [512, 1024]),
+        ("SANA1.5_1.6B", [1024]),
+        ("Sprint_1.6B", [1024]),
+    ],
+)
+def test_sizes_that_the_tensors_leave_open(name: str, sizes: list[int]) -> None:
+    tensors = released("transformers", "official", name).tensors
+    tensors.pop("pos_embed", None)
+    assert possible_sizes(TensorFile(FILE, tensors)) == sizes
+
+
+def test_sizes_that_are_told_are_the_only_ones(diffusers: Tensors) -> None:
+    """By a buffer, by the configuration, or by our header. A network that was never released has none."""
+    for name, size in (("Sana_1600M_4Kpx", 4096), ("Sana_1600M_2Kpx", 2048)):
+        assert possible_sizes(TensorFile(FILE, released("transformers", "official", name).tensors)) == [size]
+    tensors = released("transformers", "diffusers", "Sana_1600M_1024px").tensors
+    assert possible_sizes(TensorFile(FILE, tensors, config={"sample_size": 16})) == [512]
+    assert possible_sizes(TensorFile(FILE, tensors, config={"sample_size": 24})) == []
+    assert possible_sizes(TensorFile(FILE, diffusers, config=HEADS)) == []
+    told = TransformerIdentity(tiny_config("sana-0.6b-1024px"), "custom", 768, 3.0, "float16", "its header", 2.5)
+    assert possible_sizes(TensorFile(FILE, diffusers, transformer_header(told))) == [768]
 
 
 def test_a_given_variant_must_have_the_network_of_the_file() -> None:

@@ -1,4 +1,4 @@
-/** A text on a node, below its other widgets, that is saved in no workflow and no prompt and exists only while there is one. */
+/** Texts and drawings on a node, below its other widgets, that no workflow and no prompt saves. */
 
 const MARGIN = 6, LINE = 15, LETTER = 6.5; // px: around the text, of a line, and of a letter on average
 
@@ -8,13 +8,8 @@ function height(node, text) {
     return Math.ceil(text.length / letters) * LINE + 2 * MARGIN;
 }
 
-function addWidget(node, name, className) {
-    const element = document.createElement("div");
-    element.className = className;
-    element.style.cssText =
-        `box-sizing: border-box; padding: 0 ${MARGIN}px; font-size: 12px; line-height: ${LINE}px; color: var(--descrip-text, #999); ` +
-        "overflow: hidden auto; overflow-wrap: anywhere; white-space: pre-line; user-select: text;";
-    const needed = () => height(node, element.textContent);
+/** Adds an element as a widget. needed: its height in px, as a function. */
+export function addElement(node, name, element, needed) {
     const widget = node.addDOMWidget(name, name, element, {
         serialize: false, // into prompts
         hideOnZoom: false,
@@ -28,11 +23,20 @@ function addWidget(node, name, className) {
     return widget;
 }
 
+function addText(node, name, className) {
+    const element = document.createElement("div");
+    element.className = className;
+    element.style.cssText =
+        `box-sizing: border-box; padding: 0 ${MARGIN}px; font-size: 12px; line-height: ${LINE}px; color: var(--descrip-text, #999); ` +
+        "overflow: hidden auto; overflow-wrap: anywhere; white-space: pre-line; user-select: text;";
+    return addElement(node, name, element, () => height(node, element.textContent));
+}
+
 /** Shows a text in the widget of this name, which is made if need be; an empty text takes the widget away. Returns its element. */
 export function showText(node, name, className, text) {
     let widget = node.widgets?.find((found) => found.name === name);
     if (text) {
-        widget ??= addWidget(node, name, className);
+        widget ??= addText(node, name, className);
         widget.value = text;
     } else if (widget) node.removeWidget(widget);
     node.setDirtyCanvas(true, true);

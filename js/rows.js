@@ -1,0 +1,101 @@
+/**
+ * Shows inputs of our nodes only where they count, and draws the size that is chosen from a list.
+ *
+ * The nodes work without this file, and nothing that it does is saved: an input that is out of sight keeps its value. The host
+ * has lists of its own that bring inputs with them, but they rename those inputs, and saved workflows would lose them.
+ */
+import { app } from "../../scripts/app.js";
+import { follow, isConnected, valueOf } from "./changes.js";
+import { addElement } from "./elements.js";
+import { answerTo } from "./server.js";
+
+const SHAPE = "sana_shape"; // the widget with the drawing
+const SHAPE_HEIGHT = 62, MARGIN = 6; // px
+const possible = new Map(); // by model: the sizes for which it may have been released; null: not known
+
+/** [width, height] in px that is chosen from the list of Empty SANA latent; null: what stands below counts. */
+function chosenSize(node) {
+    const found = /\((\d+) x (\d+)\)$/.exec(valueOf(node, "size") ?? "");
+    return found && [Number(found[1]), Number(found[2])];
+}
+
+/** By type of node: whether each of these inputs counts. */
+const RULES = {
+    GemmaTextEncode: { custom_instruction: (node) => valueOf(node, "instruction") === "custom" },
+    EmptySanaLatentImage: { width: (node) => !chosenSize(node), height: (node) => !chosenSize(node) },
+    SanaCheckpointLoader: {
+        variant: (node) => valueOf(node, "variant") !== "auto" || (possible.get(valueOf(node, "model"))?.length ?? 2) > 1,
+    },
+};
+
+function setHidden(widget, hidden) {
+    // For nodes that are elements. Some versions notice a change through their state alone, and only if it comes first.
+    for (const options of [widget._state?.options, widget.options]) if (options) options.hidden = hidden;
+    widget.hidden = hidden; // for nodes on the canvas
+}
+
+function drawShape(node, size) {
+    const widget = node.widgets.find(({ name }) => name === SHAPE);
+    if (!size) {
+        if (widget) node.removeWidget(widget);
+        return;
+    }
+    const element = widget?.element ?? document.createElement("div");
+    const [width, height] = size.map((side) => Math.round((side / Math.max(...size)) * (SHAPE_HEIGHT - 2 * MARGIN - 2)));
+    element.className = "sana-shape";
+    element.style.cssText = "display: flex; align-items: center; justify-content: center;";
+    element.innerHTML = `<div style="box-sizing: border-box; width: ${width}px; height: ${height}px; border-radius: 2px; ` +
+        'border: 1px solid var(--descrip-text, #999); background: var(--comfy-input-bg, #222);"></div>';
+    if (!widget) addElement(node, SHAPE, element, () => SHAPE_HEIGHT);
+}
+
+/** A node that was as low as it could be stays so; any other keeps its height, or grows by what it lacks. */
+function keepHeight(node, change) {
+    if (LiteGraph.vueNodesMode) return change(); // there an element has the height that it needs
+    const tight = node.size[1] <= node.computeSize()[1] + 1;
+    change();
+    const needed = node.computeSize()[1];
+    node.setSize([node.size[0], tight ? needed : Math.max(node.size[1], needed)]);
+}
+
+function arrange(node) {
+    const rules = Object.entries(RULES[node.type]);
+    const hidden = rules.map(([name, counts]) => !counts(node) && !isConnected(node, name));
+    const widgets = rules.map(([name]) => node.widgets?.find((widget) => widget.name === name));
+    const size = node.type === "EmptySanaLatentImage" ? chosenSize(node) : null;
+    keepHeight(node, () => {
+        widgets.forEach((widget, i) => widget && setHidden(widget, hidden[i]));
+        drawShape(node, size);
+    });
+    node.setDirtyCanvas(true, true);
+}
+
+/** All that `arrange` goes by, as a text. */
+function look(node) {
+    const connected = Object.keys(RULES[node.type]).map((name) => isConnected(node, name));
+    return JSON.stringify([connected, ...["instruction", "size", "model", "variant"].map((name) => valueOf(node, name))]);
+}
+
+async function learn(node) {
+    const model = valueOf(node, "model");
+    if (!possible.has(model)) {
+        possible.set(model, null);
+        possible.set(model, (await answerTo("/sana/sizes", { model }))?.sizes ?? null);
+    }
+    arrange(node);
+}
+
+for (const type of Object.keys(RULES)) follow(type, look, type === "SanaCheckpointLoader" ? learn : arrange);
+
+app.registerExtension({
+    name: "comfyui-sana.rows",
+    nodeCreated(node) {
+        if (!RULES[node.constructor.nodeData?.name]) return;
+        arrange(node); // before it is seen
+        const { onConfigure } = node;
+        node.onConfigure = function () {
+            onConfigure?.apply(this, arguments);
+            arrange(this);
+        };
+    },
+});
