@@ -5,7 +5,8 @@ const MARGIN = 6, LINE = 15, LETTER = 6.5; // px: around the text, of a line, an
 /** The height of a text that is broken into lines as wide as the node, in px. */
 function height(node, text) {
     const letters = Math.max(1, Math.floor((node.size[0] - 4 * MARGIN) / LETTER));
-    return Math.ceil(text.length / letters) * LINE + 2 * MARGIN;
+    const lines = text.split("\n").map((line) => Math.max(1, Math.ceil(line.length / letters)));
+    return lines.reduce((sum, count) => sum + count, 0) * LINE + 2 * MARGIN;
 }
 
 /** Adds an element as a widget. needed: its height in px, as a function. */

@@ -1,5 +1,5 @@
 /**
- * Shows on SANA prompt how many tokens its text has while one types, and in red what of it will be cut off.
+ * Shows on SANA prompt how many tokens its text has while one types, in red what of it will be cut off, and the words of its style.
  *
  * The nodes work without this file. The server counts (nodes/answers.py), with the tokenizer of the loader that the node is
  * connected to. Where it cannot, or where the text comes from another node, nothing is shown.
@@ -9,10 +9,10 @@ import { answerTo } from "./server.js";
 import { sourceOf } from "./source.js";
 import { showText } from "./elements.js";
 
-const NODE = "GemmaTextEncode", WIDGET = "sana_meter";
+const NODE = "GemmaTextEncode";
 const LOADERS = ["SanaCheckpointLoader", "SanaTextEncoderLoader"];
 const MODELS = ["model", "text_encoder"];
-const TEXTS = ["text", "instruction", "custom_instruction"];
+const TEXTS = ["text", "instruction", "custom_instruction", "style"];
 const PAUSE = 100; // ms without a question after the last key
 const asked = new WeakMap(); // by node: the newest question, and whether one is under way
 
@@ -31,7 +31,8 @@ function show(node, answer) {
     if (!node.graph) return; // taken out of it while the server counted
     let text = answer ? `${answer.used} of ${answer.limit} tokens` : "";
     if (answer?.lost) text += `, ${answer.lost} cut off: ${answer.cut}`;
-    const element = showText(node, WIDGET, "sana-meter", text);
+    showText(node, "sana_style", "sana-style", answer?.style ?? "");
+    const element = showText(node, "sana_meter", "sana-meter", text);
     element?.style.setProperty("color", answer.lost ? "var(--error-text, #f55)" : "var(--descrip-text, #999)");
 }
 

@@ -13,9 +13,11 @@ from ..sana.checkpoints.text_encoder import read_tokenizer
 from ..sana.checkpoints.transformer import identify_transformer, possible_sizes
 from ..sana.config import TEXT_TOKENS
 from ..sana.text.prompt import window
+from ..sana.text.styles import NO_STYLE
 from ..sana.text.tokenizers import Tokenizer
 from .host.foreign import in_host_formats
 from .model_files import AUTO, TEXT_ENCODER, load_part, model_names, model_path, part_names, part_path
+from .styles import style_text, styled
 from .text import CUSTOM, NONE, OFFICIAL, instruction_text
 
 SHOWN = 120  # characters of what is cut off
@@ -23,10 +25,11 @@ FRESH_SECONDS = 30  # for which it is known where a loader's text encoder is
 
 
 def tokens(question: Mapping[str, object]) -> dict[str, object]:
-    """How much of a prompt fits: {"used": tokens that count, "limit": 299, "lost": tokens cut off, "cut": their text}.
+    """How much of a prompt fits: {"used": tokens that count, "limit": 299, "lost": tokens cut off, "cut": their text,
+    "style": the words of the style, with … for the text}.
 
-    question: `loader` is the id of the node that CLIP comes from, with its `model` and `text_encoder`; `text`, `instruction`
-    and `custom_instruction` are those of SANA prompt. `cut` is the beginning of what is cut off, as long as can be shown.
+    question: `loader` is the id of the node that CLIP comes from, with its `model` and `text_encoder`; `text`, `instruction`,
+    `custom_instruction` and `style` are those of SANA prompt. `cut` is the beginning of what is cut off, as long as can be shown.
     Raises CheckpointError where the loader would, and ValueError for a question that no node asks.
     """
     loader, model, encoder = (_text(question, name) for name in ("loader", "model", "text_encoder"))
@@ -35,7 +38,9 @@ def tokens(question: Mapping[str, object]) -> dict[str, object]:
         raise ValueError(f"instruction is {OFFICIAL}, {NONE} or {CUSTOM}, not {instruction[:50]!r}")
     before = instruction_text(instruction, _text(question, "custom_instruction"))
     path = _encoder_path(loader, model, encoder, int(time.monotonic() // FRESH_SECONDS))
-    return _count(_tokenizer(path, path.stat().st_mtime_ns), _text(question, "text"), before)
+    style = _text(question, "style") or NO_STYLE
+    counted = _count(_tokenizer(path, path.stat().st_mtime_ns), styled(_text(question, "text"), style), before)
+    return {**counted, "style": style_text(style)}
 
 
 def sizes(question: Mapping[str, object]) -> dict[str, object]:

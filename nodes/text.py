@@ -4,8 +4,10 @@ from comfy_api.latest import io
 
 from ..sana.config import TEXT_TOKENS
 from ..sana.text.prompt import INSTRUCTION
+from ..sana.text.styles import NO_STYLE
 from .host.clip import SanaTextModel
 from .host.report import reported
+from .styles import style_names, style_text, styled
 
 CATEGORY = "SANA/conditioning"
 OFFICIAL, NONE, CUSTOM = "official", "none", "custom"
@@ -44,16 +46,39 @@ class GemmaTextEncode(io.ComfyNode):
                     optional=True,
                     tooltip="Put before the prompt when instruction is custom. End it with a space.",
                 ),
+                io.Combo.Input(
+                    "style",
+                    options=style_names(),
+                    optional=True,
+                    tooltip="Words put around the text, which say how the picture is made; the node shows them. The entries "
+                    "with (negative) are for the negative prompt. More come from styles.json in the user folder.",
+                ),
             ],
             outputs=[io.Conditioning.Output()],
             has_intermediate_output=True,
         )
 
     @classmethod
-    def execute(cls, clip: io.Clip.Type, text: str, instruction: str, custom_instruction: str = "") -> io.NodeOutput:
+    def fingerprint_inputs(cls, style: str | None = NO_STYLE, **unused: object) -> str:
+        """A style whose words a person has changed is another. style: None where another node gives it."""
+        try:
+            return style_text(style or NO_STYLE)
+        except ValueError:  # which `execute` tells
+            return ""
+
+    @classmethod
+    def execute(
+        cls,
+        clip: io.Clip.Type,
+        text: str,
+        instruction: str,
+        custom_instruction: str = "",
+        style: str = NO_STYLE,
+    ) -> io.NodeOutput:
         if not isinstance(getattr(clip, "cond_stage_model", None), SanaTextModel):
             raise ValueError("this CLIP is not Gemma-2; connect the CLIP of Load SANA or Load SANA text encoder")
         before = instruction_text(instruction, custom_instruction)
+        text = styled(text, style)
         (count,) = clip.cond_stage_model.encoder.count([text], before)
         lost = f", {count.lost} cut off" if count.lost else ""
         used = f"{count.used - 1} of {TEXT_TOKENS - 1} tokens"  # without the first, which begins every text

@@ -39,7 +39,7 @@ ROOMS = {
     "interruption": set(),
     "images": {"reading"},
     "networks": {"config"},
-    "text": {"config", "networks"},
+    "text": {"config", "reading", "networks"},
     "sampling": {"config", "networks"},
     "checkpoints": {"config", "reading", "saving", "networks", "text"},
     "plan": {"config", "text", "sampling"},

@@ -2,6 +2,7 @@
 
 from playwright.sync_api import Route
 
+from sana.text.styles import STYLES
 from tests.browser.frontend import Frontend
 
 ROUTE = "**/sana/tokens"
@@ -48,6 +49,14 @@ LINK = """([type, name]) => {
     node.inputs[slot].type = "STRING"  // lists take no texts, but other nodes give lists
     text.connect(0, node, slot)
 }"""
+# Connects a new node to the prompt, and the loader to that if it takes CLIP.
+BETWEEN = """type => {
+    const [loader, prompt] = [1, 2].map(id => app.graph.getNodeById(id)), node = LiteGraph.createNode(type)
+    app.graph.add(node)
+    const input = node.inputs?.findIndex(input => input.type === "CLIP") ?? -1
+    if (input >= 0) loader.connect(1, node, input)
+    node.connect(node.outputs.findIndex(output => output.type === "CLIP"), prompt, 0)
+}"""
 NOTICED_MS = (
     500  # in which changes of nodes have been noticed, unless the machine is very busy; no test fails if they have not
 )
@@ -78,7 +87,7 @@ def color(page: Frontend) -> str:
 
 
 def test_meter_follows_the_text(opened: Frontend) -> None:
-    """What is typed, what is chosen, an undo, a copy, another workflow and the way back."""
+    """What is typed, what is chosen, an undo, a copy, another workflow and the way back, and after saving."""
     opened.load(WORKFLOW)
     meters(opened, line(opened, "a red circle"))
     calm = color(opened)
@@ -87,7 +96,9 @@ def test_meter_follows_the_text(opened: Frontend) -> None:
     opened.page.keyboard.press("Control+End")
     opened.page.keyboard.type(" and a star")
     meters(opened, line(opened, "a red circle and a star"))
-    assert opened.prompt()["2"]["inputs"]["text"] == "a red circle and a star"
+    inputs = opened.prompt()["2"]["inputs"]
+    assert inputs["text"] == "a red circle and a star"
+    assert inputs["style"] == "none"  # which workflows saved before there were styles do not have
 
     text = " ".join(WORDS)
     box.fill(text)
@@ -112,10 +123,17 @@ def test_meter_follows_the_text(opened: Frontend) -> None:
     opened.set("GemmaTextEncode", "text", "a star")
     opened.page.evaluate(COPY)
     meters(opened, *[line(opened, "a star")] * 2)
+    clay = STYLES["Clay"]
+    opened.set("GemmaTextEncode", "style", "Clay")
+    told = [line(opened, "a star"), line(opened, clay.around("a star"), "official")]
+    meters(opened, *told)
+    assert opened.page.locator(".sana-style:visible").all_inner_texts() == [clay.around("…")]
     opened.load({**WORKFLOW, "nodes": [], "links": []})
     meters(opened)
     opened.open_previous()
-    meters(opened, *[line(opened, "a star")] * 2)
+    meters(opened, *told)
+    opened.load(opened.workflow())
+    meters(opened, *told)
     assert not opened.exceptions, opened.report()
 
 
@@ -154,6 +172,21 @@ def test_meter_finds_the_encoder_across_subgraphs(opened: Frontend) -> None:
     opened.enclose("GemmaTextEncode")
     opened.enter_subgraph()
     meters(opened, told)
+
+
+def test_meter_finds_the_encoder_through_nodes_that_hand_it_on(opened: Frontend) -> None:
+    """And shows nothing for a text encoder of another loader, whose CLIP the node refuses."""
+    opened.load(WORKFLOW)
+    told = line(opened, "a red circle")
+    opened.page.evaluate(BETWEEN, "LoraLoader")
+    assert "LoraLoader" in [node["class_type"] for node in opened.prompt().values()]
+    opened.set("SanaCheckpointLoader", "text_encoder", "gone")
+    meters(opened)
+    opened.set("SanaCheckpointLoader", "text_encoder", "auto")
+    meters(opened, told)
+    opened.page.evaluate(BETWEEN, "CLIPLoader")
+    meters(opened)
+    assert not opened.exceptions, opened.report()
 
 
 def test_keys_do_not_pile_up(opened: Frontend) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import sana
 from sana.loading import MODELS
+from sana.text.styles import STYLES
 from sana.text.text_encoder import GemmaTextEncoder
 from tests.host.client import Client
 from tests.host.hosts import NEWEST, OLDEST
@@ -66,7 +67,7 @@ def test_counts_are_those_of_the_encoder(
         ((used, lost),) = encoder.count([text], before or None)
         answer = count(server, text=text, instruction=instruction, custom_instruction=before or "")
         assert answer.pop("cut") == "" or lost
-        assert answer == {"used": used - 1, "limit": 299, "lost": lost}
+        assert answer == {"used": used - 1, "limit": 299, "lost": lost, "style": ""}
 
 
 @pytest.mark.parametrize("instruction", ["official", "none"])
@@ -192,3 +193,39 @@ def test_sizes_that_a_model_may_have_been_released_for(server: Server) -> None:
         response = requests.post(url, json={"model": name}, timeout=60)
         assert response.status_code == 400
         assert response.json()["error"] == f"{name!r} is in no list of the loaders; choose another, or press R"
+
+
+def styles(server: Client) -> list[str]:
+    """The list of styles as the server tells it when it is asked anew, as by the key R."""
+    return requests.get(f"{server.url}/object_info/GemmaTextEncode", timeout=60).json()["GemmaTextEncode"]["input"][
+        "optional"
+    ]["style"][1]["options"]
+
+
+def test_styles_of_a_person_are_read_anew(server: Server) -> None:
+    """And counted with. A broken file, and one of 10 MB, add nothing, and the log says why in one sentence."""
+    path = server.base / "user" / "default" / "sana" / "styles.json"
+    ours = styles(server)
+    assert ours[:2] == ["none", "Photograph"] and ours[-1] == "Paper (negative)" and len(ours) == 1 + 2 * len(STYLES)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('{"Etching": {"prompt": "an etching of {prompt}", "negative": "colour"}}')
+    try:
+        assert [name for name in styles(server) if name not in ours] == ["Etching", "Etching (negative)"]
+        for style, text, shown in (
+            ("none", TEXT, ""),
+            ("Etching", f"an etching of {TEXT}", "an etching of …"),
+            ("Etching (negative)", f"{TEXT}, colour", "…, colour"),
+        ):
+            answer = count(server, text=TEXT, style=style)
+            assert answer == {**count(server, text=text), "style": shown}
+        for content in ("{", "[]" + " " * 10_000_000):
+            path.write_text(content)
+            assert styles(server) == ours
+            sentence = f"{path} holds no styles ("
+            assert sentence in server.log()
+            assert refusal(server, text=TEXT, style="Etching").startswith(sentence)
+            for style in ("none", "Clay"):
+                assert count(server, text=TEXT, style=style)["used"] > 0
+    finally:
+        path.unlink()
+    assert refusal(server, text=TEXT, style="Etching").startswith("'Etching' is no style; choose another, add it to ")

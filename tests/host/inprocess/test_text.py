@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sana.text.prompt import INSTRUCTION
+from sana.text.styles import STYLES
 from tests.host.inprocess.small import (
     EQUAL,
     HEIGHT,
@@ -44,6 +45,30 @@ def test_text_and_mask_are_those_of_our_encoder(small: Small, prompt: str, instr
     assert text.shape[:2] == mask.shape == (1, 300)
     assert torch.equal(mask, wanted_mask)
     assert difference(text, wanted) <= EQUAL
+
+
+def test_a_style_is_part_of_the_text(small: Small) -> None:
+    """Each in its words, for the prompt and for the negative prompt; a changed one is encoded anew."""
+    for style, text in (("Clay", STYLES["Clay"].around(PROMPT)), ("Clay (negative)", STYLES["Clay"].against(PROMPT))):
+        (found,) = small.host.call("GemmaTextEncode", clip=small.clip, text=PROMPT, instruction="none", style=style)
+        for ours, wanted in zip(parts(found), parts(small.encode(text, "none")), strict=True):
+            assert torch.equal(ours, wanted)
+    node = small.host.nodes["GemmaTextEncode"]
+    before = tuple(node.fingerprint_inputs(style=style) for style in ("Clay", "gone", None))
+    path = small.host.base / "user" / "default" / "sana" / "styles.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('{"Clay": {"prompt": "a clay model of {prompt}", "negative": ""}}')
+    try:
+        assert (node.fingerprint_inputs(style="Clay"), *before) == (
+            "a clay model of …",
+            STYLES["Clay"].around("…"),
+            "",
+            "",
+        )
+    finally:
+        path.unlink()
+    with pytest.raises(ValueError, match=r"^'gone' is no style; choose another, add it to .*styles\.json, or press R$"):
+        small.host.call("GemmaTextEncode", clip=small.clip, text=PROMPT, instruction="none", style="gone")
 
 
 def test_core_text_encode_gives_the_plain_text(small: Small) -> None:
