@@ -41,6 +41,7 @@ class DCAEEncode(io.ComfyNode):
             node_id="DCAEEncode",
             display_name="DC-AE encode",
             category=CATEGORY,
+            search_aliases=["vae encode", "dc-ae", "image to latent", "tiled encode"],
             description="Picture to latent, exact at any size within the memory you allow.",
             inputs=[
                 io.Image.Input("pixels", tooltip="Sides are cut to multiples of 32 pixels."),
@@ -63,6 +64,7 @@ class DCAEDecode(io.ComfyNode):
             node_id="DCAEDecode",
             display_name="DC-AE decode",
             category=CATEGORY,
+            search_aliases=["vae decode", "dc-ae", "latent to image", "tiled decode"],
             description="Latent to picture, exact at any size within the memory you allow, without tiles or seams.",
             inputs=[
                 io.Latent.Input("samples", tooltip="The latent of a SANA model, 32 channels."),

@@ -15,6 +15,7 @@ class SanaControlNetLoader(io.ComfyNode):
             node_id="SanaControlNetLoader",
             display_name="Load SANA ControlNet",
             category="SANA/loaders",
+            search_aliases=["load controlnet model", "controlnet loader", "hed"],
             description="Loads a ControlNet for SANA. Connect it to Apply ControlNet, together with a DC-AE.",
             inputs=[
                 io.Combo.Input(

@@ -40,6 +40,7 @@ class EmptySanaLatentImage(io.ComfyNode):
             node_id="EmptySanaLatentImage",
             display_name="Empty SANA latent",
             category=CATEGORY,
+            search_aliases=["empty latent image", "resolution", "size", "aspect ratio", "width", "height"],
             description="An empty latent of a size SANA was trained on, or of any size in steps of 32 pixels.",
             inputs=[
                 io.Combo.Input(

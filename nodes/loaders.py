@@ -29,6 +29,7 @@ class SanaCheckpointLoader(io.ComfyNode):
             node_id="SanaCheckpointLoader",
             display_name="Load SANA",
             category=CATEGORY,
+            search_aliases=["checkpoint loader", "load model", "load diffusion model", "unet loader", "nvidia sana"],
             description="Loads a SANA model with its text encoder and its autoencoder. What the model is, is read from the file.",
             inputs=[
                 io.Combo.Input(
@@ -90,6 +91,7 @@ class SanaTextEncoderLoader(io.ComfyNode):
             node_id="SanaTextEncoderLoader",
             display_name="Load SANA text encoder",
             category=CATEGORY,
+            search_aliases=["clip loader", "load clip", "gemma", "gemma 2", "text encoder loader"],
             description="Loads Gemma-2-2b-it with its tokenizer, from one file or a Hugging Face folder.",
             inputs=[
                 io.Combo.Input(
@@ -116,6 +118,7 @@ class DCAELoader(io.ComfyNode):
             node_id="DCAELoader",
             display_name="Load DC-AE",
             category=CATEGORY,
+            search_aliases=["vae loader", "load vae", "dc-ae", "deep compression autoencoder"],
             description="Loads the deep-compression autoencoder of SANA (1.0, 1.1 or Lite) as a VAE.",
             inputs=[
                 io.Combo.Input("vae", options=part_names("vae"), tooltip="A file or folder in models/vae."),

@@ -147,6 +147,7 @@ class FlowDPMSampler(io.ComfyNode):
             node_id="FlowDPMSampler",
             display_name="SANA sampler (Flow-DPM)",
             category=CATEGORY,
+            search_aliases=["ksampler", "sampler", "flow dpm solver", "image to image", "flow shift", "cfg"],
             description="Samples a SANA model with Flow-DPM-Solver, as NVIDIA's own pipeline does.",
             inputs=[
                 model_input(),
@@ -201,6 +202,7 @@ class FlowDPMScheduler(io.ComfyNode):
             node_id="FlowDPMScheduler",
             display_name="SANA schedule (Flow-DPM)",
             category=CATEGORY,
+            search_aliases=["scheduler", "sigmas", "flow shift", "noise schedule"],
             description="The noise levels of Flow-DPM-Solver, for SamplerCustomAdvanced.",
             inputs=[model_input(), steps_input(), denoise_input(), flow_shift_input()],
             outputs=[io.Sigmas.Output()],
@@ -219,6 +221,7 @@ class FlowDPMSolver(io.ComfyNode):
             node_id="FlowDPMSolver",
             display_name="Flow-DPM-Solver",
             category=CATEGORY,
+            search_aliases=["sampler", "dpm solver", "dpm++", "sampler select"],
             description="The solver as a sampler, for SamplerCustomAdvanced. KSampler lists it as flow_dpm.",
             inputs=[],
             outputs=[io.Sampler.Output()],
@@ -236,6 +239,7 @@ class SanaGuider(io.ComfyNode):
             node_id="SanaGuider",
             display_name="SANA guider",
             category=CATEGORY,
+            search_aliases=["guider", "cfg guider", "guidance interval"],
             description="Guidance for SamplerCustomAdvanced, with an interval and a mask convention.",
             inputs=[
                 model_input(),
@@ -278,6 +282,7 @@ class SanaPerturbedAttention(io.ComfyNode):
             node_id="SanaPerturbedAttention",
             display_name="SANA perturbed attention",
             category=CATEGORY,
+            search_aliases=["pag", "perturbed attention guidance", "self-attention guidance"],
             description="Perturbed-attention guidance for SANA with any sampler.",
             inputs=[model_input(), scale, block],
             outputs=[io.Model.Output()],
@@ -295,6 +300,7 @@ class SCMScheduler(io.ComfyNode):
             node_id="SCMScheduler",
             display_name="SANA Sprint schedule",
             category=CATEGORY,
+            search_aliases=["sprint", "scheduler", "sigmas", "scm", "trigflow"],
             description="The noise levels of SANA-Sprint.",
             inputs=[
                 steps_input(2),
@@ -337,6 +343,7 @@ class SCMSampler(io.ComfyNode):
             node_id="SCMSampler",
             display_name="SANA Sprint sampler",
             category=CATEGORY,
+            search_aliases=["sprint", "few steps", "distilled", "ksampler", "scm"],
             description="Samples a SANA-Sprint model in a few steps.",
             inputs=[
                 io.Model.Input("model", tooltip="A Sprint model from Load SANA."),

@@ -25,6 +25,16 @@ class GemmaTextEncode(io.ComfyNode):
             node_id="GemmaTextEncode",
             display_name="SANA prompt",
             category=CATEGORY,
+            search_aliases=[
+                "text encode",
+                "clip text encode",
+                "prompt",
+                "chi",
+                "complex human instruction",
+                "gemma",
+                "style",
+                "negative prompt",
+            ],
             description="Encodes a prompt the way SANA was trained: after an instruction that asks for details. "
             "For a negative prompt choose no instruction, or use CLIP Text Encode.",
             inputs=[
