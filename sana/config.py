@@ -117,6 +117,7 @@ class GemmaConfig:
     head_dim: int = 256
     query_pre_attn_scalar: float = 256  # attention logits are divided by its square root
     attn_logit_softcapping: float = 50.0
+    final_logit_softcapping: float = 30.0
     sliding_window: int = 4096  # tokens that every other layer looks back
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0

@@ -228,7 +228,7 @@ def warn_of_base(file: TensorFile) -> None:
     if any(map(BASE.search, names)) and not any(map(INSTRUCTION_TUNED.search, names)):
         log.warning(
             "%s is named like the base Gemma-2-2b; SANA was trained with Gemma-2-2b-it, and with the base model pictures follow "
-            "their prompts less; use %s",
+            "their prompts less, and prompts are enhanced badly; use %s",
             file.path.name,
             SOURCE,
         )

@@ -35,3 +35,8 @@ class Operations:
 
         def reset_parameters(self) -> None:
             pass
+
+        def project(self, x: Tensor) -> Tensor:
+            """The product of x (..., D) with every row, (..., rows): the output of a network that writes with the embedding it
+            reads with. Other namespaces give their layer a method of this name, since only the layer knows where its rows are."""
+            return linear(x, self.weight.to(x.dtype), None)

@@ -5,7 +5,7 @@ be cut and looked up by rows without being unpacked whole. Here is no file and n
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ INT4 = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, -8.0, -7.0, -6.0, -5.0, -4.0, -3
 UNPACKING_BYTES = 8  # for each number of a weight that is unpacked: in float32, and once more on the way
 MOST_AT_ONCE = 2**24  # numbers; the largest matrix of a block has 2**25
 MX_BLOCK, NV_BLOCK = 32, 16  # numbers of a row that share a scale
+ROWS = 4096  # that are unpacked at once where a weight is used in parts
 
 
 def scaled(parts: Parts, group: int = 0) -> Tensor:
@@ -150,6 +151,16 @@ class PackedWeight(nn.Module):
         rows = self.unpack(_rows(self.parts, index.flatten())).view(index.numel(), -1)
         return rows[:, : self.shape[1]].to(self.dtype).reshape(*index.shape, -1)
 
+    def blocks(self) -> Iterator[Tensor]:
+        """The weight in parts of some rows each, unpacked one at a time; whole where that is impossible."""
+        if self.changes or not self._has_rows:
+            yield self()
+            return
+        for start in range(0, self.shape[0], ROWS):
+            part = slice(start, min(start + ROWS, self.shape[0]))
+            rows = self.unpack(_rows(self.parts, part)).view(part.stop - start, -1)
+            yield rows[:, : self.shape[1]].to(self.dtype)
+
     def tensor_split(self, count: int) -> tuple["PackedWeight | Tensor", ...]:
         """Equal parts of the rows; unpacked ones where blocks of numbers reach across rows."""
         if not self._has_rows:
@@ -222,6 +233,10 @@ class PackedEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: of any shape. Unpacks their rows alone."""
         return self.weight.rows(tokens)
+
+    def project(self, x: Tensor) -> Tensor:
+        """As `Operations.Embedding.project`, some rows at a time."""
+        return torch.cat([linear(x, rows.to(x.dtype), None) for rows in self.weight.blocks()], dim=-1)
 
 
 LAYERS = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d, nn.Embedding: PackedEmbedding}

@@ -1,4 +1,4 @@
-"""Gemma-2 (arXiv 2408.00118) without its output layer: token ids to hidden states.
+"""Gemma-2 (arXiv 2408.00118): token ids to hidden states, and from there to logits of the next token.
 
 Attribute names are those of Hugging Face files. Layers with weights come from `operations`, as in `layers.py`. Keys and
 values go in and out, so that a run can go on from where another one ended.
@@ -6,6 +6,7 @@ values go in and out, so that a run can go on from where another one ended.
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,35 @@ from ..networks.layers import Build, merge_heads, split_heads
 from ..networks.operations import Operations
 
 FLOAT32_BYTES = 4
-KeysValues = Sequence[tuple[Tensor, Tensor]]  # per layer, each (B, h, L, d)
+
+
+class KeysValues(NamedTuple):
+    """Of one layer, for the tokens so far, each (B, h, L, d)."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[2]
+
+    def first(self, length: int) -> "KeysValues":
+        """Those of the first tokens."""
+        return KeysValues(*(part[:, :, :length] for part in self))
+
+    def joined(self, keys: Tensor, values: Tensor) -> "KeysValues":
+        """With those of the tokens that follow, whose batch may be larger if this one is 1."""
+        pairs = zip(self, (keys, values), strict=True)
+        return KeysValues(*(torch.cat([old.expand(new.shape[0], -1, -1, -1), new], dim=2) for old, new in pairs))
+
+
+class Past(Protocol):
+    """What a layer remembers: `KeysValues`, or what keeps them elsewhere."""
+
+    @property
+    def length(self) -> int: ...
+
+    def joined(self, keys: Tensor, values: Tensor) -> KeysValues: ...
 
 
 class Gemma2(nn.Module):
@@ -43,16 +72,17 @@ class Gemma2(nn.Module):
         self.norm = GemmaNorm(config, build)
 
     def forward(
-        self, tokens: Tensor, lengths: Tensor | None = None, past: KeysValues = ()
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        self, tokens: Tensor, lengths: Tensor | None = None, past: Sequence[Past] = ()
+    ) -> tuple[Tensor, list[KeysValues]]:
         """Run tokens (B, L) that follow those of `past`, whose batch is B or 1.
 
         lengths: (B,), tokens of each row before its padding, which nothing attends to; None: all.
-        Returns hidden states (B, L, C), and the keys and values of `past` and of these tokens.
+        Returns hidden states (B, L, C), and the keys and values of `past` and of these tokens, for each layer.
         """
-        offset = past[0][0].shape[2] if past else 0
+        offset = past[0].length if past else 0
+        alone = tokens.shape[1] == 1 and lengths is None  # sees all that its layers reach
         keys = torch.arange(offset + tokens.shape[1], device=tokens.device)
-        ends = len(keys) if lengths is None else offset + lengths[:, None, None]
+        ends = offset + (tokens.shape[1] if lengths is None else lengths[:, None, None])
         distance = keys[offset:, None] - keys
         seen = (distance >= 0) & (keys < ends)  # (queries, keys), or with lengths (B, queries, keys)
         near = seen & (distance < self.config.sliding_window)
@@ -63,10 +93,15 @@ class Gemma2(nn.Module):
         rotation = rotary(keys[offset:], self.config, x.dtype)
         keys_values = []
         for i, layer in enumerate(self.layers):
-            visible = near if layer.sliding else seen
+            visible = None if alone else near if layer.sliding else seen
             x, pair = layer(x, rotation, visible, past[i] if past else None)
             keys_values.append(pair)
         return self.norm(x), keys_values
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of the token after each hidden state (..., C): (..., vocab_size) float32, soft-capped."""
+        cap = self.config.final_logit_softcapping
+        return torch.tanh(self.embed_tokens.project(hidden).float() / cap) * cap
 
     def activation_bytes(self, batch: int, tokens: int, past: int, itemsize: int) -> int:
         """About what `forward` takes for (batch, tokens) after `past` tokens of batch 1, with its keys and values."""
@@ -85,7 +120,7 @@ class GemmaLayer(nn.Module):
     def __init__(self, config: GemmaConfig, sliding: bool, build: Build) -> None:
         super().__init__()
         self.sliding = sliding
-        self.self_attn = GemmaAttention(config, build)
+        self.self_attn = GemmaAttention(config, config.sliding_window if sliding else None, build)
         self.mlp = GemmaFeedForward(config, build)
         self.input_layernorm = GemmaNorm(config, build)
         self.post_attention_layernorm = GemmaNorm(config, build)
@@ -93,19 +128,23 @@ class GemmaLayer(nn.Module):
         self.post_feedforward_layernorm = GemmaNorm(config, build)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], seen: Tensor, past: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], seen: Tensor | None, past: Past | None
+    ) -> tuple[Tensor, KeysValues]:
         attended, keys_values = self.self_attn(self.input_layernorm(x), rotation, seen, past)
         x = x + self.post_attention_layernorm(attended)
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), keys_values
 
 
 class GemmaAttention(nn.Module):
-    """Attention with rotary positions and soft-capped logits, in which groups of query heads share keys and values."""
+    """Attention with rotary positions and soft-capped logits, in which groups of query heads share keys and values.
 
-    def __init__(self, config: GemmaConfig, build: Build) -> None:
+    reach: how many tokens back it sees, itself included; None: all.
+    """
+
+    def __init__(self, config: GemmaConfig, reach: int | None, build: Build) -> None:
         super().__init__()
         self.config = config
+        self.reach = reach
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         self.q_proj = build.linear(config.hidden_size, queries, bias=False)
@@ -114,25 +153,27 @@ class GemmaAttention(nn.Module):
         self.o_proj = build.linear(queries, config.hidden_size, bias=False)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], seen: Tensor, past: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], seen: Tensor | None, past: Past | None
+    ) -> tuple[Tensor, KeysValues]:
+        """x: (B, L, C). seen: (L, keys) or (B, L, keys), True where a token attends to; None: one token, which sees all that
+        it reaches."""
         width, shared_heads = self.config.head_dim, self.config.num_key_value_heads
         q = rotate(split_heads(self.q_proj(x), width), rotation)
         k = rotate(split_heads(self.k_proj(x), width), rotation)
         v = split_heads(self.v_proj(x), width)
-        if past is not None:
-            k, v = (
-                torch.cat([old.expand(len(x), -1, -1, -1), new], dim=2) for old, new in zip(past, (k, v), strict=True)
-            )
+        known = KeysValues(k, v) if past is None else past.joined(k, v)
+        k, v = (part[:, :, -self.reach :] for part in known) if seen is None and self.reach else known
         # The query heads of a group stand below one another, so that their keys need no copies.
         q = q.unflatten(1, (shared_heads, -1))  # (B, h, group, L, d)
         logits = q.flatten(2, 3) @ k.mT * self.config.query_pre_attn_scalar**-0.5
         cap = self.config.attn_logit_softcapping
         logits = (torch.tanh(logits / cap) * cap).float().unflatten(2, q.shape[2:4])
-        hidden = seen.logical_not() if seen.ndim == 2 else seen.logical_not()[:, None, None]
-        weights = logits.masked_fill(hidden, torch.finfo(torch.float32).min).softmax(dim=-1).to(v.dtype)
+        if seen is not None:
+            hidden = seen.logical_not() if seen.ndim == 2 else seen.logical_not()[:, None, None]
+            logits = logits.masked_fill(hidden, torch.finfo(torch.float32).min)
+        weights = logits.softmax(dim=-1).to(v.dtype)
         out = (weights.flatten(2, 3) @ v).unflatten(2, q.shape[2:4]).flatten(1, 2)
-        return self.o_proj(merge_heads(out)), (k, v)
+        return self.o_proj(merge_heads(out)), known
 
 
 class GemmaFeedForward(nn.Module):

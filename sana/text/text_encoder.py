@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdRef
 
 from ..config import TEXT_ENCODER_SOURCE, TEXT_TOKENS
-from .gemma import Gemma2, KeysValues
+from .gemma import Gemma2, KeysValues, Past
 from .prompt import INSTRUCTION, Window, common_prefix, window
 from .tokenizers import PAD, Tokenizer
 
@@ -29,7 +29,7 @@ class Prefix(NamedTuple):
     """What an instruction leaves to the prompts after it."""
 
     ids: list[int]  # without the last token, which may merge with the prompt's first word
-    keys_values: KeysValues  # of batch 1
+    keys_values: Sequence[KeysValues]  # of each layer, and batch 1
     first: Tensor  # hidden state of the beginning-of-sequence token, (1, 1, C)
 
 
@@ -87,9 +87,9 @@ class GemmaTextEncoder(nn.Module):
         return window(len(self.tokenizer.encode(instruction)) if instruction else 0)
 
     def _after_instruction(self, ids: list[list[int]], instruction: str, kept: Window) -> Tensor:
-        prefix = self._prefix(instruction)
+        prefix = self.prefix(instruction)
         shared = common_prefix(ids, prefix.ids)
-        past = [(k[:, :, :shared], v[:, :, :shared]) for k, v in prefix.keys_values]
+        past = [layer.first(shared) for layer in prefix.keys_values]
         hidden, _ = self._run([row[shared:] for row in ids], past)
         rows = hidden[:, kept.start - shared :]
         text = hidden.new_zeros(len(ids), TEXT_TOKENS, hidden.shape[-1])
@@ -105,14 +105,19 @@ class GemmaTextEncoder(nn.Module):
         hidden, _ = self._run(ids, length=rows)
         return torch.cat([hidden, hidden[:, -1:].expand(-1, TEXT_TOKENS - rows, -1)], dim=1)
 
-    def _prefix(self, instruction: str) -> Prefix:
-        """The prefix of an instruction. It is kept for as long as the weights do not change, and never while they are trained."""
+    def prefix(self, instruction: str) -> Prefix:
+        """The prefix of an instruction. It is kept for as long as the weights do not change, and never while they are trained.
+
+        Two are kept, so that prompts can be written and drawn in turn: each begins with an instruction of its own.
+        """
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters()):
             return self._compute_prefix(instruction)
-        version, prefix = self._prefixes.get(instruction, (None, None))
+        version, prefix = self._prefixes.pop(instruction, (None, None))
         if version != self.weights_version():
             prefix = self._compute_prefix(instruction)
-            self._prefixes = {instruction: (self.weights_version(), prefix)}
+            version = self.weights_version()
+        others = [(text, kept) for text, kept in self._prefixes.items() if kept[0] == version]
+        self._prefixes = {**dict(others[-1:]), instruction: (version, prefix)}  # the last one used stands last
         return prefix
 
     def _compute_prefix(self, instruction: str) -> Prefix:
@@ -128,18 +133,26 @@ class GemmaTextEncoder(nn.Module):
         """Changes when a weight is replaced, even by one at its address, moved or written to."""
         return [(WeakIdRef(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.model.parameters()]
 
-    def _run(self, ids: list[list[int]], past: KeysValues = (), length: int = 0) -> tuple[Tensor, KeysValues]:
-        """Run token ids, padded on the right to the longest or to `length`, after those of `past`, whose batch is 1.
+    def read(self, ids: Sequence[int], past: Sequence[Past]) -> Tensor:
+        """Run the token ids of one text after those of `past`. Returns hidden states (1, L, C). Raises ValueError as `_check`."""
+        self._check([ids])
+        return self.model(torch.tensor([ids], device=self.device), past=past)[0]
 
-        Returns hidden states (B, L, C), and all keys and values. Raises ValueError for an id that the network has no row for,
-        where a GPU would break down for good.
-        """
+    def _check(self, ids: Sequence[Sequence[int]]) -> None:
+        """Raises ValueError for an id that the network has no row for, where a GPU would break down for good."""
         largest, rows = max(map(max, ids)), self.model.config.vocab_size
         if largest >= rows:
             raise ValueError(
                 f"the tokenizer gives token {largest}, and the text encoder has {rows}; use the tokenizer of "
                 f"{TEXT_ENCODER_SOURCE}"
             )
+
+    def _run(self, ids: list[list[int]], past: Sequence[Past] = (), length: int = 0) -> tuple[Tensor, list[KeysValues]]:
+        """Run token ids, padded on the right to the longest or to `length`, after those of `past`, whose batch is 1.
+
+        Returns hidden states (B, L, C), and all keys and values. Raises ValueError as `_check`.
+        """
+        self._check(ids)
         length = max([length, *map(len, ids)])
         tokens = torch.tensor([row + [PAD] * (length - len(row)) for row in ids], device=self.device)
         return self.model(tokens, torch.tensor([len(row) for row in ids], device=self.device), past)

@@ -4,13 +4,16 @@ A file of a tokenizers library may hold patterns that take for ever to match and
 Gemma-2 needs neither, so everything but a vocabulary with its merges is compared with what Gemma-2 has, before a library reads it.
 """
 
+import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 PAD, EOS, BOS = 0, 1, 2  # token ids of every Gemma-2 vocabulary
+START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"  # of a talk; every Gemma-2 has them
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a token for one byte of a character that has none
 
 # Parts of a `tokenizer.json`, as transformers writes them for every Gemma: "▁" stands for a space.
 NORMALIZER = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
@@ -25,7 +28,6 @@ DECODER = {
 # Settings of its model that Gemma-2 leaves empty.
 UNSET = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
 
-BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # of a letter that has no piece of its own
 
 # Numbers of fields in sentencepiece_model.proto, and kinds of fields in protobuf's encoding.
 SPECS, CHARACTER_MAP = (3, 5), 2  # normalizer_spec and denormalizer_spec; precompiled_charsmap in either
@@ -41,6 +43,28 @@ class Tokenizer(Protocol):
 
     def starts(self, text: str) -> list[int]:
         """Where each token of `encode` begins in the text, in characters. Raises ValueError for what is no text."""
+
+    def find(self, piece: str) -> int | None:
+        """The id of a piece of the vocabulary; None: it has no such piece."""
+
+    def content(self, token: int) -> bytes:
+        """What a token stands for in a text, in UTF-8: nothing for marks, such as the beginning of a sequence."""
+
+
+def written(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of tokens, as they come. A character that is made of several tokens comes whole."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in tokens:
+        if text := decoder.decode(tokenizer.content(token)):
+            yield text
+    if text := decoder.decode(b"", final=True):
+        yield text
+
+
+def _content(piece: str) -> bytes:
+    """Of a piece that is no mark."""
+    byte = BYTE.fullmatch(piece)
+    return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
 
 
 @contextmanager
@@ -66,6 +90,13 @@ class JsonTokenizer:
         checked, self.size = _checked(source)
         with _as_value_errors():
             self.backend = Backend.from_str(checked)
+        marks = (token for token, added in self.backend.get_added_tokens_decoder().items() if added.special)
+        self._marks = {
+            PAD,
+            EOS,
+            BOS,
+            *(token for token in marks if not BYTE.fullmatch(self.backend.id_to_token(token))),
+        }
 
     def encode(self, text: str) -> list[int]:
         _check_text(text)
@@ -76,6 +107,13 @@ class JsonTokenizer:
         _check_text(text)
         with _as_value_errors():
             return [0, *(start for start, _ in self.backend.encode(text, add_special_tokens=False).offsets)]
+
+    def find(self, piece: str) -> int | None:
+        return self.backend.token_to_id(piece)
+
+    def content(self, token: int) -> bytes:
+        piece = None if token in self._marks else self.backend.id_to_token(token)
+        return _content(piece or "")
 
 
 def _check_text(text: str) -> None:
@@ -142,13 +180,28 @@ class SentencePieceTokenizer:
         pieces = self.backend.encode(text, out_type=str)  # whose places are in bytes or in characters by version
         for piece in pieces:
             found.append(at)
-            byte = BYTE_PIECE.fullmatch(piece)
+            byte = BYTE.fullmatch(piece)
             letter = letter + bytes.fromhex(byte[1]) if byte else b""
             if not byte:
                 at += len(piece)
             elif len(letter) == _utf8_length(letter[0]):
                 at, letter = at + 1, b""
         return found
+
+    def find(self, piece: str) -> int | None:
+        found = self.backend.PieceToId(piece)  # of the unknown piece, where there is none
+        return found if self.backend.IdToPiece(found) == piece else None
+
+    def content(self, token: int) -> bytes:
+        if (
+            token >= self.size
+            or token in (PAD, EOS, BOS)
+            or self.backend.IsControl(token)
+            or self.backend.IsUnknown(token)
+        ):
+            return b""
+        piece = self.backend.IdToPiece(token)
+        return b"" if piece in (START_OF_TURN, END_OF_TURN) else _content(piece)
 
 
 def _utf8_length(first: int) -> int:

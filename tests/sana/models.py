@@ -1,6 +1,7 @@
 """Whole tiny models with random weights, large enough that the text shows in a picture, and the files they come in."""
 
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -22,7 +23,7 @@ from sana.saving import write_json
 from sana.text.gemma import Gemma2
 from sana.text.prompt import INSTRUCTION
 from sana.text.text_encoder import GemmaTextEncoder
-from sana.text.tokenizers import BOS, JsonTokenizer
+from sana.text.tokenizers import BOS, END_OF_TURN, START_OF_TURN, JsonTokenizer
 from sana.training.tokenizer import train_tokenizer
 from tests.sana.twins import randomise, tiny_autoencoder_config, tiny_config
 
@@ -44,6 +45,7 @@ GEMMA = GemmaConfig(
     head_dim=16,
     query_pre_attn_scalar=16,
     attn_logit_softcapping=10.0,
+    final_logit_softcapping=3.0,
 )
 TRANSFORMER = replace(tiny_config("sana-0.6b-1024px"), text_width=TEXT_WIDTH)
 SPRINT = replace(tiny_config("sana-sprint-0.6b-1024px"), text_width=TEXT_WIDTH)
@@ -65,6 +67,11 @@ def text_encoder() -> GemmaTextEncoder:
     model = Gemma2(GEMMA, device="meta")
     model.load_state_dict(gemma().state_dict(), assign=True)
     return GemmaTextEncoder(model.eval().requires_grad_(False), JsonTokenizer(tokenizer_json()))
+
+
+def writer() -> GemmaTextEncoder:
+    """The same with a vocabulary that has marks for turns, as of an encoder that was trained to write."""
+    return GemmaTextEncoder(text_encoder().model, JsonTokenizer(talking_tokenizer_json()))
 
 
 def transformer(config: TransformerConfig = TRANSFORMER) -> SanaTransformer:
@@ -104,8 +111,23 @@ def tokenizer_json() -> bytes:
 
 
 @cache
-def tokenizer_model() -> bytes:
-    """A `tokenizer.model` of sentencepiece, trained with the settings of Gemma's."""
+def talking_tokenizer_json() -> bytes:
+    """The same with marks for turns, in the place of its last two pieces."""
+    content = json.loads(tokenizer_json())
+    vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
+    for i, mark in enumerate((START_OF_TURN, END_OF_TURN), start=GEMMA.vocab_size - 2):
+        (piece,) = (piece for piece, token in vocabulary.items() if token == i)
+        del vocabulary[piece]
+        merges[:] = [pair for pair in merges if "".join(pair) != piece and piece not in pair]
+        vocabulary[mark] = i
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        content["added_tokens"].append({"id": i, "content": mark, "special": True, **flags})
+    return json.dumps(content).encode()
+
+
+@cache
+def tokenizer_model(*pieces: str) -> bytes:
+    """A `tokenizer.model` of sentencepiece, trained with the settings of Gemma's. pieces: in it whatever the texts hold."""
     model, specials = io.BytesIO(), ("pad", "eos", "bos", "unk")
     SentencePieceTrainer.train(
         sentence_iterator=iter(_corpus()),
@@ -117,7 +139,7 @@ def tokenizer_model() -> bytes:
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True,
-        user_defined_symbols=["\n"],
+        user_defined_symbols=["\n", *pieces],
         minloglevel=2,
         **{f"{name}_id": i for i, name in enumerate(specials)},
         **{f"{name}_piece": f"<{name}>" for name in specials},

@@ -128,6 +128,7 @@ GEMMA_2_2B = {
     "head_dim": 256,
     "query_pre_attn_scalar": 256,
     "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
     "sliding_window": 4096,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10_000.0,

@@ -267,7 +267,10 @@ def test_sizes_of_a_gemma(key: str, value: object) -> None:
 
 
 @pytest.mark.parametrize("value", NO_NUMBERS, ids=lambda value: str(value)[:20])
-@pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta", "query_pre_attn_scalar", "attn_logit_softcapping"])
+@pytest.mark.parametrize(
+    "key",
+    ["rms_norm_eps", "rope_theta", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"],
+)
 def test_numbers_of_a_gemma(key: str, value: object) -> None:
     file = gemma(**{key: value})
     assert refusal(gemma_config, file.tensors, file).startswith(f"model.safetensors has {key} ")

@@ -105,7 +105,7 @@ def test_the_base_model_is_told_where_it_is_known(
     load_text_encoder(path)
     message = (
         f"{path.name} is named like the base Gemma-2-2b; SANA was trained with Gemma-2-2b-it, and with the base model pictures "
-        "follow their prompts less; use Efficient-Large-Model/gemma-2-2b-it"
+        "follow their prompts less, and prompts are enhanced badly; use Efficient-Large-Model/gemma-2-2b-it"
     )
     assert caplog.messages == [message] * warned
 

@@ -188,3 +188,42 @@ def test_an_embedding_unpacks_the_rows_that_are_asked_for() -> None:
     layer = PackedEmbedding(nn.Embedding(1, 1), PackedWeight("int8", scaled, {"packed": numbers}, numbers.shape))
     _, peak = peak_bytes(lambda: layer(torch.zeros(1, 10, dtype=torch.long)))
     assert peak < 20_000
+
+
+@pytest.mark.parametrize("rows", [1, 4, 6, 4096])
+@pytest.mark.parametrize("kind", ["rows", "changed", "across rows", "padded"])
+def test_an_embedding_is_an_output_some_rows_at_a_time(kind: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sana.networks.packed.ROWS", rows)
+    weight, expected = packed(8, 4)
+    if kind == "changed":
+        weight.changes.append(Doubled())
+        expected = expected * 2
+    if kind == "across rows":
+        weight = PackedWeight("fp32", lambda parts: parts["packed"].clone(), {"packed": expected.view(2, -1)}, (8, 4))
+    if kind == "padded":
+        weight.multiple = 4
+        weight, expected = weight.cut_to(torch.Size((6, 3))), expected[:6, :3]
+    network = nn.ModuleDict({"embed": nn.Embedding(*expected.shape)})
+    put_weight(network, "embed.weight", weight)
+    x = torch.randn(2, 1, expected.shape[1])
+    blocks = [len(block) for block in weight.blocks()]
+    whole = len(expected)
+    cut = kind in ("rows", "padded")
+    assert blocks == ([min(rows, whole - start) for start in range(0, whole, rows)] if cut else [whole])
+    torch.testing.assert_close(network["embed"].project(x), x @ expected.T)
+    half = network.bfloat16()["embed"].project(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), x @ expected.T, rtol=0.1, atol=2)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 2
+
+
+def test_a_plain_embedding_is_an_output() -> None:
+    layer = Operations.Embedding(5, 3)
+    nn.init.normal_(layer.weight)
+    x = torch.randn(2, 1, 3)
+    torch.testing.assert_close(layer.project(x), x @ layer.weight.T)
+    assert layer.project(x.bfloat16()).dtype == torch.bfloat16

@@ -11,8 +11,27 @@ import tokenizers
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import GemmaTokenizer
 
-from sana.text.tokenizers import DECODER, NORMALIZER, JsonTokenizer, SentencePieceTokenizer
-from tests.sana.models import GEMMA, PROMPTS, reference_tokenizer, tokenizer_json, tokenizer_model
+from sana.text.tokenizers import (
+    BOS,
+    DECODER,
+    END_OF_TURN,
+    EOS,
+    NORMALIZER,
+    PAD,
+    START_OF_TURN,
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    written,
+)
+from tests.sana.models import (
+    GEMMA,
+    PROMPTS,
+    reference_tokenizer,
+    talking_tokenizer_json,
+    tokenizer_json,
+    tokenizer_model,
+)
 
 GEMMA_SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 RUNAWAY = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
@@ -246,3 +265,50 @@ def test_half_of_a_character_is_no_text(kind: type, source: Callable[[], bytes])
     with pytest.raises(ValueError) as caught:
         kind(source()).encode("a cat \udcff")
     assert str(caught.value) == "the prompt is no text in UTF-8 from its character 7 on; type it again"
+
+
+# From tokens to texts
+
+MARKS = (START_OF_TURN, END_OF_TURN)
+RARE = "ħ🦊 ü → 𓀀"  # of characters that no text of the vocabulary had: a token for each byte
+BOTH = pytest.mark.parametrize(
+    "tokenizer",
+    [JsonTokenizer(talking_tokenizer_json()), SentencePieceTokenizer(tokenizer_model(*MARKS))],
+    ids=["tokenizers", "sentencepiece"],
+)
+
+
+@BOTH
+@pytest.mark.parametrize("text", [*PROMPTS, RARE, " two  spaces \n and\n\nlines ", "▁", ""])
+def test_the_text_of_tokens_is_the_text_that_they_were_made_of(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert "".join(written(tokenizer, ids)) == text.replace("▁", " ")
+    assert tokenizer.backend.decode(ids[1:]) == "".join(written(tokenizer, ids)) or isinstance(tokenizer, JsonTokenizer)
+
+
+@BOTH
+def test_a_character_of_several_tokens_comes_whole(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(RARE)
+    pieces = list(written(tokenizer, ids))
+    assert len(ids) > len(RARE) + 5  # bytes
+    assert len(pieces) >= len(RARE) - 2 and "".join(pieces) == RARE
+    assert list(written(tokenizer, tokenizer.encode("𓀀")[:-1])) == ["\ufffd"]  # cut in the middle
+    assert "".join(written(tokenizer, [*tokenizer.encode("𓀀")[:-1], *tokenizer.encode("a")])) == "\ufffda"
+
+
+@BOTH
+def test_marks_are_no_text(tokenizer: Tokenizer) -> None:
+    start, end = map(tokenizer.find, MARKS)
+    assert start is not None and end is not None and start != end
+    ids = tokenizer.encode(f"{START_OF_TURN}user\na cat{END_OF_TURN}")
+    assert [token for token in ids if token in (start, end)] == [start, end]
+    assert "".join(written(tokenizer, [PAD, *ids, EOS, BOS, 3])) == "user\na cat"
+    assert list(written(tokenizer, [GEMMA.vocab_size + 5])) == []  # a row of the network without a token
+
+
+@BOTH
+def test_a_piece_is_found_or_not(tokenizer: Tokenizer) -> None:
+    assert tokenizer.find("<eos>") == EOS and tokenizer.find("<bos>") == BOS
+    assert tokenizer.find("<start_of_image>") is None
+    plain = type(tokenizer)(tokenizer_json() if isinstance(tokenizer, JsonTokenizer) else tokenizer_model())
+    assert plain.find(END_OF_TURN) is None
