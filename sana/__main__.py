@@ -1,4 +1,4 @@
-"""The shell: python -m sana generate PROMPT, python -m sana info PATH, python -m sana convert SRC DST."""
+"""The shell: python -m sana generate PROMPT, and likewise enhance PROMPT, info PATH, convert SRC DST."""
 
 import argparse
 import logging
@@ -21,13 +21,27 @@ from .checkpoints.writing import convert
 from .config import DOWNSAMPLE
 from .images import read_picture
 from .interruption import INTERRUPTED, begin
-from .jobs import Job, Record, check_free, fingerprint, free_names, missing_jobs, names, read_prompts, write_png
-from .loading import model_path
+from .jobs import (
+    ENHANCED_FROM,
+    Job,
+    Record,
+    check_free,
+    fingerprint,
+    free_names,
+    missing_jobs,
+    names,
+    read_prompts,
+    write_png,
+)
+from .loading import load_writer, model_path
 from .options import parser
 from .pipeline import SanaPipeline, check_control
 from .plan import Plan, Settings, make_plan
 from .sampling.solvers import Step
 from .saving import remove_leftovers
+from .text.enhancement import enhance
+from .text.generation import Sampling
+from .text.prompt import INSTRUCTION
 
 UNNAMED = Path("sana.png")  # without --out
 PICTURES = ("image", "mask", "control_image")  # options that are files of pictures
@@ -49,8 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_generate(options: argparse.Namespace) -> int:
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(options.device)
+    options.device = checked_device(options.device)
     out = options.out or UNNAMED
     check_output(out)
     remove_leftovers(out.parent)
@@ -65,7 +78,7 @@ def run_generate(options: argparse.Namespace) -> int:
     if loras:
         files = {**files, "loras": [f"{path.name}={strength:g}" for path, strength in loras]}
     if options.resume:
-        jobs = list(missing_jobs(jobs, out, {**common_record(options, settings), **files}))
+        jobs = list(missing_jobs(jobs, out, {**common_record(options, settings), **files}, options.enhance))
     if not jobs:
         print("Every picture exists already.")
         return 0
@@ -82,18 +95,49 @@ def run_generate(options: argparse.Namespace) -> int:
         control=options.control,
         offload=options.offload,
     )
-    plans = (pipeline.plan(job.prompt, replace(settings, seed=job.seed), batch_size=job.batch_size) for job in jobs)
     with tqdm(total=len(jobs) * pipeline.plan("", settings).step_count, unit="step") as bar:
 
         def show(plan: Plan, step: Step) -> None:
             bar.set_description(plan.prompts[0][:40], refresh=False)
             bar.update()
 
-        for plan, pictures in pipeline.draw(plans, show):
+        plans = (plan_job(pipeline, job, settings, options.enhance, bar) for job in jobs)
+        for job, (plan, pictures) in zip(jobs, pipeline.draw(plans, show), strict=True):
+            given = {ENHANCED_FROM: job.prompt} if options.enhance else {}
             for k, picture in enumerate(pictures):
                 path = next(paths)
-                write_png(picture, path, {**plan.record(k), **files})
+                write_png(picture, path, {**plan.record(k), **files, **given})
                 bar.write(str(path))
+    return 0
+
+
+def plan_job(pipeline: SanaPipeline, job: Job, settings: Settings, enhanced: bool, bar: tqdm) -> Plan:
+    """The plan of a job. enhanced: of better prompts, written with the seed of each picture, which are shown above a bar."""
+    prompts = [job.prompt] * job.batch_size
+    if enhanced:
+        instruction = settings.instruction or INSTRUCTION
+        prompts = [
+            pipeline.enhance(prompt, instruction=instruction, seed=job.seed + k) for k, prompt in enumerate(prompts)
+        ]
+        for prompt in prompts:
+            bar.write(prompt, file=sys.stderr)
+    return pipeline.plan(prompts, replace(settings, seed=job.seed))
+
+
+def run_enhance(options: argparse.Namespace) -> int:
+    device = checked_device(options.device)
+    prompts = read_asked(options)
+    sampling = Sampling(**{field.name: getattr(options, field.name) for field in fields(Sampling)})
+    encoder = load_writer(
+        options.text_encoder or options.model,
+        getattr(torch, options.dtype) if options.dtype else None,
+        torch.device(device),
+        [read_strength(text) for text in options.lora],
+    )
+    for prompt in prompts:
+        for piece in enhance(encoder, prompt, options.instruction, sampling, turns=not options.raw):
+            print(piece, end="", flush=True)
+        print()
     return 0
 
 
@@ -101,10 +145,14 @@ def read_jobs(options: argparse.Namespace) -> list[Job]:
     """Everything that is asked for. Raises ValueError unless that is one prompt or one file of prompts."""
     if options.batch_size < 1:
         raise ValueError(f"--batch-size is {options.batch_size}; at least 1 is needed")
+    return [Job(prompt, options.seed, options.batch_size) for prompt in read_asked(options)]
+
+
+def read_asked(options: argparse.Namespace) -> list[str]:
+    """The prompts. Raises ValueError unless there is either one or one file of them."""
     if (options.prompt is None) == (options.prompts is None):
         raise ValueError("give either a prompt or --prompts FILE")
-    prompts = read_prompts(options.prompts) if options.prompts else [options.prompt]
-    return [Job(prompt, options.seed, options.batch_size) for prompt in prompts]
+    return read_prompts(options.prompts) if options.prompts else [options.prompt]
 
 
 def read_strength(text: str) -> tuple[Path, float]:
@@ -149,13 +197,15 @@ def read_settings(options: argparse.Namespace) -> Settings:
     return Settings(**given)
 
 
-def check_device(name: str) -> None:
-    """Raises ValueError for a device that PyTorch does not know, was not built for, or does not find."""
+def checked_device(name: str | None) -> str:
+    """A device, or the best one. Raises ValueError for one that PyTorch does not know, was not built for, or does not find."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.ones(1, device=name).add(1).item()
     except Exception as error:  # each kind of device fails in its own way
         reason = str(error).split("\n")[0].split(". ")[0]
         raise ValueError(f"device {name} cannot be used ({reason}); give another, such as cpu") from error
+    return name
 
 
 def check_output(path: Path) -> None:
@@ -183,7 +233,7 @@ def run_convert(options: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"generate": run_generate, "info": run_info, "convert": run_convert}
+COMMANDS = {"generate": run_generate, "enhance": run_enhance, "info": run_info, "convert": run_convert}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,6 +21,7 @@ from .saving import replacing
 
 CHUNK = "sana"  # of a PNG, the text that holds its record
 SAMPLE = 64  # numbers of each tensor that tell a model from another; training changes all of them
+ENHANCED_FROM = "enhanced_from"  # in a record: the prompt that was given, of which the drawn one was written
 PLACES = 1000  # of a GGUF file, where so many bytes are taken
 
 Record = Mapping[str, object]  # what a picture was drawn with, as JSON values; see `Plan.record`
@@ -52,15 +53,17 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def missing_jobs(jobs: Iterable[Job], out: Path, record: Record) -> Iterator[Job]:
+def missing_jobs(jobs: Iterable[Job], out: Path, record: Record, enhanced: bool = False) -> Iterator[Job]:
     """The jobs without the pictures that exist under any of the names of `out`.
 
     One picture stands for one that is asked for. record: of any picture of these jobs, but for its prompt and seed.
+    enhanced: whether better prompts are to be written of those of the jobs.
     """
+    given = ENHANCED_FROM if enhanced else "prompt"
     existing = Counter(_key(found) for path in _outputs(out) if (found := read_record(path)) is not None)
 
     def is_missing(prompt: str, seed: int) -> bool:
-        key = _key({**record, "prompt": prompt, "seed": seed})
+        key = _key({**record, given: prompt, "seed": seed})
         if not existing[key]:
             return True
         existing[key] -= 1
@@ -104,7 +107,12 @@ def _outputs(out: Path) -> Iterator[Path]:
 
 
 def _key(record: Record) -> int:
-    """A number in the place of a record, so that a folder of a million pictures takes no memory to speak of."""
+    """A number in the place of a record, so that a folder of a million pictures takes no memory to speak of.
+
+    A prompt that was written does not count: what it was written from does.
+    """
+    if ENHANCED_FROM in record:
+        record = {**record, "prompt": ""}
     text = json.dumps(record, sort_keys=True)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 

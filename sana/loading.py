@@ -73,6 +73,22 @@ def load_parts(
     return parts
 
 
+def load_writer(
+    model: Path | str,
+    dtype: torch.dtype | None = None,
+    device: torch.device = CPU,
+    loras: Sequence[tuple[Path | str, float]] = (),
+) -> GemmaTextEncoder:
+    """The text encoder of a model, or in a file or folder of its own, and nothing else.
+
+    dtype: None: float32 on a CPU, else bfloat16 where the device computes with it. loras: of which the part for the text
+    encoder counts. Raises CheckpointError, ValueError and FileNotFoundError, as `SanaPipeline.load` does.
+    """
+    text = find_text_encoder(read_text_encoder(model_path(model)))
+    _, merges = read_merges(loras, None, text.config)
+    return build_text_encoder(text, dtype or default_dtypes("bfloat16", device)[1], device, merges=merges)
+
+
 def _hand_over(parts: Parts, offloader: Offloader) -> None:
     gemma = parts.text_encoder.model
     if offloader.is_active:

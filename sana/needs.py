@@ -15,6 +15,7 @@ from .networks.streaming import check_bound, least_bytes, whole_bytes
 from .networks.transformer import WORKING_BYTES, SanaTransformer
 from .offloading import Need
 from .plan import Plan
+from .text.generation import CONTEXT, PART
 from .text.text_encoder import GemmaTextEncoder
 
 TEXT_ENCODER, ENCODER, TRANSFORMER = "text encoder", "encoder", "transformer"  # names of parts
@@ -67,6 +68,16 @@ def prompt_need(plan: Plan, text_encoder: GemmaTextEncoder) -> Need:
     kept = 2 * (batch + 1) * TEXT_TOKENS * model.config.hidden_size * itemsize  # states, before and after they are cut
     working = max(model.activation_bytes(*run, itemsize) for run in runs) + kept
     working += unpacking_bytes(model.layers, itemsize)  # of the embedding a few rows are
+    return Need((TEXT_ENCODER,), working, working)
+
+
+def writing_need(text_encoder: GemmaTextEncoder, text: str, max_tokens: int) -> Need:
+    """Of writing so many tokens at most after a text. Logits are where the embedding is, which stays on the CPU."""
+    model, itemsize = text_encoder.model, text_encoder.dtype.itemsize
+    read = len(text_encoder.tokenizer.encode(text))
+    part, tokens = min(PART, read), min(CONTEXT, read + max_tokens)
+    runs = [(1, part, read - part), (1, 1, tokens)]  # the last part that is read, and the last token
+    working = max(model.activation_bytes(*run, itemsize) for run in runs) + unpacking_bytes(model.layers, itemsize)
     return Need((TEXT_ENCODER,), working, working)
 
 

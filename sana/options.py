@@ -9,6 +9,7 @@ from pathlib import Path
 from .checkpoints.quantising import PACKED_FORMATS
 from .config import VARIANTS
 from .sampling.solvers import SOLVERS
+from .text.generation import Sampling
 from .text.prompt import INSTRUCTION
 
 PROJECT = "comfyui-sana"
@@ -22,6 +23,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=version())
     commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
     add_generate(commands.add_parser("generate", help="draw a prompt"))
+    add_enhance(commands.add_parser("enhance", help="write a better prompt, by the text encoder"))
     info = commands.add_parser("info", help="say what a checkpoint is")
     info.add_argument("path", type=Path, help="checkpoint file or folder, or a LoRA")
     info.add_argument("--model", help="for a LoRA: the SANA that it is to fit")
@@ -61,6 +63,11 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("prompt", nargs="?", help="what to draw")
     add("--prompts", type=Path, metavar="FILE", help="draw every line of a text file instead")
+    add(
+        "--enhance",
+        action="store_true",
+        help="draw a better prompt that the text encoder writes first, of each picture's own seed; the PNG tells both",
+    )
     add(
         "--out",
         type=Path,
@@ -145,6 +152,52 @@ def add_generate(command: argparse.ArgumentParser) -> None:
         "never: all stay there (default: auto)",
     )
     add("--compile", action="store_true", help="compile the transformer first; pays for many pictures of one size")
+
+
+def add_enhance(command: argparse.ArgumentParser) -> None:
+    add, usual = command.add_argument, Sampling()
+    add("prompt", nargs="?", help="what the picture is to show")
+    add("--prompts", type=Path, metavar="FILE", help="write one for every line of a text file instead, a line each")
+    add("--model", default="demo", help="a diffusers folder with the text encoder in it")
+    add("--text-encoder", help="file or folder of Gemma-2-2b-it (default: that of the model)")
+    add_lora(command, "a LoRA for the text encoder; may be given several times (strength: 1)")
+    add("--instruction", default=INSTRUCTION, help="text before the prompt (default: NVIDIA's)")
+    add("--raw", action="store_true", help="go on in the line of the instruction, instead of asking and being answered")
+    add("--seed", type=int, default=usual.seed, help="the same seed gives the same text (default: %(default)s)")
+    add("--max-tokens", type=int, default=usual.max_tokens, help="to write at most (default: %(default)s)")
+    add(
+        "--temperature",
+        type=float,
+        default=usual.temperature,
+        help="how freely tokens are chosen; 0: always the likeliest (default: %(default)s)",
+    )
+    add("--top-k", type=int, default=usual.top_k, help="of so many likeliest tokens; 0: of all (default: %(default)s)")
+    add(
+        "--top-p",
+        type=float,
+        default=usual.top_p,
+        help="of the likeliest that have this probability together (default: %(default)s)",
+    )
+    add(
+        "--min-p",
+        type=float,
+        default=usual.min_p,
+        help="of those with this share of the likeliest one's probability (default: %(default)s)",
+    )
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=usual.repetition_penalty,
+        help="above 1: what is there already becomes less likely (default: %(default)s)",
+    )
+    add(
+        "--presence-penalty",
+        type=float,
+        default=usual.presence_penalty,
+        help="the same by subtraction (default: %(default)s)",
+    )
+    add("--dtype", choices=DTYPES[:2], help="number format (default: float32 on a CPU, else bfloat16)")
+    add("--device", help="such as cpu or cuda:1 (default: cuda where there is one, else cpu)")
 
 
 def add_lora(command: argparse.ArgumentParser, what: str) -> None:

@@ -19,7 +19,7 @@ from .config import TransformerIdentity
 from .images import to_picture
 from .inputs import Inputs, encode_picture, encode_texts, latent_mask
 from .loading import load_parts
-from .needs import check_bounds, decoding_need, latent_shape, needs
+from .needs import check_bounds, decoding_need, latent_shape, needs, writing_need
 from .networks.autoencoder import DCAutoencoder, decode_within_memory
 from .networks.controlnet import SanaControlNet
 from .networks.transformer import SanaTransformer
@@ -29,6 +29,9 @@ from .sampling.control import ControlledTransformer, within
 from .sampling.guidance import Condition, guided_denoiser, inpainting_denoiser, scm_denoiser
 from .sampling.noise import noise_source
 from .sampling.solvers import SOLVERS, Denoiser, SamplingError, Step, scm_start, scm_steps
+from .text.enhancement import enhance
+from .text.generation import Sampling
+from .text.prompt import INSTRUCTION
 from .text.text_encoder import GemmaTextEncoder
 
 PLANS_AHEAD = 16  # whose texts, 1.4 MB each, are encoded together where parts take turns
@@ -120,6 +123,18 @@ class SanaPipeline:
         for step in self.sample(prompt, settings, batch_size=batch_size):
             latent = step.next_x
         return self.pictures(latent, settings.max_bytes)
+
+    def enhance(self, prompt: str, *, instruction: str = INSTRUCTION, turns: bool = True, **options: object) -> str:
+        """A longer prompt, written by the text encoder, for a picture with more to see.
+
+        instruction, turns: as for `enhance` in `text/enhancement.py`, which gives the same in pieces, as they are written.
+        options: fields of `Sampling`, as in `pipeline.enhance("a cat", seed=1, temperature=0.5)`.
+        Raises ValueError for values out of range and for a text encoder that was never trained to write.
+        """
+        sampling = Sampling(**options)
+        if self.offloader.is_active:
+            self.offloader.bring(writing_need(self.text_encoder, instruction + prompt, sampling.max_tokens))
+        return "".join(enhance(self.text_encoder, prompt, instruction, sampling, turns=turns))
 
     def sample(self, prompt: str | Sequence[str], settings: Settings, *, batch_size: int = 1) -> Iterator[Step]:
         """The steps of sampling one by one, for a caller to watch, to cancel, or to stop early.

@@ -212,27 +212,27 @@ def _existing(path: Path | str) -> Path:
 
 
 def read_merges(
-    loras: Sequence[tuple[Path | str, float]], transformer: TransformerConfig, text_encoder: GemmaConfig | None
+    loras: Sequence[tuple[Path | str, float]], transformer: TransformerConfig | None, text_encoder: GemmaConfig | None
 ) -> tuple[Merges, Merges]:
     """What LoRA files, each with a strength, make of the weights of a transformer and of a text encoder.
 
-    text_encoder: None if it does not count. Warns of a file of which a part fits. Raises CheckpointError for one of which
+    None: it does not count. Warns of a file of which a part fits. Raises CheckpointError for one of which
     nothing does, as `Lora.changes` does, and ValueError for a strength that is no finite number and for what is no pair.
     """
     if not loras:
         return {}, {}
-    parts = [Part.transformer(transformer)]
-    parts += [] if text_encoder is None else [Part.text_encoder(text_encoder)]
+    parts = [transformer and Part.transformer(transformer), text_encoder and Part.text_encoder(text_encoder)]
+    sprint = transformer.guidance_embed if transformer else None
     found: list[dict[str, list[tuple[Change, float]]]] = [{}, {}]
     for path, strength in map(_pair, loras):
         if not math.isfinite(strength):
             raise ValueError(f"the strength of {path} is {strength}; it must be a finite number, such as 1")
-        lora = read_lora(path, sprint=transformer.guidance_embed)
-        fitting = [lora.changes(part) for part in parts]
+        lora = read_lora(path, sprint=sprint)
+        fitting = [lora.changes(part) if part else {} for part in parts]
         told = tell_fit(lora, set().union(*fitting))
         if told:
             log.warning(told)
-        for known, layers in zip(found, fitting, strict=False):
+        for known, layers in zip(found, fitting, strict=True):
             for changes in layers.values() if strength else ():
                 for name, change in changes.items():
                     known.setdefault(name, []).append((change, strength))

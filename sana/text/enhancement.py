@@ -30,7 +30,7 @@ def enhance(
 
     instruction: put before the prompt. sampling: None: as `Sampling` has it. turns: ask in the chat template of Gemma-2, and
     take the answer; otherwise go on in the same line, as the instruction itself shows it.
-    Raises ValueError and RuntimeError as `continuation` does.
+    If Gemma writes nothing, the prompt stays as it is. Raises ValueError and RuntimeError as `continuation` does.
     """
     if not prompt.strip():
         log.warning("The prompt is empty, so one is written from nothing.")
@@ -38,7 +38,13 @@ def enhance(
     constant = before + instruction
     ids = encoder.tokenizer.encode(constant + prompt.strip() + after)
     tokens = continuation(encoder, ids, sampling or Sampling(), constant)
-    return one_line(written(encoder.tokenizer, tokens), whole=turns)
+    nothing = True
+    for piece in one_line(written(encoder.tokenizer, tokens), whole=turns):
+        nothing = False
+        yield piece
+    if nothing:
+        log.warning("The text encoder wrote nothing, so the prompt stays as it is.")
+        yield prompt
 
 
 def one_line(pieces: Iterable[str], whole: bool = True) -> Iterator[str]:

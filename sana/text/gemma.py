@@ -65,7 +65,7 @@ class Gemma2(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
-        self.embedding_device: torch.device | None = None  # where the embedding is; None: where all is. It is a look-up
+        self.embedding_device: torch.device | None = None  # where the embedding is; None: where all is
         build = Build(operations, dtype, device)
         self.embed_tokens = operations.Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         self.layers = nn.ModuleList(GemmaLayer(config, i % 2 == 0, build) for i in range(config.num_hidden_layers))
@@ -99,8 +99,9 @@ class Gemma2(nn.Module):
         return self.norm(x), keys_values
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Of the token after each hidden state (..., C): (..., vocab_size) float32, soft-capped."""
+        """Of the token after each hidden state (..., C): (..., vocab_size) float32, soft-capped, where the embedding is."""
         cap = self.config.final_logit_softcapping
+        hidden = hidden if self.embedding_device is None else hidden.to(self.embedding_device)
         return torch.tanh(self.embed_tokens.project(hidden).float() / cap) * cap
 
     def activation_bytes(self, batch: int, tokens: int, past: int, itemsize: int) -> int:

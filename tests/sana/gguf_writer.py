@@ -1,6 +1,6 @@
 """Gemma as a GGUF file, written by the gguf package in the way of llama.cpp's convert_hf_to_gguf.py."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import gguf
@@ -24,10 +24,11 @@ def write_gguf(
     config: GemmaConfig = GEMMA,
     change: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
     architecture: str = "gemma2",
+    marks: Sequence[str] = (),
 ) -> Path:
     """tensors: in the names of Hugging Face. kind: what a matrix is packed in, by its name; norms are float32.
 
-    change: is called before anything is written.
+    change: is called before anything is written. marks: tokens of the vocabulary that are no text.
     """
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_embedding_length(config.hidden_size)
@@ -40,7 +41,7 @@ def write_gguf(
     writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
     writer.add_final_logit_softcapping(config.final_logit_softcapping)
     writer.add_sliding_window(config.sliding_window)
-    add_tokenizer(writer)
+    add_tokenizer(writer, marks)
     change(writer)
     for name, tensor in tensors.items():
         stored = NAMES.get_name(f"model.{name.removesuffix('.weight')}") + ".weight"
@@ -79,17 +80,17 @@ SCALES = {
 }
 
 
-def add_tokenizer(writer: gguf.GGUFWriter) -> None:
+def add_tokenizer(writer: gguf.GGUFWriter, marks: Sequence[str]) -> None:
     """As `_create_vocab_sentencepiece` does: tokens of the user have spaces in the place of their mark."""
     model = SentencePieceProcessor()
-    model.LoadFromSerializedProto(tokenizer_model())
+    model.LoadFromSerializedProto(tokenizer_model(*marks))
     tokens, kinds = [], []
     for i in range(model.GetPieceSize()):
         token = model.IdToPiece(i)
         kind = gguf.TokenType.NORMAL
         if model.IsUnknown(i):
             kind = gguf.TokenType.UNKNOWN
-        elif model.IsControl(i):
+        elif model.IsControl(i) or token in marks:
             kind = gguf.TokenType.CONTROL
         elif model.IsByte(i):
             kind = gguf.TokenType.BYTE

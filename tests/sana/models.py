@@ -2,13 +2,14 @@
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from safetensors.torch import save_file
 from sentencepiece import SentencePieceTrainer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
@@ -84,10 +85,13 @@ def autoencoder() -> DCAutoencoder:
     return randomise(DCAutoencoder(tiny_autoencoder_config("dc-ae-f32c32-sana-1.1", depth=1)))
 
 
-def write_model(folder: Path, config: TransformerConfig = TRANSFORMER) -> Path:
-    """A whole model in the layout of a diffusers pipeline. A Sprint one has the scheduler of another, which is not read."""
+def write_model(folder: Path, config: TransformerConfig = TRANSFORMER, *, talking: bool = False) -> Path:
+    """A whole model in the layout of a diffusers pipeline. A Sprint one has the scheduler of another, which is not read.
+
+    talking: its vocabulary has marks for turns, as of a text encoder that writes.
+    """
     tokenizer = folder / "trained.json"
-    tokenizer.write_bytes(tokenizer_json())
+    tokenizer.write_bytes(talking_tokenizer_json() if talking else tokenizer_json())
     flow_shift = None if config.guidance_embed else 2.0
     write_pipeline(
         folder,
@@ -98,6 +102,15 @@ def write_model(folder: Path, config: TransformerConfig = TRANSFORMER) -> Path:
         identity=TransformerIdentity(config, "custom", 64, flow_shift, "float32", "training"),
     )
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(2.0))
+    return folder
+
+
+def write_text_encoder(folder: Path, tensors: Mapping[str, Tensor]) -> Path:
+    """A Gemma that writes in the layout of Hugging Face."""
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", gemma_json(GEMMA))
+    (folder / "tokenizer.json").write_bytes(talking_tokenizer_json())
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
     return folder
 
 

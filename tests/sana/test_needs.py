@@ -12,7 +12,7 @@ from bench.twins import WordTokenizer
 from bench.weights import in_8_bits
 from sana.config import AUTOENCODERS, VARIANTS, GemmaConfig, TransformerIdentity
 from sana.inputs import encode_texts
-from sana.needs import decoding_need, needs
+from sana.needs import decoding_need, needs, writing_need
 from sana.networks.autoencoder import DCAutoencoder
 from sana.networks.controlnet import SanaControlNet
 from sana.networks.memory import GIB
@@ -20,7 +20,9 @@ from sana.networks.transformer import SanaTransformer
 from sana.offloading import weight_bytes
 from sana.pipeline import SanaPipeline
 from sana.plan import Plan, Settings, make_plan
+from sana.text.enhancement import enhance
 from sana.text.gemma import Gemma2
+from sana.text.generation import Sampling
 from sana.text.text_encoder import GemmaTextEncoder
 from tests.sana import models
 from tests.sana.measures import peak_bytes
@@ -132,6 +134,14 @@ def test_the_model_is_what_runs_take(small: SanaPipeline, side: int, prompts: in
     modelled = needs(drawn, *networks, small.controlnet if controlled else None)
     for phase, found in measured(small, drawn).items():
         assert found <= modelled[phase].working <= 1.33 * found, phase
+
+
+@pytest.mark.parametrize(("text", "count"), [("a cat", 300), (LONG_PROMPT, 40), (10 * LONG_PROMPT, 3)])
+def test_writing_is_modelled_by_what_is_read_and_what_is_written(text: str, count: int) -> None:
+    """Never less, and at most half more. Logits of 600 tokens are next to nothing."""
+    encoder, sampling = models.writer(), Sampling(count)
+    found = peak_bytes(lambda: torch.tensor(len("".join(enhance(encoder, text, "Draw ", sampling)))))[1]
+    assert found <= writing_need(encoder, f"Draw {text}", count).working <= 1.5 * found
 
 
 def test_decoding_in_as_little_as_it_takes_is_modelled_too(small: SanaPipeline) -> None:

@@ -18,7 +18,11 @@ from sana.checkpoints.gguf_files import read_gguf
 from sana.checkpoints.inspection import describe_file
 from sana.jobs import fingerprint
 from sana.networks.packed import PackedEmbedding, PackedLinear
+from sana.text.enhancement import enhance
 from sana.text.gemma import Gemma2
+from sana.text.generation import Sampling
+from sana.text.text_encoder import GemmaTextEncoder
+from sana.text.tokenizers import END_OF_TURN, START_OF_TURN, SentencePieceTokenizer
 from tests.sana.gguf_writer import packed, write_gguf
 from tests.sana.measures import mapped_bytes, relative_error
 from tests.sana.models import GEMMA, PROMPTS, gemma, reference_tokenizer, tokenizer_model, write_model
@@ -41,6 +45,19 @@ def as_unpacked(tensors: Tensors, kind: Callable[[str], Kind]) -> Tensors:
         else tensor
         for name, tensor in tensors.items()
     }
+
+
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0], ids=lambda k: k.name)
+def test_it_writes_what_the_unpacked_numbers_write(tmp_path: Path, kind: Kind) -> None:
+    """Marks for turns, which such files call control tokens, are read as marks."""
+    marks, tensors = (START_OF_TURN, END_OF_TURN), dict(gemma().state_dict())
+    encoder = load_text_encoder(write_gguf(tmp_path / "gemma.gguf", tensors, lambda name: kind, marks=marks))
+    plain = Gemma2(encoder.model.config, device="meta")
+    plain.load_state_dict(as_unpacked(tensors, lambda name: kind), assign=True)
+    unpacked = GemmaTextEncoder(plain.requires_grad_(False), SentencePieceTokenizer(tokenizer_model(*marks)))
+    sampling = Sampling(12, temperature=1.5)
+    text, expected = ("".join(enhance(each, "a cat", sampling=sampling)) for each in (encoder, unpacked))
+    assert text == expected and len(text) > 10
 
 
 def run(model: Gemma2, ids: Tensor) -> Tensor:

@@ -327,7 +327,8 @@ def test_one_file_may_be_for_both(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     )
     with caplog.at_level(logging.WARNING):
         assert read_merges([(path, 1.0)], CONFIG, None)[1] == {}
-    assert caplog.messages == ["1 of the 2 layers of both.safetensors fit the model; the rest has no effect"]
+        assert [len(part) for part in read_merges([(path, 1.0)], None, GEMMA)] == [0, 1]
+    assert caplog.messages == ["1 of the 2 layers of both.safetensors fit the model; the rest has no effect"] * 2
 
 
 # What is refused

@@ -11,6 +11,7 @@ import pytest
 import sana
 from sana.pipeline import SanaPipeline
 from sana.plan import Plan, Settings
+from tests.sana.models import write_model
 from tests.sana.pipeline.drawing import SIZE
 from tests.sana.shell.test_control import write_control
 
@@ -20,10 +21,11 @@ DRAWN = [*CAT, "pictures of a cat", *DOG, "pictures of a dog"]
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
     """What became of the cases of turns.py: a process of 10 s, most of them for imports and for the stand-in's arithmetic."""
     control = write_control(tmp_path_factory.mktemp("controls") / "control")
-    command = [sys.executable, "-m", "tests.sana.pipeline.turns", folder, control]
+    model = write_model(tmp_path_factory.mktemp("sana"), talking=True)
+    command = [sys.executable, "-m", "tests.sana.pipeline.turns", model, control]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
@@ -55,6 +57,14 @@ def test_prompts_come_first_and_pictures_last_in_as_few_moves_as_can_be(found: d
     assert small["pixels"] == found["text, never"]["pixels"]
     assert small["peak"] <= found["text needs"] < found["text, never"]["peak"]
     assert found["text, small, never"]["error"].startswith("OutOfMemoryError")
+
+
+def test_the_text_encoder_comes_to_write_and_its_embedding_gives_the_logits_from_where_it_is(
+    found: dict[str, dict[str, object]],
+) -> None:
+    (text,) = found["writing, never"]["events"]
+    assert len(text) > 5
+    assert found["writing, small"]["events"] == ["text encoder comes", text]
 
 
 def test_who_decodes_every_step_gets_the_same_pictures(found: dict[str, dict[str, object]]) -> None:

@@ -79,6 +79,23 @@ class Case:
             for name, of in modules.items()
         }
 
+    def write(self, offload: Offload, capacity: int = PLENTY) -> Outcome:
+        """A better prompt. The text encoder starts away from a small device."""
+        gc.collect()
+        MEMORY.capacity, outcome = capacity, Outcome()
+        options = {"device": NAME, "dtype": torch.float32, "offload": offload}
+        pipeline = SanaPipeline.load(self.folder, **options)
+        move = Part.move
+
+        def note_move(part: Part, device: torch.device) -> None:
+            (name,) = (name for name, each in pipeline.offloader.parts.items() if each is part)
+            outcome.events.append(f"{name} {'leaves' if device.type == 'cpu' else 'comes'}")
+            move(part, device)
+
+        with patch.object(Part, "move", note_move):
+            outcome.events.append(pipeline.enhance("a cat", instruction="of a cat", max_tokens=8, temperature=1.5))
+        return outcome
+
     def draw(self, offload: Offload, capacity: int = PLENTY, is_watched: bool = False) -> Outcome:
         """is_watched: by who decodes every step."""
         gc.collect()
@@ -125,6 +142,8 @@ def main() -> None:
         "text, too small": text.draw("auto", text.need - 1),
         "text, small, never": text.draw("never", text.need),
         "text, small, watched": text.draw("auto", text.need, is_watched=True),
+        "writing, never": text.write("never"),
+        "writing, small": text.write("auto", text.need),
         "pictures, never": pictures.draw("never"),
         "pictures, small": pictures.draw("auto", pictures.need),
     }
