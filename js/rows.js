@@ -22,6 +22,7 @@ function chosenSize(node) {
 /** By type of node: whether each of these inputs counts. */
 const RULES = {
     GemmaTextEncode: { custom_instruction: (node) => valueOf(node, "instruction") === "custom" },
+    SanaPromptEnhancer: { custom_instruction: (node) => valueOf(node, "instruction") === "custom" },
     EmptySanaLatentImage: { width: (node) => !chosenSize(node), height: (node) => !chosenSize(node) },
     SanaCheckpointLoader: {
         variant: (node) => valueOf(node, "variant") !== "auto" || (possible.get(valueOf(node, "model"))?.length ?? 2) > 1,

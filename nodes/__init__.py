@@ -2,12 +2,13 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import answers, autoencoder, controlnet, latent, loaders, sampling, text
+from . import answers, autoencoder, controlnet, enhancement, latent, loaders, sampling, text
 from .host.breakdown import contained
 from .host.register import register
 from .host.routes import serve
 
-NODES = (*loaders.NODES, *text.NODES, *latent.NODES, *sampling.NODES, *autoencoder.NODES, *controlnet.NODES)
+TOPICS = (loaders, text, enhancement, latent, sampling, autoencoder, controlnet)
+NODES = tuple(node for topic in TOPICS for node in topic.NODES)
 
 
 class SanaExtension(ComfyExtension):

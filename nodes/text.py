@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..sana.config import TEXT_TOKENS
 from ..sana.text.prompt import INSTRUCTION
 from ..sana.text.styles import NO_STYLE
-from .host.clip import SanaTextModel
+from .host.clip import check_clip
 from .host.report import reported
 from .styles import style_names, style_text, styled
 
@@ -85,8 +85,7 @@ class GemmaTextEncode(io.ComfyNode):
         custom_instruction: str = "",
         style: str = NO_STYLE,
     ) -> io.NodeOutput:
-        if not isinstance(getattr(clip, "cond_stage_model", None), SanaTextModel):
-            raise ValueError("this CLIP is not Gemma-2; connect the CLIP of Load SANA or Load SANA text encoder")
+        check_clip(clip)
         before = instruction_text(instruction, custom_instruction)
         text = styled(text, style)
         (count,) = clip.cond_stage_model.encoder.count([text], before)

@@ -1,11 +1,11 @@
 """Gemma-2 as a CLIP of the host, which moves, patches and saves it.
 
 `clip.tokenize(text)` is the plain text, as a negative prompt needs it; `clip.tokenize(text, instruction=...)` puts an
-instruction before it.
+instruction before it, and `skip_template=False` asks Gemma to answer, for `clip.generate`.
 """
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
@@ -27,16 +27,20 @@ from ...sana.checkpoints.text_encoder import (
     warn_of_base,
 )
 from ...sana.config import GemmaConfig, TransformerConfig
-from ...sana.text.gemma import Gemma2
+from ...sana.text.enhancement import AFTER, BEFORE
+from ...sana.text.gemma import Gemma2, Past
+from ...sana.text.generation import Sampling, check_writes, continuation
 from ...sana.text.text_encoder import GemmaTextEncoder
-from ...sana.text.tokenizers import Tokenizer
+from ...sana.text.tokenizers import START_OF_TURN, Tokenizer, written
 from .entries import ForeignEntryError
 from .foreign import in_host_formats, unpacked
 from .padding import mark_padding
 from .quantised import check_quantised
+from .writing import counted, with_output
 
 ENCODER = "gemma2_2b"  # as the host calls it: the entry of its tokens, and its name in LoRA and checkpoint files
 INSTRUCTION_ENTRY = "instruction"  # of the tokens too
+UNREAD = ("image", "images", "video", "audio")  # what language models of others read
 
 
 class Tokens(dict):
@@ -57,11 +61,34 @@ class SanaTokenizer:
         self.config = config
 
     def tokenize_with_weights(
-        self, text: str, return_word_ids: bool = False, instruction: str | None = None, **unused: object
+        self,
+        text: str,
+        return_word_ids: bool = False,
+        instruction: str | None = None,
+        skip_template: bool = True,
+        system_prompt: str = "",
+        **others: object,
     ) -> Tokens:
-        """One list of (token, weight) pairs, all of weight 1. instruction: put before the text; None: none."""
-        ids = self.tokenizer.encode((instruction or "") + text.strip())
-        return Tokens({ENCODER: [[(token, 1.0) for token in ids]], INSTRUCTION_ENTRY: instruction})
+        """One list of (token, weight) pairs, all of weight 1.
+
+        instruction: put before the text; None: none. skip_template: False puts both into a turn that Gemma answers, unless the
+        text has turns of its own. system_prompt: the same as an instruction and a blank line, for nodes that know no other.
+        others: what the host's nodes have for other models. Raises ValueError for pictures and sounds among them.
+        """
+        unread = [name for name in UNREAD if others.get(name) is not None and len(others[name])]
+        if unread:
+            raise ValueError(f"this CLIP is SANA's text encoder, which reads no {unread[0]}; take the {unread[0]} away")
+        before = instruction or (f"{system_prompt}\n\n" if system_prompt else None)
+        text, after = text.strip(), ""
+        if not skip_template and not text.startswith(START_OF_TURN):
+            text, after = (text, AFTER) if before else (BEFORE + text, AFTER)
+            before = before and BEFORE + before
+        ids = self.tokenizer.encode((before or "") + text + after)
+        return Tokens({ENCODER: [[(token, 1.0) for token in ids]], INSTRUCTION_ENTRY: before})
+
+    def decode(self, token_ids: Iterable[int], **unused: object) -> str:
+        """The text of what `SanaTextModel.generate` gives."""
+        return "".join(written(self.tokenizer, token_ids))
 
     def untokenize(self, pairs: list[tuple[int, float]]) -> list[tuple[tuple[int, float], str]]:
         return [(pair, self.tokenizer.backend.decode([pair[0]])) for pair in pairs]
@@ -83,6 +110,11 @@ class HostGemma(GemmaTextEncoder):
     @property
     def device(self) -> torch.device:
         return self.execution_device or super().device
+
+    def read(self, ids: Sequence[int], past: Sequence[Past]) -> Tensor:
+        """The Stop button ends a text before the next part that is read, or the next token, as the host ends a node."""
+        management.throw_exception_if_processing_interrupted()
+        return super().read(ids, past)
 
     def weights_version(self) -> object:
         """A new one each time while a LoRA in bypass mode stands in for layers, which the host does not count as a patch."""
@@ -118,12 +150,37 @@ class SanaTextModel(nn.Module):
         place = management.intermediate_device()
         return mark_padding(text.float(), text_mask).to(place), None, {"attention_mask": text_mask.to(place)}
 
-    def generate(self, tokens: Tokens, **unused: object) -> NoReturn:
-        """Called by the host's Generate Text, whose list of encoders takes every CLIP."""
-        raise ValueError(
-            "this CLIP is SANA's text encoder, which reads prompts and writes no text; connect a language model that "
-            "CLIPLoader has loaded"
+    def generate(
+        self,
+        tokens: Tokens,
+        do_sample: bool = True,
+        max_length: int = Sampling.max_tokens,
+        temperature: float = Sampling.temperature,
+        top_k: int = Sampling.top_k,
+        top_p: float = Sampling.top_p,
+        min_p: float = Sampling.min_p,
+        repetition_penalty: float = Sampling.repetition_penalty,
+        seed: int | None = None,
+        presence_penalty: float | None = None,
+        **unused: object,
+    ) -> list[int]:
+        """The tokens that Gemma writes after those of a text. Called by `clip.generate`.
+
+        Raises ValueError as `Sampling` and `continuation` do.
+        """
+        sampling = Sampling(
+            max_tokens=max_length,
+            seed=seed or 0,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty or 0.0,
+            temperature=temperature if do_sample else 0.0,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
         )
+        check_writes(self.encoder)
+        ids = [token for token, _ in tokens[ENCODER][0]]
+        return counted(continuation(self.encoder, ids, sampling, tokens[INSTRUCTION_ENTRY]), max_length)
 
     def load_sd(self, tensors: dict[str, Tensor]) -> tuple[list[str], list[str]]:
         """Load tensors that `load_clip` has checked, as copies unless the host streams weights from their file.
@@ -135,6 +192,12 @@ class SanaTextModel(nn.Module):
                 tensors[name] = tensor.clone()
         self.encoder.model.load_state_dict(tensors, strict=True, assign=True)
         return [], []
+
+
+def check_clip(clip: object) -> None:
+    """Raises ValueError for what is no CLIP of `load_clip`."""
+    if not isinstance(getattr(clip, "cond_stage_model", None), SanaTextModel):
+        raise ValueError("this CLIP is not Gemma-2; connect the CLIP of Load SANA or Load SANA text encoder")
 
 
 def load_clip(
@@ -165,7 +228,7 @@ def load_clip(
         place = "cpu"  # such layers load to where they were built, and meta would keep nothing
 
     def build(dtype: torch.dtype, device: torch.device, model_options: Mapping[str, object]) -> SanaTextModel:
-        model = Gemma2(config, operations=operations, dtype=stored, compute_dtype=compute, device=place)
+        model = Gemma2(config, operations=with_output(operations), dtype=stored, compute_dtype=compute, device=place)
         return SanaTextModel(HostGemma(model.eval().requires_grad_(False), tokenizer), stored)
 
     def wrap(embedding_directory: str | None, tokenizer_data: Mapping[str, object]) -> SanaTokenizer:

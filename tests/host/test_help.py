@@ -15,7 +15,8 @@ from tests.host.server import Server, Servers
 UNITS = {"width": "px", "height": "px", "batch_size": "pictures", "max_memory": "GiB", "max_angle": "radians"}
 PUBLIC = (
     "SanaCheckpointLoader SanaTextEncoderLoader DCAELoader GemmaTextEncode DCAEEncode DCAEDecode EmptySanaLatentImage "
-    "FlowDPMSampler FlowDPMScheduler FlowDPMSolver SanaGuider SanaPerturbedAttention SCMSampler SCMScheduler SanaControlNetLoader"
+    "FlowDPMSampler FlowDPMScheduler FlowDPMSolver SanaGuider SanaPerturbedAttention SCMSampler SCMScheduler SanaControlNetLoader "
+    "SanaPromptEnhancer"
 ).split()
 DOCS = ROOT / "js" / "docs"
 LANGUAGES = sorted(path.name for path in (ROOT / "locales").iterdir())
