@@ -29,6 +29,10 @@ class KeysValues(NamedTuple):
     def length(self) -> int:
         return self.keys.shape[2]
 
+    def room(self, count: int) -> int:
+        """As `Past.room`: no more than is needed."""
+        return self.length + count
+
     def first(self, length: int) -> "KeysValues":
         """Those of the first tokens."""
         return KeysValues(*(part[:, :, :length] for part in self))
@@ -44,6 +48,9 @@ class Past(Protocol):
 
     @property
     def length(self) -> int: ...
+
+    def room(self, count: int) -> int:
+        """How many keys `joined` gives when so many tokens follow: theirs come last, but for memory that is zero yet."""
 
     def joined(self, keys: Tensor, values: Tensor) -> KeysValues: ...
 
@@ -79,22 +86,22 @@ class Gemma2(nn.Module):
         lengths: (B,), tokens of each row before its padding, which nothing attends to; None: all.
         Returns hidden states (B, L, C), and the keys and values of `past` and of these tokens, for each layer.
         """
-        offset = past[0].length if past else 0
-        alone = tokens.shape[1] == 1 and lengths is None  # sees all that its layers reach
-        keys = torch.arange(offset + tokens.shape[1], device=tokens.device)
-        ends = offset + (tokens.shape[1] if lengths is None else lengths[:, None, None])
-        distance = keys[offset:, None] - keys
-        seen = (distance >= 0) & (keys < ends)  # (queries, keys), or with lengths (B, queries, keys)
-        near = seen & (distance < self.config.sliding_window)
+        count, offset = tokens.shape[1], past[0].length if past else 0
+        keys = torch.arange(past[0].room(count) if past else count, device=tokens.device)
+        queries = keys[offset : offset + count]
+        distance = queries[:, None] - keys
+        unseen = distance < 0  # (queries, keys), or with lengths (B, queries, keys)
+        if lengths is not None:
+            unseen = unseen | (keys >= offset + lengths[:, None, None])
+        far = unseen | (distance >= self.config.sliding_window)
 
         x = self.embed_tokens(tokens if self.embedding_device is None else tokens.to(self.embedding_device))
         x = x.to(tokens.device, self.compute_dtype or x.dtype)
         x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)  # the reference rounds it too
-        rotation = rotary(keys[offset:], self.config, x.dtype)
+        rotation = rotary(queries, self.config, x.dtype)
         keys_values = []
         for i, layer in enumerate(self.layers):
-            visible = None if alone else near if layer.sliding else seen
-            x, pair = layer(x, rotation, visible, past[i] if past else None)
+            x, pair = layer(x, rotation, far if layer.sliding else unseen, past[i] if past else None)
             keys_values.append(pair)
         return self.norm(x), keys_values
 
@@ -121,7 +128,7 @@ class GemmaLayer(nn.Module):
     def __init__(self, config: GemmaConfig, sliding: bool, build: Build) -> None:
         super().__init__()
         self.sliding = sliding
-        self.self_attn = GemmaAttention(config, config.sliding_window if sliding else None, build)
+        self.self_attn = GemmaAttention(config, build)
         self.mlp = GemmaFeedForward(config, build)
         self.input_layernorm = GemmaNorm(config, build)
         self.post_attention_layernorm = GemmaNorm(config, build)
@@ -129,23 +136,19 @@ class GemmaLayer(nn.Module):
         self.post_feedforward_layernorm = GemmaNorm(config, build)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], seen: Tensor | None, past: Past | None
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], unseen: Tensor, past: Past | None
     ) -> tuple[Tensor, KeysValues]:
-        attended, keys_values = self.self_attn(self.input_layernorm(x), rotation, seen, past)
+        attended, keys_values = self.self_attn(self.input_layernorm(x), rotation, unseen, past)
         x = x + self.post_attention_layernorm(attended)
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), keys_values
 
 
 class GemmaAttention(nn.Module):
-    """Attention with rotary positions and soft-capped logits, in which groups of query heads share keys and values.
+    """Attention with rotary positions and soft-capped logits, in which groups of query heads share keys and values."""
 
-    reach: how many tokens back it sees, itself included; None: all.
-    """
-
-    def __init__(self, config: GemmaConfig, reach: int | None, build: Build) -> None:
+    def __init__(self, config: GemmaConfig, build: Build) -> None:
         super().__init__()
         self.config = config
-        self.reach = reach
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         self.q_proj = build.linear(config.hidden_size, queries, bias=False)
@@ -154,26 +157,23 @@ class GemmaAttention(nn.Module):
         self.o_proj = build.linear(queries, config.hidden_size, bias=False)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], seen: Tensor | None, past: Past | None
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], unseen: Tensor, past: Past | None
     ) -> tuple[Tensor, KeysValues]:
-        """x: (B, L, C). seen: (L, keys) or (B, L, keys), True where a token attends to; None: one token, which sees all that
-        it reaches."""
+        """x: (B, L, C). unseen: (L, keys) or (B, L, keys), True where a token does not attend to."""
         width, shared_heads = self.config.head_dim, self.config.num_key_value_heads
         q = rotate(split_heads(self.q_proj(x), width), rotation)
         k = rotate(split_heads(self.k_proj(x), width), rotation)
         v = split_heads(self.v_proj(x), width)
         known = KeysValues(k, v) if past is None else past.joined(k, v)
-        k, v = (part[:, :, -self.reach :] for part in known) if seen is None and self.reach else known
         # The query heads of a group stand below one another, so that their keys need no copies.
         q = q.unflatten(1, (shared_heads, -1))  # (B, h, group, L, d)
-        logits = q.flatten(2, 3) @ k.mT * self.config.query_pre_attn_scalar**-0.5
+        logits = q.flatten(2, 3) @ known.keys.mT * self.config.query_pre_attn_scalar**-0.5
         cap = self.config.attn_logit_softcapping
         logits = (torch.tanh(logits / cap) * cap).float().unflatten(2, q.shape[2:4])
-        if seen is not None:
-            hidden = seen.logical_not() if seen.ndim == 2 else seen.logical_not()[:, None, None]
-            logits = logits.masked_fill(hidden, torch.finfo(torch.float32).min)
+        unseen = unseen if unseen.ndim == 2 else unseen[:, None, None]
+        logits = logits.masked_fill(unseen, torch.finfo(torch.float32).min)
         weights = logits.softmax(dim=-1).to(v.dtype)
-        out = (weights.flatten(2, 3) @ v).unflatten(2, q.shape[2:4]).flatten(1, 2)
+        out = (weights.flatten(2, 3) @ known.values).unflatten(2, q.shape[2:4]).flatten(1, 2)
         return self.o_proj(merge_heads(out)), known
 
 

@@ -165,34 +165,38 @@ class Reader:
 
 
 class GrowingKeysValues:
-    """Keys and values of one layer, written in place into memory that grows by blocks of tokens."""
+    """Keys and values of one layer, written in place into memory that grows by blocks of tokens.
+
+    It is handed out whole, since oneDNN would copy a part of it for every product.
+    """
 
     def __init__(self) -> None:
         self.length = 0
         self.memory: KeysValues | None = None
 
+    def room(self, count: int) -> int:
+        """As `Past.room`."""
+        return math.ceil((self.length + count) / BLOCK) * BLOCK
+
     def joined(self, keys: Tensor, values: Tensor) -> KeysValues:
-        """All of them, after those of the tokens that follow were put behind the others."""
-        start, self.length = self.length, self.length + keys.shape[2]
-        self.memory = KeysValues(
-            *(
-                _with_room(memory, start, part, self.length)
-                for memory, part in zip(self.memory or (None, None), (keys, values), strict=True)
-            )
-        )
-        for memory, part in zip(self.memory, (keys, values), strict=True):
-            memory[:, :, start : self.length] = part
-        return self.memory.first(self.length)
+        """All of them, after those of the tokens that follow were put behind the others, and zeros up to `room`."""
+        room, start = self.room(keys.shape[2]), self.length
+        self.length += keys.shape[2]
+        memory = self.memory or (None, None)
+        self.memory = KeysValues(*(_grown(old, new, room) for old, new in zip(memory, (keys, values), strict=True)))
+        for whole, new in zip(self.memory, (keys, values), strict=True):
+            whole[:, :, start : self.length] = new
+        return self.memory
 
 
-def _with_room(memory: Tensor | None, used: int, like: Tensor, length: int) -> Tensor:
-    """Memory (B, h, L, d) for so many tokens, with those that are used; the same as before if it is large enough."""
-    if memory is not None and length <= memory.shape[2]:
+def _grown(memory: Tensor | None, like: Tensor, room: int) -> Tensor:
+    """Memory (B, h, room, d) with what is in it so far; the same as before if it is as large."""
+    if memory is not None and memory.shape[2] == room:
         return memory
     batch, heads, _, width = like.shape
-    larger = like.new_empty(batch, heads, math.ceil(length / BLOCK) * BLOCK, width)
+    larger = like.new_zeros(batch, heads, room, width)
     if memory is not None:
-        larger[:, :, :used] = memory[:, :, :used]
+        larger[:, :, : memory.shape[2]] = memory
     return larger
 
 
