@@ -43,7 +43,7 @@ def main() -> int:
     )
     compiled = device == "cuda" or options.compiled
     result = {"dtype": str(dtype), "floor": asdict(floor), "repeats": options.repeats, "rows": []}
-    result |= {"left_out": [case.title for case in cases], "failed": []}
+    result |= {"left_out": [case.title for case in cases], "failed": [], "load_before": psutil.getloadavg()[0]}
     name = f"speed-{device}-{str(dtype).removeprefix('torch.')}"
     print("\n| case | candidate | ms | spread | x faster than reference | peak MB | error | of the floor |")
     print("|---|---|---:|---:|---:|---:|---:|---:|", flush=True)
@@ -54,6 +54,7 @@ def main() -> int:
         except (ArithmeticError, RuntimeError) as error:  # a result that is unequal, or none for want of memory
             result["failed"].append(f"{case.title}: {error}")
             print(f"| {result['failed'][-1]} |", flush=True)
+        result["load_after"] = psutil.getloadavg()[0]
         write_result(name, result, options.out)  # now, for the case that the next one ends everything
     print(f"\nLeft out, too large for this machine or for the time: {'; '.join(result['left_out']) or 'nothing'}.")
     print(write_result(name, result, options.out))

@@ -9,17 +9,20 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from diffusers import SanaPipeline as DiffusersPipeline
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from sana.config import AUTOENCODERS, VARIANTS, TransformerIdentity
 from sana.networks.streaming import least_bytes, whole_bytes
 from sana.networks.transformer import SanaTransformer
 from sana.pipeline import SanaPipeline
 from sana.plan import Settings
+from sana.text.gemma import KeysValues
+from sana.text.generation import Reader, Sampling, choose
 from sana.text.prompt import INSTRUCTION
 from sana.text.text_encoder import GemmaTextEncoder
 
 from .race import Call
-from .twins import PaddingTokenizer, autoencoder_pair, gemma_pair, transformer_pair
+from .twins import PaddingTokenizer, autoencoder_pair, gemma_pair, transformer_pair, writer
 
 SIDES = (512, 1024, 2048, 4096)
 TRANSFORMERS = ("sana-0.6b-1024px", "sana-1.6b-1024px", "sana-1.5-4.8b-1024px", "sana-sprint-0.6b-1024px")
@@ -29,6 +32,8 @@ TEXT_TOKENS, WORDS = 300, 20
 PROMPT_WORDS = (5, 20, 200)
 DECODE_FLOPS = 8.0e6  # per pixel, of the decoder; the encoder needs 5.0e6
 ENCODE_FLOPS = 5.0e6
+READ, WRITTEN = 400, 16  # tokens: of the official instruction with a text, and after it
+WRITING_FLOPS = 2e11  # of a token: it takes as long as reading the weights, in which a CPU does about so many
 PROMPT_FLOPS = 2 * 2.0e9 * 600  # of Gemma-2-2b: the instruction and 300 tokens
 CARD_BYTES = 2**31  # of working memory on a small card
 PROMPT = "a small house with a red roof stands between two old trees at the edge of a quiet lake in autumn"
@@ -70,6 +75,13 @@ def all_cases(picture_steps: int) -> Iterator[Case]:
         yield Case("encode", flops=ENCODE_FLOPS * side**2, build=partial(encode_calls, side), **common)
     for words in PROMPT_WORDS:
         yield Case(f"prompt of {words} words, Gemma-2-2b", 0, PROMPT_FLOPS, 2.6e9, partial(prompt_calls, words))
+    yield Case(
+        f"writing {WRITTEN} tokens after {READ}, Gemma-2-2b",
+        0,
+        WRITTEN * WRITING_FLOPS,
+        2.6e9,
+        partial(writing_calls, READ, WRITTEN),
+    )
     for variant, side in (("sana-0.6b-1024px", 512), ("sana-0.6b-1024px", 1024), ("sana-1.6b-1024px", 1024)):
         parameters = PARAMETERS["0.6b" if "0.6b" in variant else "1.6b"]
         text_flops = 1.5 * PROMPT_FLOPS  # half as much for the negative prompt, which has no instruction
@@ -151,6 +163,31 @@ def prompt_calls(words: int, dtype: torch.dtype, device: str, compiled: bool) ->
         return hidden[:, kept]
 
     return {"ours": call(lambda: ours([prompt])[0][:, : len(ids) - prefix + 2]), "transformers": call(theirs)}
+
+
+def writing_calls(read: int, written: int, dtype: torch.dtype, device: str, compiled: bool) -> dict[str, Call]:
+    """The likeliest tokens one by one, after keys and values of so many that were read: the official instruction and a text."""
+    ours, model = gemma_pair(dtype, device)
+    config, theirs = ours.model.config, writer(model)
+    shape = (1, config.num_key_value_heads, read, config.head_dim)
+    known = [KeysValues(*(torch.randn(shape, device=device).to(dtype) for _ in range(2))) for _ in ours.model.layers]
+    ids = torch.full((1, read + 1), 1000, device=device)
+    sampling, generator = Sampling(written, temperature=0), torch.Generator()
+
+    def write() -> Tensor:
+        reader, text = Reader(ours, known), ids[0].tolist()
+        for _ in range(written):
+            text.append(choose(reader.read(text[-1:]), text, sampling, generator))
+        return torch.tensor(text)
+
+    def generate() -> Tensor:
+        cache = DynamicCache(config=model.config)
+        for i, (keys, values) in enumerate(known):
+            cache.update(keys, values, i)
+        options = {"past_key_values": cache, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+        return theirs.generate(ids, **options, max_new_tokens=written, do_sample=False)[0].cpu()
+
+    return {"ours": call(write), "transformers": call(generate)}
 
 
 def picture_calls(

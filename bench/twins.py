@@ -7,7 +7,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from torch import Tensor, nn
-from transformers import Gemma2Config, Gemma2Model
+from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2Model
 
 from sana.checkpoints.text_encoder import gemma_json
 from sana.config import AutoencoderConfig, GemmaConfig, TransformerConfig
@@ -76,6 +76,15 @@ def gemma_pair(dtype: torch.dtype, device: str) -> tuple[GemmaTextEncoder, nn.Mo
     ours = Gemma2(GEMMA_2_2B, device="meta")
     ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
     return GemmaTextEncoder(ours.eval().requires_grad_(False), WordTokenizer()), theirs
+
+
+def writer(model: nn.Module) -> nn.Module:
+    """transformers' network that writes, around a Gemma that has the weights. No token ends a text."""
+    with init_empty_weights():
+        whole = Gemma2ForCausalLM._from_config(model.config, attn_implementation="eager")
+    whole.model, whole.lm_head.weight = model, model.embed_tokens.weight
+    whole.generation_config.eos_token_id = None
+    return whole.eval().requires_grad_(False)
 
 
 def filled(make: Callable[[], nn.Module], dtype: torch.dtype, device: str) -> nn.Module:
