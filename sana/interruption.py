@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -34,6 +36,23 @@ def begin() -> None:
     """The command begins: from now on Ctrl-C is a KeyboardInterrupt, as ever."""
     if signal.getsignal(signal.SIGINT) is stop:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def postponed() -> Iterator[Callable[[], bool]]:
+    """Within it the first Ctrl-C is only noted, and the function given says so; the second is a KeyboardInterrupt."""
+    seen = False
+
+    def note(signal_number: int, frame: FrameType | None) -> None:
+        nonlocal seen
+        seen = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: seen
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def is_command() -> bool:

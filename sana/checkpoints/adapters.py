@@ -164,7 +164,7 @@ def prepare(lora: Lora, settings: Settings, *, sprint: bool = False) -> Lora:
 
     settings: as `read_settings` finds them. sprint: whether the model is Sprint, two layers of which are called otherwise.
     """
-    plain = {_plain(name): tensor for name, tensor in lora.items()}
+    plain = _with_alphas({_plain(name): tensor for name, tensor in lora.items()})
     return _with_scales(_with_our_names(_with_strengths(plain, settings), sprint))
 
 
@@ -251,6 +251,14 @@ def _tries(pattern: str) -> int:
     """How many ways there are at most to lay a pattern without repeated groups over a path."""
     repeats, choices = (len(found.findall(pattern)) for found in (REPEATS, CHOICES))
     return LONGEST_PATH ** (1 + repeats) << choices
+
+
+def _with_alphas(lora: Lora) -> Lora:
+    """Alphas that stand under another name of a layer moved to it, as in our own files, since diffusers refuses them there."""
+    dotted = [layer for layer in layers_of(lora) if layer.startswith(DOTTED[:-1])]
+    flat = {prefix + _path(layer).replace(".", "_"): layer for layer in dotted for prefix in UNDERSCORED}
+    renamed = {f"{name}.alpha": f"{layer}.alpha" for name, layer in flat.items()}
+    return {renamed.get(name, name): tensor for name, tensor in lora.items()}
 
 
 def _with_strengths(lora: Lora, settings: Settings) -> Lora:

@@ -105,6 +105,10 @@ class PackedWeight(nn.Module):
         return self.like.dtype
 
     @property
+    def device(self) -> torch.device:
+        return self.like.device
+
+    @property
     def ndim(self) -> int:
         return len(self.shape)
 
@@ -202,9 +206,12 @@ def _rows(parts: Parts, index: Tensor | slice) -> dict[str, Tensor]:
     }
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(nn.Linear):
+    """A linear layer to whoever asks, such as a library that puts adapters beside layers."""
+
     def __init__(self, layer: nn.Linear, weight: PackedWeight) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
         self.weight, self.bias = weight, layer.bias
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,19 +1,24 @@
-"""Training from the shell: python -m sana.training demo --out FOLDER, or finetune --data FOLDER --out FOLDER."""
+"""Training from the shell: python -m sana.training lora --data FOLDER --out FOLDER --model MODEL, finetune, or demo."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from ..config import VARIANTS
-from ..interruption import INTERRUPTED, begin
+from ..interruption import INTERRUPTED, begin, postponed
 from ..loading import model_path
 
 try:
     from accelerate import PartialState
 
+    from .adapters import TARGETS, AdapterConfig, Kind
     from .demo import DemoConfig, train_demo
     from .finetune import FinetuneConfig, finetune
+    from .loop import Schedule, Stopped, Watch
+    from .lora import DTYPES, LoraConfig, train_lora
+    from .material import ModelFiles
 except ModuleNotFoundError as error:
     if error.name != "accelerate":
         raise
@@ -34,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         begin()
         options = parser().parse_args(arguments)
         return options.run(options)
+    except Stopped as stopped:
+        print(f"\nStopped: {stopped}", file=sys.stderr)
+        return INTERRUPTED
     except KeyboardInterrupt:
         print("\nStopped; the same command goes on from the last saved step, if one was saved.", file=sys.stderr)
         return INTERRUPTED
@@ -59,16 +67,7 @@ def parser() -> argparse.ArgumentParser:
         demo.add_argument(option, type=int, default=value, help=f"{DEMO_NUMBERS[name]} (default: {value})")
     demo.set_defaults(run=run_demo)
     tune = commands.add_parser("finetune", help="train a SANA transformer on a folder of pictures with captions")
-    tune.add_argument("--data", type=Path, required=True, help="pictures, each with a .txt file of its name")
-    tune.add_argument(
-        "--out", type=Path, required=True, help="work folder; the result appears in its subfolder transformer"
-    )
-    tune.add_argument(
-        "--model", default="demo", help='"demo", a diffusers folder, or a transformer file (default: demo)'
-    )
-    tune.add_argument("--autoencoder", help='for a transformer alone: file or folder of its DC-AE, or "demo"')
-    tune.add_argument("--text-encoder", help='for a transformer alone: file or folder of Gemma-2-2b-it, or "demo"')
-    tune.add_argument("--variant", choices=tuple(VARIANTS), help="for a file that cannot tell 1K from 2K or 4K")
+    add_material(tune, "its subfolder transformer")
     tune.add_argument("--steps", type=int, default=1000, help="default: 1000")
     tune.add_argument("--batch-size", type=int, default=4, help="pictures a step and process (default: 4)")
     tune.add_argument("--learning-rate", type=float, default=1e-5, help="default: 1e-5")
@@ -83,13 +82,80 @@ def parser() -> argparse.ArgumentParser:
         "--save-every", type=int, default=500, help="steps from one saved state to the next (default: 500)"
     )
     tune.set_defaults(run=run_finetune)
+    add_lora(commands)
     return top
+
+
+def add_material(command: argparse.ArgumentParser, result: str) -> None:
+    """Options for the model and the pictures. result: what the work folder will hold it as."""
+    command.add_argument("--data", type=Path, required=True, help="pictures, each with a .txt file of its name")
+    command.add_argument("--out", type=Path, required=True, help=f"work folder; the result appears in {result}")
+    command.add_argument(
+        "--model", default="demo", help='"demo", a diffusers folder, or a transformer file (default: demo)'
+    )
+    command.add_argument("--autoencoder", help='for a transformer alone: file or folder of its DC-AE, or "demo"')
+    command.add_argument("--text-encoder", help='for a transformer alone: file or folder of Gemma-2-2b-it, or "demo"')
+    command.add_argument("--variant", choices=tuple(VARIANTS), help="for a file that cannot tell 1K from 2K or 4K")
+
+
+def add_lora(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    lora = commands.add_parser("lora", help="train a LoRA of a SANA transformer on a folder of pictures with captions")
+    add_material(lora, "it as lora.safetensors")
+    known = vars(LoraConfig()) | vars(AdapterConfig())
+
+    def add(name: str, told: str, **more: object) -> None:
+        value = known[name]
+        more = more if more else {"type": type(value)}
+        shown = "" if value in (None, "", ()) else f" (default: {value})"
+        lora.add_argument(f"--{name.replace('_', '-')}", default=value, help=told + shown, **more)
+
+    add("kind", "of adapter", choices=get_args(Kind))
+    add("rank", "of the adapter: more learns more and makes a larger file")
+    add("alpha", "its strength times the rank (default: the rank)", type=float)
+    add("dropout", "share of a layer's inputs that the adapter does not see")
+    add("rslora", "strength alpha / sqrt(rank) instead of alpha / rank", action="store_true")
+    add("targets", f"layers that get one: {', '.join(TARGETS)}, or a regular expression of whole paths")
+    add("steps", "updates of the adapter")
+    add("batch_size", "pictures of a batch and process, all of one size")
+    add("accumulate", "batches of a step")
+    add("learning_rate", "at its highest")
+    add("schedule", "of the learning rate, after the warm-up", choices=get_args(Schedule))
+    add("warmup", "steps in which the rate rises (default: a tenth of all, at most 100)", type=int)
+    add("clip", "largest norm of the gradient")
+    add("ema", "decay of the averaged adapter, which is the result; 0: the last one")
+    add("caption_dropout", "share of captions replaced by the empty prompt, for guidance")
+    add("recompute", "less memory, a third more work", action="store_true")
+    add("dtype", "of the frozen weights (default: bfloat16 on a GPU that computes it, else float32)", choices=DTYPES)
+    lora.add_argument(
+        "--prompt",
+        dest="prompts",
+        action="append",
+        default=[],
+        help="to draw on sheets, without and with the adapter; up to six times (default: six captions)",
+    )
+    add("prior", "a second folder, of pictures with captions that show what is to stay as it is", type=Path)
+    add("prior_weight", "of their loss")
+    add("trigger", "words that call up what was learnt, for the header of the file")
+    add("sheet_every", "steps from one sheet to the next, 0: none")
+    add("save_every", "steps from one saved state to the next")
+    add("seed", "of the first weights, of batches and of noise")
+    lora.set_defaults(run=run_lora)
+
+
+def run_lora(options: argparse.Namespace) -> int:
+    adapter = AdapterConfig(**{name: getattr(options, name) for name in vars(AdapterConfig())})
+    names = vars(LoraConfig()).keys() - {"adapter", "prompts"}
+    given = {name: getattr(options, name) for name in names}
+    config = LoraConfig(adapter=adapter, prompts=tuple(options.prompts), **given)
+    files = ModelFiles(options.model, options.autoencoder, options.text_encoder, options.variant)
+    report(train_lora(options.out, options.data, config, files, watch=Watch(stopping=postponed)))
+    return 0
 
 
 def run_finetune(options: argparse.Namespace) -> int:
     config = FinetuneConfig(**{name: getattr(options, name) for name in vars(FinetuneConfig())})
     parts = {name: getattr(options, name) for name in ("model", "autoencoder", "text_encoder", "variant")}
-    report(finetune(options.out, options.data, config, **parts))
+    report(finetune(options.out, options.data, config, **parts, watch=Watch(stopping=postponed)))
     return 0
 
 

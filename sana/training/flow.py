@@ -25,6 +25,9 @@ class FlowBatch:
     text: Tensor | None = None  # (B, L, C)
     text_mask: Tensor | None = None  # (B, L) bool
     seed: int = 0  # of noise, noise levels and dropped captions
+    weight: Tensor | None = (
+        None  # (B, 1, H, W) or (B, 1, 1, 1), of the errors of each picture or cell; None: all count alike
+    )
     layout_share: float = 0.0  # of samples at noise levels shifted by LAYOUT_SHIFT, where it is decided what goes where
 
     def __len__(self) -> int:
@@ -69,7 +72,8 @@ class FlowObjective(nn.Module):
         plain = device.type == "cpu" and not self.transformer.recompute
         with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
             velocity = self.transformer(x, timestep, text, text_mask)
-        return (velocity.float() - (noise - clean)).square().mean()
+        errors = (velocity.float() - (noise - clean)).square()
+        return (errors if batch.weight is None else errors * batch.weight.to(device)).mean()
 
     def matrices(self) -> list[nn.Parameter]:
         """The weights of the linear layers within blocks, where Muon needs far fewer steps than AdamW."""

@@ -5,15 +5,18 @@ run that was killed and resumed ends with the same weights as one that was not.
 """
 
 import logging
+import math
 import os
 import pickle
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -29,11 +32,13 @@ PATIENCE = timedelta(hours=2)  # for the process that saves or draws; NCCL alone
 # What each optimizer remembers of a weight: "step" is a count, the others have the weight's shape.
 MEMORY = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
 ROW = re.compile(r"(\d{1,12}),[^,]+,[^,]+")  # of the log
+SMOOTHING = 0.98  # of the smoothed loss: what a step leaves of the value before, once there have been many
 
 log = logging.getLogger(__name__)
 
-Batches = Callable[[int, int], object]  # (step, process) -> what the objective's `forward` takes
-Sheet = Callable[[nn.Module], Image.Image]  # objective with averaged weights -> pictures to look at
+Batches = Callable[[int, int], object]  # (number, process) -> what the objective's `forward` takes
+Sheet = Callable[[nn.Module], Image.Image]  # averaged weights, see `train` -> pictures to look at
+Schedule = Literal["linear", "cosine", "constant"]
 
 
 @dataclass(frozen=True)
@@ -43,17 +48,66 @@ class TrainingConfig:
     steps: int
     learning_rate: float
     warmup: int = 200  # the rate rises linearly over the first, ...
-    cooldown: float = 0.3  # ... and falls linearly to zero over the last share of the steps
+    cooldown: float = 0.3  # ... and, if the schedule is linear, falls to zero over the last share of the steps
+    schedule: Schedule = "linear"  # cosine: falls to zero from the warm-up to the end; constant: stays
+    accumulate: int = 1  # batches of a step, whose gradients are averaged
     ema_decay: float = 0.999  # of the average, at most; see `update_average`
     clip: float = 1.0  # largest norm of the gradient
     weight_decay: float = 0.01
     save_every: int = 500
     sheet_every: int = 1000
+    log_every: int | None = None  # None: a row of the log with every saved state
 
     def rate(self, step: int) -> float:
         """Share of the learning rate at a step."""
+        rising = (step + 1) / max(1, self.warmup)
+        if self.schedule == "constant":
+            return min(1.0, rising)
+        if self.schedule == "cosine":
+            passed = max(0, step - self.warmup) / max(1, self.steps - self.warmup)
+            return min(rising, (1 + math.cos(math.pi * passed)) / 2)
         falling = (self.steps - step) / max(1.0, self.cooldown * self.steps)
-        return min(1.0, (step + 1) / max(1, self.warmup), falling)
+        return min(1.0, rising, falling)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a caller learns of a step."""
+
+    step: int  # done so far, from 1
+    steps: int
+    loss: float  # of this step
+    smoothed: float  # of the steps up to it
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who looks on: the shell by its defaults, a node of a host with its own progress, previews and button to stop.
+
+    step, sheet: called after each step and with each sheet and its step, in the main process.
+    stopping: entered around the steps; gives a function that says after each of them whether to stop there.
+    """
+
+    bar: bool = True
+    step: Callable[[Report], object] = lambda report: None
+    sheet: Callable[[int, Image.Image], object] = lambda step, picture: None
+    stopping: Callable[[], AbstractContextManager[Callable[[], bool]]] = lambda: nullcontext(lambda: False)
+
+
+QUIET = Watch()
+
+
+class Stopped(Exception):
+    """A training that was asked to stop did so after a step, and saved it. weights: averaged, as `train` gives them."""
+
+    def __init__(self, step: int, steps: int, weights: nn.Module) -> None:
+        super().__init__(f"stopped after step {step} of {steps}, which is saved; the same command goes on from there")
+        self.step, self.weights = step, weights
+
+
+class DivergedError(ValueError):
+    """The numbers of a training broke."""
 
 
 def train(
@@ -63,55 +117,109 @@ def train(
     folder: Path,
     sheet: Sheet | None = None,
     matrices: Iterable[nn.Parameter] = (),
+    *,
+    weights: nn.Module | None = None,
+    watch: Watch = QUIET,
 ) -> nn.Module:
-    """Minimise `objective(batch)`, a scalar, and return the objective with averaged weights.
+    """Minimise `objective(batch)`, a scalar, and return the weights, averaged.
 
+    weights: the part of the objective that is trained, averaged and saved, where the rest is frozen; None: all of it.
     matrices: two-dimensional weights for Muon to update (see `optimizers`). folder: receives `state.pt` and the one before
     (resumed from if they are there), `log.csv` (step, loss, images per second) and sheets as PNG. A finished run is not
     repeated, and the log says so. A batch needs a length, the number of its images. Raises ValueError for a state that
-    cannot be resumed from, and OSError for a file that cannot be written.
+    cannot be resumed from, OSError for a file that cannot be written, `DivergedError` before a step would spoil the weights,
+    and `Stopped` if the watch asks for that.
     """
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if computes_bfloat16(device) else "no")
-    average = AveragedModel(objective, multi_avg_fn=partial(update_average, config.ema_decay), use_buffers=True)
+    trained = objective if weights is None else weights
+    average = AveragedModel(trained, multi_avg_fn=partial(update_average, config.ema_decay), use_buffers=True)
     average.to(accelerator.device)
     plain = optimizers(objective, config, matrices)
     wrapped, *updates = accelerator.prepare(objective, *plain)
-    state = TrainingState(folder / "state.pt", accelerator.unwrap_model(wrapped), average, plain)
+    state = TrainingState(folder / "state.pt", trained, average, plain)
     first = state.resume()
     if first >= config.steps and accelerator.is_main_process:
         log.warning("%s has all of its %d steps behind it; nothing is trained.", folder, first)
 
-    for step, meter in _progress(first, config.steps, accelerator.is_main_process):
-        for group in (group for update in updates for group in update.param_groups):
-            group["lr"] = config.learning_rate * config.rate(step)
-        batch = batches(step, accelerator.process_index)
-        loss = wrapped(batch)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(wrapped.parameters(), config.clip)
-        for update in updates:
-            update.step()
-            update.zero_grad()
-        average.update_parameters(state.objective)
+    with watch.stopping() as asked:
+        for step, meter in _progress(first, config.steps, accelerator.is_main_process, watch.bar):
+            for group in (group for update in updates for group in update.param_groups):
+                group["lr"] = config.learning_rate * config.rate(step)
+            loss, images = accumulated(wrapped, batches, step, config.accumulate, accelerator)
+            norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.clip)
+            if not bool(torch.as_tensor(norm).isfinite()):
+                raise DivergedError(_tell_divergence(step + 1, config, state))
+            for update in updates:
+                update.step()
+                update.zero_grad()
+            average.update_parameters(trained)
+            if accelerator.is_main_process:
+                meter.note(float(loss), images * accelerator.num_processes)
+                watch.step(meter.report(step + 1, config.steps))
+            is_last = step + 1 == config.steps
+            stops = _any(asked(), accelerator) and not is_last
 
-        if not accelerator.is_main_process:
-            continue
-        meter.note(float(loss.detach()), len(batch) * accelerator.num_processes)
-        # The state comes last: whenever the run is stopped, what the state has behind it has its sheet and its row.
-        if sheet is not None and ((step + 1) % config.sheet_every == 0 or step + 1 == config.steps):
-            picture = sheet(average.module)
-            with replacing(folder / f"sheet-{step + 1:06d}.png") as unfinished:
-                picture.save(unfinished, format="PNG")
-        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            meter.write(folder / "log.csv", step + 1)
-            state.save(step + 1)
+            if accelerator.is_main_process:
+                # The state comes last: whenever the run is stopped, what the state has behind it has its sheet and its row.
+                if sheet is not None and ((step + 1) % config.sheet_every == 0 or is_last):
+                    picture = sheet(average.module)
+                    with replacing(folder / f"sheet-{step + 1:06d}.png") as unfinished:
+                        picture.save(unfinished, format="PNG")
+                    watch.sheet(step + 1, picture)
+                saves = is_last or stops or (step + 1) % config.save_every == 0
+                if saves or (step + 1) % (config.log_every or config.save_every) == 0:
+                    meter.write(folder / "log.csv", step + 1)
+                if saves:
+                    state.save(step + 1)
+            if stops:
+                accelerator.wait_for_everyone()
+                raise Stopped(step + 1, config.steps, average.module)
     return average.module
+
+
+def accumulated(
+    wrapped: nn.Module, batches: Batches, step: int, count: int, accelerator: Accelerator
+) -> tuple[Tensor, int]:
+    """Gradients of a step, the mean over its batches; the mean loss, and how many images it saw."""
+    losses, images = [], 0
+    for number in range(step * count, (step + 1) * count):
+        batch = batches(number, accelerator.process_index)
+        with nullcontext() if number + 1 == (step + 1) * count else accelerator.no_sync(wrapped):
+            loss = wrapped(batch)
+            accelerator.backward(loss / count)
+        losses.append(loss.detach())
+        images += len(batch)
+    return torch.stack(losses).mean(), images
+
+
+def _any(asked: bool, accelerator: Accelerator) -> bool:
+    """Whether one of the processes is asked: all of them must stop after the same step."""
+    if accelerator.num_processes == 1:
+        return asked
+    return bool(accelerator.reduce(torch.tensor(float(asked), device=accelerator.device)) > 0)
+
+
+def _tell_divergence(step: int, config: TrainingConfig, state: "TrainingState") -> str:
+    rate = config.learning_rate * config.rate(step - 1)
+    kept = state.saved_step()
+    way = f"the state after step {kept}, in {state.path}, is kept" if kept else "no state was saved before"
+    return (
+        f"the gradient of step {step} is not finite, most likely since the learning rate, {rate:.1e} there, is too high; "
+        f"{way}; begin anew in another --out with a tenth of the rate"
+    )
 
 
 def process_state() -> PartialState:
     """Which of several processes this is. The first call lets them find each other."""
     return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+
+
+def check_schedule(name: str) -> None:
+    """Raises ValueError for a name that is no `Schedule`."""
+    if name not in get_args(Schedule):
+        raise ValueError(f"schedule {name!r} is unknown; use one of {', '.join(get_args(Schedule))}")
 
 
 def check_counts(numbers: Mapping[str, int]) -> None:
@@ -169,6 +277,13 @@ class TrainingState:
                     os.replace(self.path, self.previous)
         except OSError as error:
             raise OSError(f"{error}; the same command then {self._way_on(self.path, self.previous)}") from error
+
+    def saved_step(self) -> int | None:
+        """After which step the newest file was saved; None: there is none that can be read."""
+        try:
+            return self._read(self.path, mapped=True)["step"]
+        except ValueError:
+            return None
 
     def resume(self) -> int:
         """Read the newest file if there is one. Returns the step to go on with.
@@ -278,11 +393,18 @@ class Meter:
         self.losses: list[float] = []
         self.images = 0
         self.since = time.monotonic()
+        self.seen, self.smoothed = 0, 0.0
 
     def note(self, loss: float, images: int) -> None:
         self.losses.append(loss)
         self.images += images
-        self.bar.set_postfix(loss=f"{self.mean_loss():.4f}", images_per_s=f"{self.speed():.1f}", refresh=False)
+        self.seen += 1
+        self.smoothed += (loss - self.smoothed) / min(self.seen, 1 / (1 - SMOOTHING))
+        told = {"loss": f"{loss:.4f}", "smoothed": f"{self.smoothed:.4f}", "images_per_s": f"{self.speed():.1f}"}
+        self.bar.set_postfix(told, refresh=False)
+
+    def report(self, step: int, steps: int) -> Report:
+        return Report(step, steps, self.losses[-1], self.smoothed, self.speed())
 
     def mean_loss(self) -> float:
         return sum(self.losses) / len(self.losses)
@@ -299,8 +421,8 @@ class Meter:
         self.step, self.losses, self.images, self.since = step, [], 0, time.monotonic()
 
 
-def _progress(first: int, steps: int, visible: bool) -> Iterator[tuple[int, Meter]]:
-    with tqdm(range(first, steps), initial=first, total=steps, disable=not visible) as bar:
+def _progress(first: int, steps: int, is_main: bool, visible: bool) -> Iterator[tuple[int, Meter]]:
+    with tqdm(range(first, steps), initial=first, total=steps, disable=not (is_main and visible)) as bar:
         meter = Meter(bar, first)
         for step in bar:
             yield step, meter

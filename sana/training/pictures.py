@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import ImageOps
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional
 from tqdm import tqdm
 
 from ..config import DOWNSAMPLE, LATENT_CHANNELS
-from ..images import SUFFIXES, read_picture, read_size, to_tensor
+from ..images import SUFFIXES, read_picture, read_size, to_mask, to_tensor
 from ..networks.autoencoder import DCAutoencoder, encode_within_memory
 from ..sampling.resolution import nearest_bucket
 from ..saving import replacing
@@ -21,6 +23,8 @@ from ..text.prompt import INSTRUCTION
 from ..text.text_encoder import GemmaTextEncoder
 from .flow import FlowBatch
 from .folder import read_computed
+
+MASK = "-masklabel.png"  # behind the name of a picture: OneTrainer's name of the mask beside it
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ def read_pictures(folder: Path, base_size: int, besides: Path | None = None) -> 
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give one with pictures, each with a .txt file of its name")
     files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("._"))  # of macOS
-    found = (path for path in files if path.suffix.lower() in SUFFIXES)
+    found = (path for path in files if path.suffix.lower() in SUFFIXES and not path.name.endswith(MASK))
     paths = sorted(path for path in found if besides is None or besides.resolve() not in path.resolve().parents)
     if not paths:
         raise ValueError(
@@ -59,6 +63,30 @@ def read_pictures(folder: Path, base_size: int, besides: Path | None = None) -> 
             f"{len(silent)} of {len(paths)} pictures have no caption, first {silent[0].name}; write a .txt for each"
         )
     return [Picture(path, _read_caption(path), nearest_bucket(*read_size(path), base_size)) for path in paths]
+
+
+def read_weights(pictures: Sequence[Picture]) -> list[Tensor] | None:
+    """What the errors in each cell of each picture count, (1, H, W), 1 on average: the share of it that is white in its mask.
+
+    None: no picture has a mask. Without one all cells count alike. Raises ValueError for a mask that is broken or black.
+    """
+    masks = [
+        path if (path := picture.path.with_name(picture.path.stem + MASK)).exists() else None for picture in pictures
+    ]
+    if not any(masks):
+        return None
+    return [_read_weight(mask, picture.size) for mask, picture in zip(masks, pictures, strict=True)]
+
+
+def _read_weight(path: Path | None, size: tuple[int, int]) -> Tensor:
+    height, width = size
+    if path is None:
+        return torch.ones(1, height // DOWNSAMPLE, width // DOWNSAMPLE)
+    fitted = ImageOps.fit(to_mask(read_picture(path)), (width, height))  # cut as the picture is
+    shares = functional.avg_pool2d(torch.from_numpy(np.array(fitted))[None].float(), DOWNSAMPLE)
+    if not bool(shares.any()):
+        raise ValueError(f"{path} is black, so that nothing of its picture would be learnt; paint white what counts")
+    return shares / shares.mean()
 
 
 def _read_caption(path: Path) -> str:
@@ -75,6 +103,9 @@ class PictureStates:
     latents: list[Tensor]  # each (32, H, W), scaled
     texts: list[Tensor]  # each (tokens, C)
     null: Tensor  # of the empty prompt, (300, C)
+    weights: list[Tensor] | None = (
+        None  # of the errors in each cell of a picture, (1, H, W), 1 on average; None: all alike
+    )
 
     @classmethod
     def read(cls, folder: Path, pictures: Sequence[Picture], encoders: str, null: Tensor) -> "PictureStates":
@@ -86,6 +117,10 @@ class PictureStates:
             states.append(read_computed(path, {"latent": latent, "text": (None, null.shape[-1])}))
         return cls([state["latent"] for state in states], [state["text"] for state in states], null)
 
+    def part(self, which: slice) -> "PictureStates":
+        """Those of some of the pictures, without weights."""
+        return PictureStates(self.latents[which], self.texts[which], self.null)
+
     def batch(self, step: int, process: int, *, size: int, seed: int = 0) -> FlowBatch:
         """Random pictures of one size; sizes come up as often as their pictures do."""
         rng = np.random.default_rng([seed, step, process])
@@ -96,7 +131,8 @@ class PictureStates:
         chosen = rng.choice(buckets[shape], size=size)
         latents = torch.stack([self.latents[i] for i in chosen]).float()
         text, text_mask = pad_texts([self.texts[i].float() for i in chosen])
-        return FlowBatch(latents, text=text, text_mask=text_mask, seed=int(rng.integers(2**31)))
+        weight = None if self.weights is None else torch.stack([self.weights[i] for i in chosen])
+        return FlowBatch(latents, text=text, text_mask=text_mask, weight=weight, seed=int(rng.integers(2**31)))
 
 
 @torch.no_grad()

@@ -116,3 +116,14 @@ def test_ctrl_c_while_the_arguments_are_read(
     assert module.main([]) == interruption.INTERRUPTED
     (line,) = capsys.readouterr().err.split("\n")[1:-1]
     assert line.startswith("Stopped; ")
+
+
+def test_the_first_ctrl_c_can_wait_and_the_second_does_not() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with interruption.postponed() as asked:
+        assert not asked()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before

@@ -4,14 +4,16 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from sana.training.loop import TrainingConfig, TrainingState, optimizers, train
+from sana.training.loop import TrainingConfig, TrainingState, accumulated, check_schedule, optimizers, train
 from tests.sana.measures import mapped_bytes
 from tests.sana.mishaps import no_file_above
 from tests.training.doubling import Objective, batches
@@ -272,3 +274,58 @@ def test_matrices_go_to_muon_and_the_rest_to_adamw() -> None:
     assert muon.param_groups[0]["params"] == [objective.hidden.weight]
     assert len(adamw.param_groups[0]["params"]) == 3
     assert len(optimizers(objective, CONFIG, [])) == 1
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 1, 2 / 3, 1 / 3]),
+        ("cosine", [0.5, 1, 1, 0.8535534, 0.5, 0.1464466]),  # (1 + cos(pi k / 4)) / 2
+    ],
+)
+def test_the_rate_rises_and_then_follows_its_schedule(schedule: str, expected: list[float]) -> None:
+    config = TrainingConfig(6, 1.0, warmup=2, cooldown=0.5, schedule=schedule)
+    assert [config.rate(step) for step in range(6)] == pytest.approx(expected)
+
+
+def test_several_batches_a_step_are_one_large_batch(tmp_path: Path) -> None:
+    """Of the fourth step, by its gradient before clipping and by the loss in the log."""
+    found = []
+    for count, source in (
+        (1, lambda n, process: torch.cat([batches(2 * n, process), batches(2 * n + 1, process)])),
+        (2, batches),
+    ):
+        objective = Objective()
+        loss, images = accumulated(objective, source, 3, count, Accelerator(cpu=True))
+        found.append([loss, *(weight.grad for weight in objective.parameters())])
+        assert images == 32
+    torch.testing.assert_close(found[0], found[1])
+    seen: list[int] = []
+    run(
+        tmp_path, replace(CONFIG, accumulate=2), lambda number, process: seen.append(number) or batches(number, process)
+    )
+    assert seen == [*range(18)]
+
+
+def test_a_part_of_an_objective_is_trained_averaged_and_saved(tmp_path: Path) -> None:
+    objective = Objective()
+    objective.out.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
+    found = train(objective, batches, CONFIG, tmp_path, weights=objective.hidden)
+    assert {*found.state_dict()} == {"weight", "bias"} and not torch.equal(found.weight, before["hidden.weight"])
+    assert {*torch.load(tmp_path / "state.pt", weights_only=True)["objective"]} == {"weight", "bias"}
+    assert torch.equal(objective.out.weight, before["out.weight"])
+    again = train(Objective(), batches, CONFIG, tmp_path, weights=Objective().hidden)
+    assert torch.equal(again.weight, found.weight)
+
+
+def test_a_row_of_the_log_may_come_more_often_than_a_state(tmp_path: Path) -> None:
+    run(tmp_path, replace(CONFIG, log_every=2))
+    steps = [row.split(",")[0] for row in (tmp_path / "log.csv").read_text().splitlines()]
+    assert steps == ["2", "3", "4", "6", "8", "9"]
+
+
+def test_an_unknown_schedule_is_named() -> None:
+    with pytest.raises(ValueError, match="schedule 'step' is unknown; use one of linear, cosine, constant"):
+        check_schedule("step")

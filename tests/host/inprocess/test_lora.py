@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sana
+from sana.training.adapters import AdapterConfig, add_adapter, lora_header, lora_tensors
 from tests.host.inprocess.small import (
     DEMO,
     EQUAL,
@@ -457,3 +458,31 @@ def test_a_lora_hook_of_which_nothing_fits_says_so(small: Small, caplog: pytest.
     with caplog.at_level(logging.WARNING):
         small.ksampler(positive=positive, negative=negative)
     assert "nothing of this LoRA fits SANA: its names are those of a Stable Diffusion model" in caplog.messages
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+def test_a_lora_of_our_own_training_draws_as_in_the_pipeline(small: Small, kind: str) -> None:
+    """On all kinds of layers; its strength is known from the header, and from the tensors where a loader passes these alone."""
+    network = sana.load_transformer(small.path)
+    config = AdapterConfig("dora" if kind == "dora" else "lora", RANK, ALPHA, rslora=kind == "rslora", targets="all")
+    weights = add_adapter(network, config)
+    torch.manual_seed(6)
+    for weight in weights.values():
+        weight.data += torch.rand_like(weight) / 10
+    name = f"ours-{kind}.safetensors"
+    path = small.host.base / "models" / "loras" / name
+    path.parent.mkdir(exist_ok=True)
+    tensors = lora_tensors(weights, config)
+    save_file(tensors, path, lora_header(weights, config, {}))
+    (model,) = small.host.call("LoraLoaderModelOnly", model=small.model, lora_name=name, strength_model=1.0)
+    latent = small.sample(model=model)
+    pipeline = sana.SanaPipeline.load(small.path, autoencoder=DEMO, text_encoder=DEMO, loras=[(path, 1.0)])
+    assert difference(pipeline_latent(pipeline, PROMPT, negative=OTHER_PROMPT), latent) <= EQUAL
+    assert difference(small.sample(), latent) > CHANGED
+    trained = sana.SanaPipeline(network, pipeline.autoencoder, pipeline.text_encoder, pipeline.identity)
+    assert difference(pipeline_latent(trained, PROMPT, negative=OTHER_PROMPT), latent) <= EQUAL
+    keys = comfy.lora.model_lora_keys_unet(small.model.model, {})
+    bare = comfy.lora.load_lora({key: tensor.clone() for key, tensor in tensors.items()}, keys)
+    assert {*bare} == {key for key in model.patches if key.endswith(".weight")}
+    strength = config.strength * config.rank
+    assert [*{change.weights[2] for change in bare.values()}] == [pytest.approx(strength)]

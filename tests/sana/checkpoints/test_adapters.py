@@ -387,3 +387,12 @@ def test_every_dialect_names_a_layer() -> None:
         *text
     }
     assert {"text_encoder.layers.3.mlp.up_proj", "lora_te1_layers_3_mlp_up_proj"} < {*text}
+
+
+def test_an_alpha_under_another_name_of_its_layer_counts() -> None:
+    """Our own files: diffusers refuses names without "lora". One that belongs to no other layer stays where it is."""
+    layer, flat = "transformer.transformer_blocks.0.attn1.to_q", "lora_unet_transformer_blocks_0_attn1_to_q"
+    factors = {f"{layer}.lora_A.weight": torch.ones(2, 3), f"{layer}.lora_B.weight": torch.ones(3, 2)}
+    other = {"lora_unet_transformer_blocks_1_attn1_to_q.alpha": torch.tensor(5.0)}
+    found = adapters.prepare({**factors, f"{flat}.alpha": torch.tensor(7.0), **other}, {"r": 2, "lora_alpha": 1})
+    assert {*found} == {*factors, f"{layer}.alpha", *other} and float(found[f"{layer}.alpha"]) == 7

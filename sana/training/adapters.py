@@ -1,0 +1,195 @@
+"""Adapters by PEFT in a frozen transformer: which layers get one, its weights as one module, and the file they become.
+
+PEFT is imported when an adapter is made, as it takes seconds and fine-tuning needs none.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints.adapters import HEADER
+from ..checkpoints.names import POINTWISE
+from ..networks.packed import PackedLinear
+from ..networks.transformer import SanaTransformer
+
+Kind = Literal["lora", "dora"]
+
+NAME = "default"  # of the adapter, as PEFT calls one
+ATTENTION = r"transformer_blocks\.\d+\.(attn1\.to_(q|k|v|out\.0)|attn2\.to_(q|out\.0))"
+# What --targets says: the image's side of both attentions; also the text's side and the Mix-FFN.
+TARGETS = {
+    "attention": ATTENTION,
+    "all": rf"{ATTENTION}|transformer_blocks\.\d+\.(attn2\.to_(k|v)|ff\.conv_(inverted|point))",
+}
+COMPONENT = "transformer."  # before names in diffusers
+ALPHA_PREFIX = "lora_unet_"  # of kohya: diffusers refuses names without "lora", and leaves these alone
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What is trained beside the frozen weights. alpha None: the rank, so that the adapter acts with strength 1."""
+
+    kind: Kind = "lora"
+    rank: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0  # share of a layer's inputs that the adapter does not see in a step
+    rslora: bool = False  # strength alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732)
+    targets: str = "attention"  # a name in TARGETS, or a regular expression of whole paths of layers
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an adapter that cannot be."""
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"adapter {self.kind!r} is unknown; use one of {', '.join(get_args(Kind))}")
+        if self.rank < 1:
+            raise ValueError(f"rank is {self.rank}; it must be at least 1, such as 16")
+        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha is {self.alpha}; it must be above 0, such as the rank")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be 0, for none, or a share below 1")
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(
+                f"targets {self.targets!r} is no regular expression ({error}); give one, or {' or '.join(TARGETS)}"
+            ) from error
+
+    @property
+    def pattern(self) -> str:
+        return TARGETS.get(self.targets, self.targets)
+
+    @property
+    def full_alpha(self) -> float:
+        return float(self.rank if self.alpha is None else self.alpha)
+
+    @property
+    def strength(self) -> float:
+        """What the product of the factors is multiplied by."""
+        return self.full_alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def __str__(self) -> str:
+        told = f"{self.kind} of rank {self.rank}, alpha {self.full_alpha:g}, on {self.targets}"
+        return f"{told}, rank-stabilised" if self.rslora else told
+
+
+def target_layers(transformer: SanaTransformer, config: AdapterConfig) -> list[str]:
+    """Paths of the linear layers that get an adapter, 1x1 convolutions among them. Raises ValueError if there are none."""
+    linear = [path for path, layer in transformer.named_modules() if isinstance(layer, nn.Linear)]
+    found = [path for path in linear if re.fullmatch(config.pattern, path)]
+    if not found:
+        raise ValueError(
+            f"targets {config.targets!r} matches none of the {len(linear)} linear layers, such as {linear[-2]}; give a regular "
+            f"expression of whole paths, or {' or '.join(TARGETS)}"
+        )
+    return found
+
+
+def add_adapter(transformer: SanaTransformer, config: AdapterConfig, seed: int = 0) -> nn.ParameterDict:
+    """Freeze a transformer and put an adapter into it, which changes nothing yet. Returns the adapter's weights, float32.
+
+    seed: of its first weights. Raises ValueError without PEFT, for targets that match nothing, and for a DoRA on packed
+    weights, whose lengths it would need.
+    """
+    paths = target_layers(transformer, config)
+    packed = [path for path in paths if isinstance(transformer.get_submodule(path), PackedLinear)]
+    if packed and config.kind == "dora":
+        raise ValueError(
+            f"a DoRA needs the lengths of weights, and {packed[0]} is quantised; train a LoRA on it, or take a model in 16 bits"
+        )
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f'training a LoRA needs the package {error.name}; run pip install ".[training]" in the folder of this project'
+        ) from error
+    transformer.requires_grad_(False)
+    made = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.full_alpha,
+        lora_dropout=config.dropout,
+        use_rslora=config.rslora,
+        use_dora=config.kind == "dora",
+        target_modules=paths,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(made, transformer, NAME)
+    found = {name: weight for name, weight in transformer.named_parameters() if weight.requires_grad}
+    for weight in found.values():
+        weight.data = weight.data.float()
+    return nn.ParameterDict({_key(name): weight for name, weight in found.items()})
+
+
+def _key(name: str) -> str:
+    """A name of a parameter, without that of the adapter, as a key of a `ParameterDict`, which takes no dots."""
+    return name.replace(f".{NAME}", "").replace(".", "/")
+
+
+def named(weights: nn.Module) -> dict[str, Tensor]:
+    """Weights of an adapter by names such as transformer_blocks.0.attn1.to_q.lora_A.weight."""
+    return {key.replace("/", "."): weight.detach() for key, weight in weights.items()}
+
+
+@contextmanager
+def holding(weights: nn.ParameterDict, others: nn.ParameterDict) -> Iterator[None]:
+    """Let an adapter have other weights, such as averaged ones, for a while."""
+    kept = {key: weight.data for key, weight in weights.items()}
+    try:
+        for key, weight in weights.items():
+            weight.data = others[key].data.to(weight.device)
+        yield
+    finally:
+        for key, weight in weights.items():
+            weight.data = kept[key]
+
+
+class Seeded(nn.Module):
+    """An objective whose dropout is decided by the seed of the batch, so that a resumed training repeats it."""
+
+    def __init__(self, objective: nn.Module) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, batch: object) -> Tensor:
+        devices = {weight.device for weight in self.parameters() if weight.device.type != "cpu"}
+        with torch.random.fork_rng(devices=list(devices)):
+            torch.manual_seed(batch.seed)
+            return self.objective(batch)
+
+
+def lora_tensors(weights: nn.Module, config: AdapterConfig) -> dict[str, Tensor]:
+    """An adapter in diffusers' names, with the axes of 1x1 convolutions, and the alpha of every layer.
+
+    An alpha stands under the name that kohya's trainers give its layer.
+    """
+    found, alphas = {}, {}
+    for name, tensor in named(weights).items():
+        path, end = re.fullmatch(r"(.+)\.(lora_.+)", name).groups()
+        pointwise = f"{path}.weight".endswith(POINTWISE)
+        if end.startswith("lora_magnitude_vector"):
+            end, tensor = "lora_magnitude_vector", tensor.reshape(1, -1, 1, 1) if pointwise else tensor
+        elif pointwise:
+            tensor = tensor[..., None, None]
+        found[f"{COMPONENT}{path}.{end}"] = tensor.float().cpu().clone(memory_format=torch.contiguous_format)
+        alphas[f"{ALPHA_PREFIX}{path.replace('.', '_')}.alpha"] = torch.tensor(config.strength * config.rank)
+    return found | alphas
+
+
+def lora_header(weights: nn.Module, config: AdapterConfig, told: Mapping[str, str]) -> dict[str, str]:
+    """The entry of PEFT's settings that diffusers reads, beside what else is told."""
+    paths = sorted({name.partition(".lora_")[0] for name in named(weights)})
+    settings = {
+        "r": config.rank,
+        "lora_alpha": config.full_alpha,
+        "use_rslora": config.rslora,
+        "use_dora": config.kind == "dora",
+        "target_modules": paths,
+    }
+    prefixed = {f"{COMPONENT}{key}": value for key, value in settings.items()}
+    return {HEADER: json.dumps(prefixed, indent=2, sort_keys=True), **told}

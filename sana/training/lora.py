@@ -1,0 +1,213 @@
+"""A LoRA of a SANA transformer on a folder of pictures with captions: an adapter is trained, all other weights are frozen."""
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from ..networks.devices import computes_bfloat16
+from ..saving import replacing
+from .adapters import AdapterConfig, Seeded, add_adapter, holding, lora_header, lora_tensors
+from .flow import FlowBatch, FlowObjective
+from .loop import (
+    QUIET,
+    Batches,
+    Schedule,
+    Stopped,
+    TrainingConfig,
+    Watch,
+    check_counts,
+    check_schedule,
+    process_state,
+    train,
+)
+from .material import Material, ModelFiles, gathered
+from .sheets import COLUMNS, draw, in_rows, spread
+
+DTYPES = ("float32", "bfloat16")  # of the frozen weights; float16 would need its gradients scaled
+TOLD = "sana_training"  # entry of the header: JSON of how it was trained
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What to train, on what, and how long. Intervals are in steps."""
+
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    steps: int = 1000
+    batch_size: int = 1  # pictures of one size
+    accumulate: int = 1  # batches of a step
+    learning_rate: float = 1e-4
+    schedule: Schedule = "constant"
+    warmup: int | None = None  # steps in which the rate rises; None: a tenth, at most 100
+    clip: float = 1.0  # largest norm of the gradient
+    ema: float = 0.99  # decay of the averaged adapter, which is the result; 0: the last one
+    prior: Path | None = None  # a second folder, of pictures that show what is to stay as it is
+    prior_weight: float = 1.0  # of their loss; every other batch is of them, beside the batches of `accumulate`
+    caption_dropout: float = 0.1  # share of captions replaced by the empty prompt, for guidance
+    recompute: bool = False  # activations of blocks in the backward pass: less memory, a third more work
+    dtype: str | None = None  # of the frozen weights; None: bfloat16 on a GPU that computes it, else float32
+    prompts: tuple[str, ...] = ()  # drawn on sheets, without and with the adapter; none: up to six captions
+    trigger: str = ""  # words that call the result up, for its header
+    sheet_every: int = 250  # 0: none
+    save_every: int = 250
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that no training can have."""
+        names = ("steps", "batch_size", "accumulate", "save_every")
+        check_counts({name: getattr(self, name) for name in names})
+        check_schedule(self.schedule)
+        if not 0 < self.learning_rate < 1:
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0 and below 1, such as 1e-4")
+        for name in ("clip", "prior_weight"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0, such as 1")
+        for name, shown in (("ema", "no average"), ("caption_dropout", "none")):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0, for {shown}, or a share below 1")
+        for name in ("sheet_every", "warmup"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0, for none, or more")
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype {self.dtype!r} is not trained in; use one of {', '.join(DTYPES)}")
+
+    @property
+    def training(self) -> TrainingConfig:
+        warmup = min(100, self.steps // 10) if self.warmup is None else self.warmup
+        return TrainingConfig(
+            self.steps,
+            self.learning_rate,
+            warmup=warmup,
+            schedule=self.schedule,
+            accumulate=self.accumulate * (2 if self.prior else 1),
+            ema_decay=self.ema,
+            clip=self.clip,
+            save_every=self.save_every,
+            sheet_every=self.sheet_every or self.steps,
+            log_every=min(10, self.save_every),
+        )
+
+
+def train_lora(
+    folder: Path, data: Path, config: LoraConfig, files: ModelFiles | None = None, *, watch: Watch = QUIET
+) -> Path:
+    """Train an adapter beside the frozen weights of a transformer, which may be quantised. Returns the file of the LoRA.
+
+    folder: receives the states of the pictures, the state of the training, sheets, and `lora.safetensors`, which is written
+    too where the watch stops the training. Stopped and started again, it goes on. Raises as `gathered`, `add_adapter` and
+    `train` do.
+    """
+    machine = process_state()
+    dtype = _dtype(config.dtype, machine.device)
+    run = {"adapter": str(config.adapter), "seed": str(config.seed)}
+    more = {"prompts": config.prompts, "prior": config.prior, "run": run}
+    with gathered(folder, data, files or ModelFiles(), dtype=dtype, **more) as material:
+        _check_trigger(config.trigger, [picture.caption for picture in material.pictures])
+        transformer = material.pipeline.transformer
+        before = _drawn(material) if config.sheet_every and machine.is_main_process else []
+        weights = add_adapter(transformer, config.adapter, config.seed)
+        transformer.train().recompute = config.recompute
+        objective: nn.Module = FlowObjective(
+            transformer,
+            flow_shift=material.identity.flow_shift,
+            dropout=config.caption_dropout,
+            null=material.states.null,
+        )
+        if config.adapter.dropout:
+            objective = Seeded(objective)
+
+        def sheet(averaged: nn.ParameterDict) -> Image.Image:
+            transformer.eval()
+            with holding(weights, averaged):
+                after = _drawn(material)
+            transformer.train()
+            return in_rows(before, after)
+
+        def write(averaged: nn.Module, steps: int) -> Path:
+            path = folder / "lora.safetensors"
+            if machine.is_main_process:
+                header = lora_header(averaged, config.adapter, describe(config, material, steps, path.stem))
+                with replacing(path) as unfinished:
+                    save_file(lora_tensors(averaged, config.adapter), unfinished, {"format": "pt", **header})
+            return path
+
+        try:
+            averaged = train(
+                objective,
+                training_batches(material, config),
+                config.training,
+                folder,
+                sheet if config.sheet_every else None,
+                weights=weights,
+                watch=watch,
+            )
+        except Stopped as stopped:
+            write(stopped.weights, stopped.step)
+            raise
+        return write(averaged, config.steps)
+
+
+def training_batches(material: Material, config: LoraConfig) -> Batches:
+    """Of the pictures, and every other one of those of the prior if there are any."""
+    given = {"size": config.batch_size, "seed": config.seed}
+    own, prior = material.states, material.prior
+    if prior is None:
+        return partial(own.batch, **given)
+
+    def alternating(number: int, process: int) -> FlowBatch:
+        if number % 2 == 0:
+            return own.batch(number // 2, process, **given)
+        batch = prior.batch(number // 2, process, **given)
+        return replace(batch, weight=torch.full((len(batch), 1, 1, 1), config.prior_weight))
+
+    return alternating
+
+
+def _dtype(name: str | None, device: torch.device) -> torch.dtype:
+    if name is None:
+        return torch.bfloat16 if computes_bfloat16(device) else torch.float32
+    return getattr(torch, name)
+
+
+def _check_trigger(trigger: str, captions: Sequence[str]) -> None:
+    if trigger and not any(trigger in caption for caption in captions):
+        log.warning('No caption contains the trigger "%s"; the LoRA will not learn to follow it.', trigger)
+
+
+def _drawn(material: Material) -> list[Image.Image]:
+    """What the weights at hand make of the prompts, as squares, or of up to six captions, at the sizes of their pictures."""
+    states, side = material.states, material.identity.base_size
+    if material.prompts:
+        chosen = [((side, side), text) for text in material.prompts[:COLUMNS]]
+    else:
+        chosen = [(material.pictures[i].size, states.texts[i].float()) for i in spread(len(states.texts))]
+    return [draw(material.pipeline, size, text, states.null, seed=i) for i, (size, text) in enumerate(chosen)]
+
+
+def describe(config: LoraConfig, material: Material, steps: int, title: str) -> dict[str, str]:
+    """What the header of a LoRA tells: the keys of modelspec, and how it was trained.
+
+    Source: github.com/Stability-AI/ModelSpec; the architecture as OneTrainer names it.
+    """
+    identity = material.identity
+    settings = {name: value for name, value in asdict(config).items() if name not in ("prompts", "prior")}
+    told = {**settings, "steps": steps, "pictures": len(material.pictures), "variant": identity.variant}
+    spec = {
+        "sai_model_spec": "1.0.0",
+        "architecture": "sana/lora",
+        "implementation": "https://github.com/NVlabs/Sana",
+        "title": title,
+        "resolution": f"{identity.base_size}x{identity.base_size}",
+        "trigger_phrase": config.trigger,
+    }
+    return {**{f"modelspec.{key}": value for key, value in spec.items() if value}, TOLD: json.dumps(told)}

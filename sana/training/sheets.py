@@ -1,0 +1,61 @@
+"""Pictures of what a transformer in training draws: below its pictures, or beside what it drew before."""
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ..config import TransformerIdentity
+from ..images import on_white, read_picture
+from ..networks.autoencoder import DCAutoencoder
+from ..pipeline import SanaPipeline
+from ..plan import Settings
+from ..sampling.guidance import Condition
+from .flow import FlowObjective
+from .pictures import Picture, PictureStates, pad_texts
+
+COLUMNS, SIDE, STEPS = 6, 256, 14
+
+
+def caption_sheet(
+    objective: FlowObjective,
+    pictures: Sequence[Picture],
+    states: PictureStates,
+    autoencoder: DCAutoencoder,
+    identity: TransformerIdentity,
+) -> Image.Image:
+    """Up to six of the pictures above, and below what the model makes of their captions at their sizes."""
+    pipeline = SanaPipeline(objective.transformer, autoencoder, None, identity)
+    chosen = spread(len(pictures))
+    drawn = [draw(pipeline, pictures[i].size, states.texts[i].float(), states.null, seed=i) for i in chosen]
+    given = [
+        ImageOps.fit(on_white(read_picture(pictures[i].path)), picture.size)
+        for i, picture in zip(chosen, drawn, strict=True)
+    ]
+    return in_rows(given, drawn)
+
+
+def spread(count: int) -> range:
+    """Up to six places in a list of so many."""
+    return range(0, count, -(-count // COLUMNS))
+
+
+def in_rows(*rows: Sequence[Image.Image]) -> Image.Image:
+    """Rows of up to six pictures, each fitted into a square."""
+    sheet = Image.new("RGB", (COLUMNS * SIDE, len(rows) * SIDE))
+    for row, pictures in enumerate(rows):
+        for column, picture in enumerate(pictures):
+            sheet.paste(ImageOps.contain(picture, (SIDE, SIDE)), (column * SIDE, row * SIDE))
+    return sheet
+
+
+def draw(pipeline: SanaPipeline, size: tuple[int, int], text: Tensor, null: Tensor, seed: int) -> Image.Image:
+    """What the weights at hand make of a text. size: (height, width) px. text, null: (tokens, C), of it and of no prompt."""
+    height, width = size
+    device = pipeline.device
+    plan = pipeline.plan("", Settings(height=height, width=width, steps=STEPS, seed=seed))
+    padded, text_mask = (part.to(device) for part in pad_texts([text]))
+    null = null.to(device)[: len(text)]
+    cond = Condition(padded, text_mask)
+    *_, last = pipeline.follow(plan, (cond, Condition(null.expand_as(padded), text_mask)))
+    return pipeline.pictures(last.next_x)[0]
