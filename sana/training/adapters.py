@@ -9,13 +9,16 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoints.adapters import HEADER
+from ..checkpoints.lora import Part, read_lora, tell_fit
 from ..checkpoints.names import POINTWISE
+from ..config import TransformerConfig
 from ..networks.packed import PackedLinear
 from ..networks.transformer import SanaTransformer
 
@@ -134,6 +137,37 @@ def _key(name: str) -> str:
 def named(weights: nn.Module) -> dict[str, Tensor]:
     """Weights of an adapter by names such as transformer_blocks.0.attn1.to_q.lora_A.weight."""
     return {key.replace("/", "."): weight.detach() for key, weight in weights.items()}
+
+
+def begin_with(weights: nn.ParameterDict, path: Path, config: AdapterConfig, network: TransformerConfig) -> None:
+    """Give a new adapter the weights of a LoRA file, in any trainer's names.
+
+    Raises CheckpointError for a file that is no LoRA or was made for another model, and ValueError for one of another kind,
+    rank or layers than the adapter.
+    """
+    lora = read_lora(path)
+    changes = {
+        name: change for by_name in lora.changes(Part.transformer(network)).values() for name, change in by_name.items()
+    }
+    tell_fit(lora, {*changes})
+    found = {name.removesuffix(".weight"): change for name, change in changes.items()}
+    paths = {name.partition(".lora_")[0] for name in named(weights)}
+    kinds = {"dora" if change.lengths is not None else change.kind.lower() for change in found.values()}
+    ranks = {change.rank for change in found.values()}
+    if found.keys() != paths or kinds != {config.kind} or ranks != {config.rank}:
+        told = f"{' and '.join(sorted(kinds))} of rank {', '.join(map(str, sorted(ranks, key=str)))} on {len(found)} layers"
+        raise ValueError(
+            f"{path.name} is a {told}, and this adapter a {config.kind} of rank {config.rank} on {len(paths)}; give the --kind, "
+            "--rank and --targets that it was trained with"
+        )
+    for layer, change in found.items():
+        (factors,) = change.parts
+        parts = {"lora_A.weight": factors.down.flatten(1)}
+        parts["lora_B.weight"] = factors.up.flatten(1).float() * (change.scale / config.strength)
+        if change.lengths is not None:
+            parts["lora_magnitude_vector.weight"] = change.lengths.flatten()
+        for end, tensor in parts.items():
+            weights[_key(f"{layer}.{end}")].data.copy_(tensor)
 
 
 @contextmanager

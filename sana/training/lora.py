@@ -15,11 +15,13 @@ from torch import nn
 
 from ..networks.devices import computes_bfloat16
 from ..saving import replacing
-from .adapters import AdapterConfig, Seeded, add_adapter, holding, lora_header, lora_tensors
+from .adapters import AdapterConfig, Seeded, add_adapter, begin_with, holding, lora_header, lora_tensors
+from .curve import event_writer, write_curve
 from .flow import FlowBatch, FlowObjective
 from .loop import (
     QUIET,
     Batches,
+    Report,
     Schedule,
     Stopped,
     TrainingConfig,
@@ -43,6 +45,7 @@ class LoraConfig:
     """What to train, on what, and how long. Intervals are in steps."""
 
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    start: Path | None = None  # a LoRA to go on from, of the same kind, rank and layers
     steps: int = 1000
     batch_size: int = 1  # pictures of one size
     accumulate: int = 1  # batches of a step
@@ -109,13 +112,17 @@ def train_lora(
     """
     machine = process_state()
     dtype = _dtype(config.dtype, machine.device)
+    watch = _with_events(watch, folder / "events")
     run = {"adapter": str(config.adapter), "seed": str(config.seed)}
+    run |= {name: str(path.resolve()) for name in ("start", "prior") if (path := getattr(config, name))}
     more = {"prompts": config.prompts, "prior": config.prior, "run": run}
     with gathered(folder, data, files or ModelFiles(), dtype=dtype, **more) as material:
         _check_trigger(config.trigger, [picture.caption for picture in material.pictures])
         transformer = material.pipeline.transformer
         before = _drawn(material) if config.sheet_every and machine.is_main_process else []
         weights = add_adapter(transformer, config.adapter, config.seed)
+        if config.start:
+            begin_with(weights, config.start, config.adapter, transformer.config)
         transformer.train().recompute = config.recompute
         objective: nn.Module = FlowObjective(
             transformer,
@@ -131,11 +138,13 @@ def train_lora(
             with holding(weights, averaged):
                 after = _drawn(material)
             transformer.train()
+            write_curve(folder / "log.csv", folder / "loss.png")
             return in_rows(before, after)
 
         def write(averaged: nn.Module, steps: int) -> Path:
             path = folder / "lora.safetensors"
             if machine.is_main_process:
+                write_curve(folder / "log.csv", folder / "loss.png")
                 header = lora_header(averaged, config.adapter, describe(config, material, steps, path.stem))
                 with replacing(path) as unfinished:
                     save_file(lora_tensors(averaged, config.adapter), unfinished, {"format": "pt", **header})
@@ -179,6 +188,19 @@ def _dtype(name: str | None, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+def _with_events(watch: Watch, folder: Path) -> Watch:
+    """The same, and events for TensorBoard where that is installed."""
+    write = event_writer(folder)
+    if write is None:
+        return watch
+
+    def both(report: Report) -> None:
+        write(report)
+        watch.step(report)
+
+    return replace(watch, step=both)
+
+
 def _check_trigger(trigger: str, captions: Sequence[str]) -> None:
     if trigger and not any(trigger in caption for caption in captions):
         log.warning('No caption contains the trigger "%s"; the LoRA will not learn to follow it.', trigger)
@@ -200,7 +222,7 @@ def describe(config: LoraConfig, material: Material, steps: int, title: str) -> 
     Source: github.com/Stability-AI/ModelSpec; the architecture as OneTrainer names it.
     """
     identity = material.identity
-    settings = {name: value for name, value in asdict(config).items() if name not in ("prompts", "prior")}
+    settings = {name: value for name, value in asdict(config).items() if name not in ("prompts", "prior", "start")}
     told = {**settings, "steps": steps, "pictures": len(material.pictures), "variant": identity.variant}
     spec = {
         "sai_model_spec": "1.0.0",

@@ -1,5 +1,6 @@
 """Training a LoRA as its user runs it, against PEFT and PyTorch alone, and the file that it leaves in every reader."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 import sana
 from sana.__main__ import main as shell
+from sana.checkpoints.files import CheckpointError
 from sana.checkpoints.lora import Part, read_lora, read_merges
 from sana.checkpoints.quantising import quantise
 from sana.checkpoints.transformer import load_transformer
@@ -30,7 +33,17 @@ from sana.networks.packed import PackedLinear
 from sana.networks.transformer import SanaTransformer
 from sana.pipeline import SanaPipeline
 from sana.training.__main__ import main
-from sana.training.adapters import AdapterConfig, Seeded, add_adapter, lora_header, lora_tensors, named, target_layers
+from sana.training.adapters import (
+    AdapterConfig,
+    Seeded,
+    add_adapter,
+    begin_with,
+    lora_header,
+    lora_tensors,
+    named,
+    target_layers,
+)
+from sana.training.curve import LINE, read_log, write_curve
 from sana.training.demo import IDENTITY, TRANSFORMER
 from sana.training.flow import FlowBatch, FlowObjective
 from sana.training.loop import DivergedError, Meter, Report, Stopped, TrainingConfig, Watch, train
@@ -597,3 +610,98 @@ def test_a_full_disk_keeps_the_last_state(pictures: Path, tmp_path: Path, capsys
     assert told.endswith(f"; the same command then goes on from {tmp_path / 'state.pt'}, after step 1")
     assert (tmp_path / "state.pt").read_bytes() == before
     assert lora(pictures, tmp_path, *more, "--steps=3") == 0
+
+
+# Going on from a LoRA
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_adapter_begins_as_the_lora_that_it_goes_on_from(tmp_path: Path, kind: str) -> None:
+    """Also with another alpha: its factors are scaled then."""
+    torch.manual_seed(0)
+    network = randomise(SanaTransformer(SMALL))
+    base = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    config = AdapterConfig(kind, 2, 4.0, targets="all")
+    weights = add_adapter(network, config)
+    for weight in weights.values():
+        weight.data += torch.rand_like(weight) / 10
+    path = tmp_path / "first.safetensors"
+    save_file(lora_tensors(weights, config), path, lora_header(weights, config, {}))
+    again = SanaTransformer(SMALL)
+    again.load_state_dict(base)
+    other = replace(config, alpha=1.0)
+    begin_with(add_adapter(again, other), path, other, SMALL)
+    inputs = torch.randn(1, 32, 2, 3), torch.tensor([500.0]), torch.randn(1, 4, SMALL.text_width)
+    with torch.no_grad():
+        assert relative_error(again(*inputs), network(*inputs)) < 1e-5
+    for changed, told in (
+        (
+            replace(config, rank=3),
+            f"first.safetensors is a {kind} of rank 2 on 20 layers, and this adapter a {kind} of rank 3 on 20",
+        ),
+        (replace(config, targets="attention"), "rank 2 on 20 layers, and this adapter"),
+    ):
+        fresh = SanaTransformer(SMALL)
+        with pytest.raises(ValueError, match=told):
+            begin_with(add_adapter(fresh, changed), path, changed, SMALL)
+    wider = replace(SMALL, hidden_size=96, cross_heads=3)
+    with pytest.raises(CheckpointError, match="first.safetensors was made for another model: it changes"):
+        begin_with(add_adapter(SanaTransformer(wider), config), path, config, wider)
+
+
+def test_the_shell_goes_on_from_a_lora(
+    pictures: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--targets=all", "--alpha=8", "--learning-rate=1e-9", "--start", str(trained)]
+    assert lora(pictures, tmp_path / "out", *more) == 0
+    first, second = load_file(trained), load_file(tmp_path / "out" / "lora.safetensors")
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-6)
+    assert lora(pictures, tmp_path / "other", "--start", str(trained)) == 1
+    assert "lora.safetensors is a lora of rank 4 on 80 layers, and this adapter a lora of rank 4 on 48; give" in (
+        capsys.readouterr().err
+    )
+
+
+# The curve
+
+
+def test_the_loss_is_drawn_as_a_curve(tmp_path: Path) -> None:
+    """It falls to the right, as the losses do; a log of one row is no curve."""
+    (log := tmp_path / "log.csv").write_text("10,1.0,5\n", encoding="utf-8")
+    write_curve(log, path := tmp_path / "loss.png")
+    assert not path.exists()
+    log.write_text("".join(f"{10 * k},{1 / k},5\n" for k in range(1, 50)) + "damaged\n", encoding="utf-8")
+    assert read_log(log)[-1] == (490, pytest.approx(1 / 49))
+    write_curve(log, path)
+    with Image.open(path) as picture:
+        pixels = torch.tensor(list(picture.convert("RGB").tobytes())).view(picture.height, picture.width, 3)
+    blue = (pixels == torch.tensor(LINE)).all(dim=2)
+    columns = blue.any(dim=0).nonzero().flatten()
+    heights = [float(blue[:, x].nonzero().float().mean()) for x in (columns[0], columns[-1])]
+    assert heights[0] < heights[1] - 50
+
+
+def test_events_are_written_where_tensorboard_is_installed(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[object, ...]] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            seen.append((folder, purge_step))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            seen.append((name, step))
+
+        def close(self) -> None:
+            seen.append(("closed",))
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: name if name == "tensorboard" else find(name, *more)
+    )
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    assert lora(pictures, tmp_path) == 0
+    names = ("loss", "smoothed loss", "images per second")
+    assert seen == [(str(tmp_path / "events"), 1), *((name, step) for step in (1, 2) for name in names), ("closed",)]
