@@ -77,15 +77,20 @@ def gathered(
     weights = read_weights(pictures)
     others = read_pictures(prior, identity.base_size, besides=folder) if prior else []
     machine = process_state()
-    pipeline = SanaPipeline.load(**parts, variant=files.variant, dtype=dtype, device=machine.device, offload="never")
+    pipeline = SanaPipeline.load(
+        **parts, variant=files.variant, dtype=dtype
+    )  # on the CPU: a GPU may not have room for all
     given = {"variant": files.variant} if files.variant else {}
     known = {"model": str(parts["model"].resolve()), "data": str(data.resolve()), **given, **(run or {})}
     with claim(folder, known):
+        for encoder in (pipeline.autoencoder, pipeline.text_encoder):
+            encoder.to(machine.device)
         encoders = f"{parts['autoencoder'] or parts['model']}, {parts['text_encoder'] or parts['model']}"
         both = _encode(folder / "states", [*pictures, *others], encoders, pipeline.autoencoder, pipeline.text_encoder)
         states = replace(both.part(slice(len(pictures))), weights=weights)
         texts = [encoded(pipeline.text_encoder, prompt) for prompt in prompts]
         pipeline.text_encoder = None  # it is the largest part, and no longer needed
+        pipeline.transformer.to(machine.device)
         yield Material(pipeline, pictures, states, texts, both.part(slice(len(pictures), None)) if others else None)
 
 
