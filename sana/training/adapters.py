@@ -22,7 +22,7 @@ from ..config import TransformerConfig
 from ..networks.packed import PackedLinear
 from ..networks.transformer import SanaTransformer
 
-Kind = Literal["lora", "dora"]
+Kind = Literal["lora", "dora", "loha", "lokr"]
 
 NAME = "default"  # of the adapter, as PEFT calls one
 ATTENTION = r"transformer_blocks\.\d+\.(attn1\.to_(q|k|v|out\.0)|attn2\.to_(q|out\.0))"
@@ -31,7 +31,9 @@ TARGETS = {
     "attention": ATTENTION,
     "all": rf"{ATTENTION}|transformer_blocks\.\d+\.(attn2\.to_(k|v)|ff\.conv_(inverted|point))",
 }
-COMPONENT = "transformer."  # before names in diffusers
+PRODUCTS = ("loha", "lokr")  # kinds of LyCORIS, which diffusers' names have no room for
+LAYER = re.compile(r"(.+?)\.((?:lora|hada|lokr)_.+)")  # a name of a weight: its layer, and which of the adapter's it is
+COMPONENT, LYCORIS = "transformer.", "lycoris_"  # before names in diffusers, and in LyCORIS
 ALPHA_PREFIX = "lora_unet_"  # of kohya: diffusers refuses names without "lora", and leaves these alone
 
 
@@ -54,6 +56,8 @@ class AdapterConfig:
             raise ValueError(f"rank is {self.rank}; it must be at least 1, such as 16")
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha is {self.alpha}; it must be above 0, such as the rank")
+        if self.rslora and self.kind in PRODUCTS:
+            raise ValueError(f"rslora is for lora and dora, and this is a {self.kind}; give one or the other")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be 0, for none, or a share below 1")
         try:
@@ -106,20 +110,24 @@ def add_adapter(transformer: SanaTransformer, config: AdapterConfig, seed: int =
             f"a DoRA needs the lengths of weights, and {packed[0]} is quantised; train a LoRA on it, or take a model in 16 bits"
         )
     try:
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
     except ModuleNotFoundError as error:
         raise ValueError(
             f'training a LoRA needs the package {error.name}; run pip install ".[training]" in the folder of this project'
         ) from error
     transformer.requires_grad_(False)
-    made = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.full_alpha,
-        lora_dropout=config.dropout,
-        use_rslora=config.rslora,
-        use_dora=config.kind == "dora",
-        target_modules=paths,
-    )
+    if config.kind in PRODUCTS:
+        product = LoHaConfig if config.kind == "loha" else LoKrConfig
+        made = product(r=config.rank, alpha=config.full_alpha, rank_dropout=config.dropout, target_modules=paths)
+    else:
+        made = LoraConfig(
+            r=config.rank,
+            lora_alpha=config.full_alpha,
+            lora_dropout=config.dropout,
+            use_rslora=config.rslora,
+            use_dora=config.kind == "dora",
+            target_modules=paths,
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(made, transformer, NAME)
@@ -145,13 +153,15 @@ def begin_with(weights: nn.ParameterDict, path: Path, config: AdapterConfig, net
     Raises CheckpointError for a file that is no LoRA or was made for another model, and ValueError for one of another kind,
     rank or layers than the adapter.
     """
+    if config.kind in PRODUCTS:
+        raise ValueError(f"to go on is for lora and dora, and this is a {config.kind}; leave --start out")
     lora = read_lora(path)
     changes = {
         name: change for by_name in lora.changes(Part.transformer(network)).values() for name, change in by_name.items()
     }
     tell_fit(lora, {*changes})
     found = {name.removesuffix(".weight"): change for name, change in changes.items()}
-    paths = {name.partition(".lora_")[0] for name in named(weights)}
+    paths = _layers(weights)
     kinds = {"dora" if change.lengths is not None else change.kind.lower() for change in found.values()}
     ranks = {change.rank for change in found.values()}
     if found.keys() != paths or kinds != {config.kind} or ranks != {config.rank}:
@@ -198,13 +208,15 @@ class Seeded(nn.Module):
 
 
 def lora_tensors(weights: nn.Module, config: AdapterConfig) -> dict[str, Tensor]:
-    """An adapter in diffusers' names, with the axes of 1x1 convolutions, and the alpha of every layer.
+    """An adapter in diffusers' names, with the axes of 1x1 convolutions, and the alpha of every layer; products as LyCORIS has them.
 
     An alpha stands under the name that kohya's trainers give its layer.
     """
+    if config.kind in PRODUCTS:
+        return _product_tensors(weights, config)
     found, alphas = {}, {}
     for name, tensor in named(weights).items():
-        path, end = re.fullmatch(r"(.+)\.(lora_.+)", name).groups()
+        path, end = LAYER.fullmatch(name).groups()
         pointwise = f"{path}.weight".endswith(POINTWISE)
         if end.startswith("lora_magnitude_vector"):
             end, tensor = "lora_magnitude_vector", tensor.reshape(1, -1, 1, 1) if pointwise else tensor
@@ -215,15 +227,35 @@ def lora_tensors(weights: nn.Module, config: AdapterConfig) -> dict[str, Tensor]
     return found | alphas
 
 
+def _product_tensors(weights: nn.Module, config: AdapterConfig) -> dict[str, Tensor]:
+    """In LyCORIS' names. Two whole factors have no rank, and no alpha acts on them, so the first one has their strength."""
+    found = {}
+    for name, tensor in named(weights).items():
+        path, end = LAYER.fullmatch(name).groups()
+        found[f"{LYCORIS}{path.replace('.', '_')}.{end}"] = tensor.float().cpu().clone()
+    for path in _layers(weights):
+        layer = f"{LYCORIS}{path.replace('.', '_')}"
+        if f"{layer}.lokr_w1" in found and f"{layer}.lokr_w2" in found:
+            found[f"{layer}.lokr_w1"] *= config.strength
+        found[f"{layer}.alpha"] = torch.tensor(config.full_alpha)
+    return found
+
+
+def _layers(weights: nn.Module) -> set[str]:
+    """Paths of the layers that an adapter is beside."""
+    return {LAYER.fullmatch(name)[1] for name in named(weights)}
+
+
 def lora_header(weights: nn.Module, config: AdapterConfig, told: Mapping[str, str]) -> dict[str, str]:
     """The entry of PEFT's settings that diffusers reads, beside what else is told."""
-    paths = sorted({name.partition(".lora_")[0] for name in named(weights)})
+    if config.kind in PRODUCTS:
+        return dict(told)
     settings = {
         "r": config.rank,
         "lora_alpha": config.full_alpha,
         "use_rslora": config.rslora,
         "use_dora": config.kind == "dora",
-        "target_modules": paths,
+        "target_modules": sorted(_layers(weights)),
     }
     prefixed = {f"{COMPONENT}{key}": value for key, value in settings.items()}
     return {HEADER: json.dumps(prefixed, indent=2, sort_keys=True), **told}

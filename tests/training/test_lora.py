@@ -26,7 +26,7 @@ from sana.checkpoints.files import CheckpointError
 from sana.checkpoints.lora import Part, read_lora, read_merges
 from sana.checkpoints.quantising import quantise
 from sana.checkpoints.transformer import load_transformer
-from sana.checkpoints.writing import write_transformer
+from sana.checkpoints.writing import convert, write_transformer
 from sana.config import TransformerConfig
 from sana.loading import MODELS
 from sana.networks.packed import PackedLinear
@@ -34,6 +34,7 @@ from sana.networks.transformer import SanaTransformer
 from sana.pipeline import SanaPipeline
 from sana.training.__main__ import main
 from sana.training.adapters import (
+    PRODUCTS,
     AdapterConfig,
     Seeded,
     add_adapter,
@@ -262,27 +263,33 @@ def test_its_strength_is_known_from_the_header_and_from_the_tensors_alone(tmp_pa
         assert [*scales] == [pytest.approx(6 / 2 if rslora else 6 / 4)]
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr", "whole lokr"])
 def test_a_file_acts_as_its_training_did(tmp_path: Path, kind: str) -> None:
-    """Also the reader of `generate --lora`, and diffusers'."""
+    """In the reader of `generate --lora`, and in diffusers', for which products are converted."""
+    torch.manual_seed(0)
     network = randomise(SanaTransformer(SMALL))
     base = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    config = AdapterConfig(kind, 3, 6.0, targets="all")
+    config = AdapterConfig(kind.split()[-1], 8 if kind.startswith("whole") else 3, 6.0, targets="all")
     weights = add_adapter(network, config)
     for weight in weights.values():
         nn.init.normal_(weight, std=0.2)
         weight.data = weight.abs() + 0.5 if weight.ndim == 1 else weight.data
     path = tmp_path / "lora.safetensors"
-    save_file(lora_tensors(weights, config), path, lora_header(weights, config, {"format": "pt"}))
+    tensors = lora_tensors(weights, config)
+    assert any(".lokr_w2_a" in name for name in tensors) == (kind == "lokr")
+    save_file(tensors, path, lora_header(weights, config, {"format": "pt"}))
     inputs = torch.randn(1, 32, 2, 3), torch.tensor([500.0]), torch.randn(1, 4, SMALL.text_width)
     with torch.no_grad():
         expected = network(*inputs)
         merges, _ = read_merges([(path, 1.0)], SMALL, None)
+        assert len(merges) == 10 * SMALL.depth
         merged = SanaTransformer(SMALL)
         merged.load_state_dict(
             {name: merges[name](tensor) if name in merges else tensor for name, tensor in base.items()}
         )
         assert relative_error(merged(*inputs), expected) < 1e-5
+        if config.kind in PRODUCTS:
+            convert(path, path := tmp_path / "converted.safetensors")
         theirs = diffusers_transformer(SMALL)
         theirs.load_state_dict(as_convolutions(base, theirs))
         before = theirs(inputs[0], inputs[2], inputs[1]).sample
@@ -290,7 +297,15 @@ def test_a_file_acts_as_its_training_did(tmp_path: Path, kind: str) -> None:
         pipeline.load_lora_weights(path)
         found = theirs(inputs[0], inputs[2], inputs[1]).sample
     assert relative_error(found, expected) < 1e-5
-    assert relative_error(before, expected) > 0.1
+    assert relative_error(before, expected) > 0.03
+
+
+def test_what_products_do_not_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="rslora is for lora and dora, and this is a lokr; give one or the other"):
+        AdapterConfig("lokr", rslora=True)
+    config = AdapterConfig("loha", 2)
+    with pytest.raises(ValueError, match="to go on is for lora and dora, and this is a loha; leave --start out"):
+        begin_with(add_adapter(SanaTransformer(SMALL), config), tmp_path, config, SMALL)
 
 
 def test_diffusers_loads_it_without_a_word(trained: Path, caplog: pytest.LogCaptureFixture) -> None:
