@@ -4,7 +4,7 @@ Pixels take the name of the nearest colour of `sana.training.scenes` in Oklab, c
 things, and the outline of a thing is compared with the drawn shapes. No network, and nothing learned.
 """
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -52,6 +52,7 @@ class FoundThing:
     """What was read of one thing; None stands for something the drawn world does not have.
 
     box: (left, top, right, bottom) px, the last two excluded; area: px; within: index of the thing around this one.
+    outline, own, tinted: (bottom - top, right - left) bool: the outline, the thing's own pixels, and those in its tint.
     """
 
     colour: str | None
@@ -61,6 +62,9 @@ class FoundThing:
     box: tuple[int, int, int, int]
     area: int
     within: int | None
+    outline: np.ndarray = field(compare=False, repr=False)
+    own: np.ndarray = field(compare=False, repr=False)
+    tinted: np.ndarray = field(compare=False, repr=False)
 
     @property
     def centre(self) -> tuple[float, float]:
@@ -247,16 +251,20 @@ def _describe(picture: _NamedPicture, region: _Region, things: list[_Region]) ->
     rows, columns = ndimage.find_objects(outline.astype(np.uint8))[0]
     outline, own = outline[rows, columns], region.mask[rows, columns]
     name, shape = NAMES[region.name], _name_shape(outline)
+    tinted = picture.entries[rows, columns] % 2 == 1
     named = name in COLOURS and np.median(picture.errors[region.mask]) <= MOST_COLOUR_ERROR
     around = picture.around(region)
     return FoundThing(
         colour=name if named else None,
         shape=shape,
         size=_name_size(outline, shape),
-        texture=_name_texture(picture.entries[rows, columns] % 2 == 1, own),
+        texture=_name_texture(tinted, own),
         box=(columns.start, rows.start, columns.stop, rows.stop),
         area=int(own.sum()),
         within=next((i for i, thing in enumerate(things) if thing is around), None),
+        outline=outline,
+        own=own,
+        tinted=tinted,
     )
 
 
@@ -269,12 +277,16 @@ def _outline(picture: _NamedPicture, region: _Region) -> np.ndarray:
 
 def _name_shape(outline: np.ndarray) -> str | None:
     """The drawn shape that overlaps most when both have the same middle and area. outline: (height, width) bool."""
-    scaled = _scale(outline)
-    drawn = _drawn_outlines().items()
-    overlaps = {name: np.minimum(scaled, other).sum() / np.maximum(scaled, other).sum() for name, other in drawn}
+    overlaps = {name: overlap(outline, shape_cover(name, OUTLINE_SIDE) > 0.5) for name in SHAPES}
     second, best = sorted(overlaps, key=overlaps.__getitem__)[-2:]
     least = LEAST_OVERLAP[best] - (SMALL_ALLOWANCE if _name_size(outline, best) == "small" else 0)
     return best if overlaps[best] >= max(least, overlaps[second] + LEAST_LEAD) else None
+
+
+def overlap(outline: np.ndarray, other: np.ndarray) -> float:
+    """Intersection over union of two outlines, (height, width) bool of any sizes, with the same middle and area."""
+    first, second = _scale(outline), _drawn_outline(other.tobytes(), other.shape)
+    return float(np.minimum(first, second).sum() / np.maximum(first, second).sum())
 
 
 def _name_size(outline: np.ndarray, shape: str | None) -> str:
@@ -334,8 +346,9 @@ def _scale(outline: np.ndarray) -> np.ndarray:
 
 
 @lru_cache
-def _drawn_outlines() -> dict[str, np.ndarray]:
-    return {shape: _scale(shape_cover(shape, OUTLINE_SIDE) > 0.5) for shape in SHAPES}
+def _drawn_outline(cover: bytes, shape: tuple[int, int]) -> np.ndarray:
+    """`_scale` of an outline that is compared with many others."""
+    return _scale(np.frombuffer(cover, bool).reshape(shape))
 
 
 @lru_cache
