@@ -1,4 +1,4 @@
-"""Training from the shell: python -m sana.training lora --data FOLDER --out FOLDER --model MODEL, finetune, or demo."""
+"""Training from the shell: python -m sana.training lora, finetune or demo, and captions, which prepares pictures."""
 
 import argparse
 import sys
@@ -14,11 +14,14 @@ try:
     from accelerate import PartialState
 
     from .adapters import TARGETS, AdapterConfig, Kind
+    from .captions import Choice, check_name
     from .demo import DemoConfig, train_demo
     from .finetune import FinetuneConfig, finetune
     from .loop import Schedule, Stopped, Watch
     from .lora import DTYPES, LoraConfig, train_lora
     from .material import ModelFiles
+    from .pictures import picture_files
+    from .pretrained import CLIP, QUESTION
 except ModuleNotFoundError as error:
     if error.name != "accelerate":
         raise
@@ -45,6 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nStopped; the same command goes on from the last saved step, if one was saved.", file=sys.stderr)
         return INTERRUPTED
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        advice = 'run pip install ".[captions]" in the folder of this project'
+        print(f"error: captions and scores need the package {error.name}; {advice}", file=sys.stderr)
+        return 1
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -81,8 +90,10 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--save-every", type=int, default=500, help="steps from one saved state to the next (default: 500)"
     )
+    add_choice(tune)
     tune.set_defaults(run=run_finetune)
     add_lora(commands)
+    add_captions(commands.add_parser("captions", help="write captions beside pictures, or score how well captions fit"))
     return top
 
 
@@ -134,6 +145,7 @@ def add_lora(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         default=[],
         help="to draw on sheets, without and with the adapter; up to six times (default: six captions)",
     )
+    add_choice(lora)
     add("prior", "a second folder, of pictures with captions that show what is to stay as it is", type=Path)
     add("prior_weight", "of their loss")
     add("trigger", "words that call up what was learnt, for the header of the file")
@@ -145,15 +157,85 @@ def add_lora(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 
 def run_lora(options: argparse.Namespace) -> int:
     adapter = AdapterConfig(**{name: getattr(options, name) for name in vars(AdapterConfig())})
-    names = vars(LoraConfig()).keys() - {"adapter", "prompts"}
+    names = vars(LoraConfig()).keys() - {"adapter", "prompts", "choice"}
     given = {name: getattr(options, name) for name in names}
-    config = LoraConfig(adapter=adapter, prompts=tuple(options.prompts), **given)
+    config = LoraConfig(adapter=adapter, prompts=tuple(options.prompts), choice=read_choice(options), **given)
     files = ModelFiles(options.model, options.autoencoder, options.text_encoder, options.variant)
     report(train_lora(options.out, options.data, config, files, watch=Watch(stopping=postponed)))
     return 0
 
 
+def add_choice(command: argparse.ArgumentParser) -> None:
+    """What decides between several captions of a picture, as `read_choice` reads it."""
+    usual = Choice()
+    command.add_argument(
+        "--captions",
+        choices=("turn", "best", "score"),
+        default=usual.way,
+        help="where a picture has several: each in turn, the one of the highest score, or by chance, the higher the score "
+        f"the more often (default: {usual.way})",
+    )
+    command.add_argument(
+        "--score-threshold",
+        type=float,
+        default=usual.threshold,
+        help=f"with --captions score: what is below is not taken (default: {usual.threshold:g})",
+    )
+    command.add_argument(
+        "--score-temperature",
+        type=float,
+        default=usual.temperature,
+        help=f"with --captions score: the lower, the more often the best is taken (default: {usual.temperature})",
+    )
+
+
+def read_choice(options: argparse.Namespace) -> Choice:
+    """Raises ValueError for numbers out of range."""
+    return Choice(options.captions, options.score_threshold, options.score_temperature)
+
+
+def add_captions(command: argparse.ArgumentParser) -> None:
+    kinds = command.add_subparsers(required=True, metavar="KIND")
+    score = kinds.add_parser("score", help="by CLIP, beside the pictures")
+    score.add_argument(
+        "--clip", default=CLIP, help=f"folder of a CLIP model of transformers, or its name (default: {CLIP})"
+    )
+    score.set_defaults(run=run_score)
+    write = kinds.add_parser("write", help="by a model that looks at pictures, beside them")
+    write.add_argument(
+        "--model", required=True, help="folder of an image-text-to-text model of transformers, or its name"
+    )
+    write.add_argument("--name", help="what these captions are called (default: as the model)")
+    write.add_argument("--question", default=QUESTION, help=f"what the model is told (default: {QUESTION!r})")
+    write.set_defaults(run=run_write)
+    for each in (score, write):
+        each.add_argument("--data", type=Path, required=True, help="folder of pictures")
+        each.add_argument("--device", default="cpu", help="of the model, such as cuda (default: cpu)")
+        each.add_argument("--download", action="store_true", help="fetch the model by its name if it is not here")
+
+
+def run_score(options: argparse.Namespace) -> int:
+    from .scoring import Scorer, score_captions
+
+    pictures = picture_files(options.data)
+    scorer = Scorer(options.clip, device=options.device, download=options.download)
+    print(f"{score_captions(options.data, pictures, scorer)} scores written.")
+    return 0
+
+
+def run_write(options: argparse.Namespace) -> int:
+    from .captioning import Captioner, write_captions
+
+    pictures = picture_files(options.data)
+    name = options.name or Path(options.model).name
+    check_name(name)
+    captioner = Captioner(options.model, question=options.question, device=options.device, download=options.download)
+    print(f"{write_captions(pictures, name, captioner)} captions written.")
+    return 0
+
+
 def run_finetune(options: argparse.Namespace) -> int:
+    options.choice = read_choice(options)
     config = FinetuneConfig(**{name: getattr(options, name) for name in vars(FinetuneConfig())})
     parts = {name: getattr(options, name) for name in ("model", "autoencoder", "text_encoder", "variant")}
     report(finetune(options.out, options.data, config, **parts, watch=Watch(stopping=postponed)))

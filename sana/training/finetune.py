@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoints.writing import write_transformer
+from .captions import TURN, Choice
 from .flow import FlowObjective
 from .loop import QUIET, TrainingConfig, Watch, check_counts, process_state, train
 from .material import ModelFiles, gathered
@@ -23,6 +24,7 @@ class FinetuneConfig:
     recompute: bool = False  # activations of blocks in the backward pass: less memory, a third more work
     sheet_every: int = 500  # steps from one sheet to the next, see `caption_sheet`; 0: none
     save_every: int = 500  # steps from one saved state to the next
+    choice: Choice = TURN  # between the captions of a picture
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that no training can have."""
@@ -50,7 +52,7 @@ def finetune(
     diffusers layout, whose folder is returned. Stopped and started again, it goes on. Raises as `gathered` and `train` do.
     """
     files = ModelFiles(model, autoencoder, text_encoder, variant)
-    with gathered(folder, data, files, every_weight=True) as material:
+    with gathered(folder, data, files, choice=config.choice, every_weight=True) as material:
         pipeline, identity, states = material.pipeline, material.identity, material.states
         transformer = pipeline.transformer.train().requires_grad_(True)
         transformer.recompute = config.recompute

@@ -16,6 +16,7 @@ from torch import nn
 from ..networks.devices import computes_bfloat16
 from ..saving import replacing
 from .adapters import AdapterConfig, Seeded, add_adapter, begin_with, holding, lora_header, lora_tensors
+from .captions import TURN, Choice
 from .curve import event_writer, write_curve
 from .flow import FlowBatch, FlowObjective
 from .loop import (
@@ -60,6 +61,7 @@ class LoraConfig:
     recompute: bool = False  # activations of blocks in the backward pass: less memory, a third more work
     dtype: str | None = None  # of the frozen weights; None: bfloat16 on a GPU that computes it, else float32
     prompts: tuple[str, ...] = ()  # drawn on sheets, without and with the adapter; none: up to six captions
+    choice: Choice = TURN  # between several captions of a picture
     trigger: str = ""  # words that call the result up, for its header
     sheet_every: int = 250  # 0: none
     save_every: int = 250
@@ -115,9 +117,9 @@ def train_lora(
     watch = _with_events(watch, folder / "events")
     run = {"adapter": str(config.adapter), "seed": str(config.seed)}
     run |= {name: str(path.resolve()) for name in ("start", "prior") if (path := getattr(config, name))}
-    more = {"prompts": config.prompts, "prior": config.prior, "run": run}
+    more = {"choice": config.choice, "prompts": config.prompts, "prior": config.prior, "run": run}
     with gathered(folder, data, files or ModelFiles(), dtype=dtype, **more) as material:
-        _check_trigger(config.trigger, [picture.caption for picture in material.pictures])
+        _check_trigger(config.trigger, [caption.text for picture in material.pictures for caption in picture.captions])
         transformer = material.pipeline.transformer
         before = _drawn(material) if config.sheet_every and machine.is_main_process else []
         weights = add_adapter(transformer, config.adapter, config.seed)
@@ -212,7 +214,7 @@ def _drawn(material: Material) -> list[Image.Image]:
     if material.prompts:
         chosen = [((side, side), text) for text in material.prompts[:COLUMNS]]
     else:
-        chosen = [(material.pictures[i].size, states.texts[i].float()) for i in spread(len(states.texts))]
+        chosen = [(material.pictures[i].size, states.texts[i][0].float()) for i in spread(len(states.texts))]
     return [draw(material.pipeline, size, text, states.null, seed=i) for i, (size, text) in enumerate(chosen)]
 
 

@@ -17,6 +17,7 @@ from ..networks.packed import PackedWeight
 from ..pipeline import SanaPipeline
 from ..text.prompt import INSTRUCTION
 from ..text.text_encoder import GemmaTextEncoder
+from .captions import TURN, Choice
 from .folder import claim
 from .loop import process_state
 from .pictures import Picture, PictureStates, read_pictures, read_weights, write_states
@@ -59,6 +60,7 @@ def gathered(
     files: ModelFiles,
     *,
     dtype: torch.dtype = torch.float32,
+    choice: Choice = TURN,
     every_weight: bool = False,
     prompts: Sequence[str] = (),
     prior: Path | None = None,
@@ -66,16 +68,16 @@ def gathered(
 ) -> Iterator[Material]:
     """Check and encode everything, once, and hold the work folder until the end.
 
-    every_weight: whether all are trained, which quantised ones cannot be. prompts: to draw, encoded like captions. prior: a
-    second folder of pictures. run: what the work folder is for beside model and data. Raises ValueError for Sprint, for pictures that cannot be read or have no
-    caption, and for a folder of another model or other data, and CheckpointError for parts that cannot be trained with,
-    before any picture is encoded.
+    choice: between several captions of a picture. every_weight: whether all are trained, which quantised ones cannot be.
+    prompts: to draw, encoded like captions. prior: a second folder of pictures. run: what the work folder is for beside model
+    and data. Raises ValueError for Sprint, for pictures that cannot be read or have no caption, and for a folder of another
+    model or other data, and CheckpointError for parts that cannot be trained with, before any picture is encoded.
     """
     parts = files.parts()
     identity = _trainable(read_tensors(parts["model"], "transformer"), files.variant, every_weight)
-    pictures = read_pictures(data, identity.base_size, besides=folder)
+    pictures = read_pictures(data, identity.base_size, choice, besides=folder)
     weights = read_weights(pictures)
-    others = read_pictures(prior, identity.base_size, besides=folder) if prior else []
+    others = read_pictures(prior, identity.base_size, choice, besides=folder) if prior else []
     machine = process_state()
     pipeline = SanaPipeline.load(
         **parts, variant=files.variant, dtype=dtype
@@ -86,7 +88,8 @@ def gathered(
         for encoder in (pipeline.autoencoder, pipeline.text_encoder):
             encoder.to(machine.device)
         encoders = f"{parts['autoencoder'] or parts['model']}, {parts['text_encoder'] or parts['model']}"
-        both = _encode(folder / "states", [*pictures, *others], encoders, pipeline.autoencoder, pipeline.text_encoder)
+        every = _encode(folder / "states", [*pictures, *others], encoders, pipeline.autoencoder, pipeline.text_encoder)
+        both = replace(every, choice=choice)
         states = replace(both.part(slice(len(pictures))), weights=weights)
         texts = [encoded(pipeline.text_encoder, prompt) for prompt in prompts]
         pipeline.text_encoder = None  # it is the largest part, and no longer needed

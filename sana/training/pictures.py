@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from ..sampling.resolution import nearest_bucket
 from ..saving import replacing
 from ..text.prompt import INSTRUCTION
 from ..text.text_encoder import GemmaTextEncoder
+from .captions import TURN, Caption, Choice, read_captions
 from .flow import FlowBatch
 from .folder import read_computed
 
@@ -29,24 +30,24 @@ MASK = "-masklabel.png"  # behind the name of a picture: OneTrainer's name of th
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture file, its caption, and the size to train it at."""
+    """A picture file, its captions, and the size to train it at."""
 
     path: Path
-    caption: str
+    captions: tuple[Caption, ...]  # at least one
     size: tuple[int, int]  # (height, width) px
 
     def key(self, encoders: str) -> str:
         """A name for its states, which changes with everything that they depend on."""
         stat = self.path.stat()
-        parts = (self.path, stat.st_size, stat.st_mtime_ns, self.caption, self.size, encoders)
+        texts = tuple(caption.text for caption in self.captions)
+        parts = (self.path, stat.st_size, stat.st_mtime_ns, texts, self.size, encoders)
         return sha256(repr(parts).encode()).hexdigest()[:24]
 
 
-def read_pictures(folder: Path, base_size: int, besides: Path | None = None) -> list[Picture]:
-    """The pictures in a folder, each with the text file of its name, and the bucket of base_size nearest to its shape.
+def picture_files(folder: Path, besides: Path | None = None) -> list[Path]:
+    """All pictures in a folder, at any depth, in order of their paths.
 
-    besides: a folder whose pictures do not count, wherever it is.
-    Raises ValueError if there are none, if one has no caption, and for a file that is no picture or no text in UTF-8.
+    besides: a folder whose pictures do not count, wherever it is. Raises ValueError if there are none.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give one with pictures, each with a .txt file of its name")
@@ -57,12 +58,24 @@ def read_pictures(folder: Path, base_size: int, besides: Path | None = None) -> 
         raise ValueError(
             f"{folder} holds no pictures; put {', '.join(SUFFIXES)} files there, each with a .txt file of its name"
         )
-    silent = [path for path in paths if not path.with_suffix(".txt").is_file()]
-    if silent:
-        raise ValueError(
-            f"{len(silent)} of {len(paths)} pictures have no caption, first {silent[0].name}; write a .txt for each"
-        )
-    return [Picture(path, _read_caption(path), nearest_bucket(*read_size(path), base_size)) for path in paths]
+    return paths
+
+
+def read_pictures(folder: Path, base_size: int, choice: Choice = TURN, besides: Path | None = None) -> list[Picture]:
+    """The pictures in a folder with the captions that may be taken, each with the bucket of base_size nearest to its shape.
+
+    besides: as for `picture_files`. Raises ValueError as it and `read_captions` do, for a file that is no picture, and if
+    captions cannot be chosen for want of scores.
+    """
+    paths = picture_files(folder, besides)
+    pictures = []
+    for path, captions in zip(paths, read_captions(folder, paths), strict=True):
+        try:
+            possible = choice.possible(captions)
+        except ValueError as error:
+            raise ValueError(f"{path.name}: {error}") from error
+        pictures.append(Picture(path, possible, nearest_bucket(*read_size(path), base_size)))
+    return pictures
 
 
 def read_weights(pictures: Sequence[Picture]) -> list[Tensor] | None:
@@ -89,40 +102,38 @@ def _read_weight(path: Path | None, size: tuple[int, int]) -> Tensor:
     return shares / shares.mean()
 
 
-def _read_caption(path: Path) -> str:
-    try:
-        return path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.with_suffix('.txt')} is not a text in UTF-8; write the caption anew") from error
-
-
 @dataclass(frozen=True)
 class PictureStates:
     """Latents and text states of a folder of pictures."""
 
     latents: list[Tensor]  # each (32, H, W), scaled
-    texts: list[Tensor]  # each (tokens, C)
+    texts: list[list[Tensor]]  # of each caption of each picture, (tokens, C)
     null: Tensor  # of the empty prompt, (300, C)
-    weights: list[Tensor] | None = (
-        None  # of the errors in each cell of a picture, (1, H, W), 1 on average; None: all alike
-    )
+    captions: Sequence[Sequence[Caption]]
+    choice: Choice = TURN
+    # Of the errors in each cell of a picture, (1, H, W), 1 on average; None: all count alike
+    weights: list[Tensor] | None = None
 
     @classmethod
     def read(cls, folder: Path, pictures: Sequence[Picture], encoders: str, null: Tensor) -> "PictureStates":
         """What `write_states` has written for these pictures. Raises ValueError for a file that is damaged."""
-        states = []
+        latents, texts = [], []
         for picture in pictures:
+            shapes = {name: (None, null.shape[-1]) for name in _text_names(picture)}
             latent = (LATENT_CHANNELS, *(side // DOWNSAMPLE for side in picture.size))
-            path = _states_path(folder, picture, encoders)
-            states.append(read_computed(path, {"latent": latent, "text": (None, null.shape[-1])}))
-        return cls([state["latent"] for state in states], [state["text"] for state in states], null)
+            state = read_computed(_states_path(folder, picture, encoders), {"latent": latent, **shapes})
+            latents.append(state["latent"])
+            texts.append([state[name] for name in shapes])
+        return cls(latents, texts, null, [picture.captions for picture in pictures])
 
     def part(self, which: slice) -> "PictureStates":
         """Those of some of the pictures, without weights."""
-        return PictureStates(self.latents[which], self.texts[which], self.null)
+        return replace(
+            self, latents=self.latents[which], texts=self.texts[which], captions=self.captions[which], weights=None
+        )
 
     def batch(self, step: int, process: int, *, size: int, seed: int = 0) -> FlowBatch:
-        """Random pictures of one size; sizes come up as often as their pictures do."""
+        """Random pictures of one size, each with one of its captions; sizes come up as often as their pictures do."""
         rng = np.random.default_rng([seed, step, process])
         buckets: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, latent in enumerate(self.latents):
@@ -130,9 +141,16 @@ class PictureStates:
         shape = tuple(self.latents[int(rng.integers(len(self.latents)))].shape)
         chosen = rng.choice(buckets[shape], size=size)
         latents = torch.stack([self.latents[i] for i in chosen]).float()
-        text, text_mask = pad_texts([self.texts[i].float() for i in chosen])
+        text, text_mask = pad_texts([self._text(i, step, rng).float() for i in chosen])
         weight = None if self.weights is None else torch.stack([self.weights[i] for i in chosen])
         return FlowBatch(latents, text=text, text_mask=text_mask, weight=weight, seed=int(rng.integers(2**31)))
+
+    def _text(self, i: int, step: int, rng: np.random.Generator) -> Tensor:
+        """Of one of the captions of a picture."""
+        texts = self.texts[i]
+        if len(texts) == 1:
+            return texts[0]
+        return texts[int(rng.choice(len(texts), p=self.choice.weights(self.captions[i], step)))]
 
 
 @torch.no_grad()
@@ -156,10 +174,17 @@ def write_states(
     for picture, path in tqdm(missing, desc="encoding pictures", disable=not missing):
         image = to_tensor(read_picture(picture.path), *picture.size).to(device)
         latent = encode_within_memory(autoencoder, image)[0] * autoencoder.config.latent_scale
-        text, text_mask = text_encoder([picture.caption], INSTRUCTION)
-        states = {"latent": latent.half().cpu(), "text": text[0][text_mask[0]].bfloat16().cpu()}
+        states = {"latent": latent.half().cpu()}
+        for name, caption in zip(_text_names(picture), picture.captions, strict=True):
+            text, text_mask = text_encoder([caption.text], INSTRUCTION)
+            states[name] = text[0][text_mask[0]].bfloat16().cpu()
         with replacing(path) as unfinished:
             save_file(states, unfinished)
+
+
+def _text_names(picture: Picture) -> list[str]:
+    """Of the texts of its captions among its states."""
+    return [f"text.{i}" for i in range(len(picture.captions))]
 
 
 def _states_path(folder: Path, picture: Picture, encoders: str) -> Path:

@@ -27,7 +27,7 @@ def caption_sheet(
     """Up to six of the pictures above, and below what the model makes of their captions at their sizes."""
     pipeline = SanaPipeline(objective.transformer, autoencoder, None, identity)
     chosen = spread(len(pictures))
-    drawn = [draw(pipeline, pictures[i].size, states.texts[i].float(), states.null, seed=i) for i in chosen]
+    drawn = [draw(pipeline, pictures[i].size, states.texts[i][0].float(), states.null, seed=i) for i in chosen]
     given = [
         ImageOps.fit(on_white(read_picture(pictures[i].path)), picture.size)
         for i, picture in zip(chosen, drawn, strict=True)

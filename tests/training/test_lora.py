@@ -44,6 +44,7 @@ from sana.training.adapters import (
     named,
     target_layers,
 )
+from sana.training.captions import Caption
 from sana.training.curve import LINE, read_log, write_curve
 from sana.training.demo import IDENTITY, TRANSFORMER
 from sana.training.flow import FlowBatch, FlowObjective
@@ -458,7 +459,10 @@ def test_weights_scale_the_errors_of_their_cells() -> None:
 
 def test_every_other_batch_is_of_the_prior() -> None:
     null = torch.zeros(5, 4)
-    own, prior = (PictureStates([torch.full((32, 1, 1), value)], [torch.zeros(2, 4)], null) for value in (1.0, 2.0))
+    captions = [(Caption("prompt", "a"),)]
+    own, prior = (
+        PictureStates([torch.full((32, 1, 1), value)], [[torch.zeros(2, 4)]], null, captions) for value in (1.0, 2.0)
+    )
     material = Material(None, [], own, [], prior)
     batches = training_batches(material, LoraConfig(batch_size=3, prior=Path("prior"), prior_weight=0.5))
     seen = [batches(number, 0) for number in range(4)]

@@ -1,0 +1,65 @@
+"""How well captions fit their pictures, by CLIP."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoProcessor, CLIPModel
+
+from ..images import on_white, read_picture
+from .captions import Caption, has_score, read_captions, write_score
+from .pretrained import CLIP, load_model, load_part
+
+TOGETHER = 16  # pictures
+
+
+class Scorer:
+    """A CLIP model with its processor, as a folder of `transformers` or by its name, see `load_model`."""
+
+    def __init__(self, model: Path | str = CLIP, *, device: str = "cpu", download: bool = False) -> None:
+        self.name = str(model)
+        self.model = load_model(CLIPModel, model, download).to(device)
+        self.processor = load_part(AutoProcessor, model, download)
+
+    @torch.no_grad()
+    def __call__(self, paths: Sequence[Path], captions: Sequence[Sequence[str]]) -> list[Tensor]:
+        """For each picture the scores of its captions, (n,): 100 cos of their embeddings, at least 0 (arXiv 2104.08718).
+
+        A caption is cut behind as many tokens as CLIP reads. Raises ValueError for a file that is no picture.
+        """
+        inputs = self.processor(
+            text=[text for texts in captions for text in texts],
+            images=[on_white(read_picture(path)) for path in paths],
+            return_tensors="pt",
+            padding=True,
+            truncation=True,
+        )
+        found = self.model(**inputs.to(self.model.device))
+        counts = [len(texts) for texts in captions]
+        texts = found.text_embeds.float().split(counts)
+        pairs = zip(texts, found.image_embeds.float(), strict=True)
+        return [(100 * text @ image).clamp(0, 100).cpu() for text, image in pairs]
+
+
+def score_captions(folder: Path, pictures: Sequence[Path], scorer: Scorer) -> int:
+    """Write the scores of all captions that have none of this model, beside the pictures; how many these were.
+
+    A score is computed anew where the picture or the caption has changed. Stopped and started again, it goes on.
+    Raises ValueError for captions and pictures that cannot be read, and OSError.
+    """
+    waiting: list[tuple[Path, list[Caption]]] = []
+    for path, captions in zip(pictures, read_captions(folder, pictures), strict=True):
+        missing = [caption for caption in captions if not has_score(path, caption, scorer.name)]
+        if missing:
+            waiting.append((path, missing))
+    with tqdm(total=len(waiting), desc="scoring captions", unit="picture", disable=not waiting) as bar:
+        for start in range(0, len(waiting), TOGETHER):
+            paths, captions = zip(*waiting[start : start + TOGETHER], strict=True)
+            found = scorer(paths, [[caption.text for caption in each] for each in captions])
+            for path, each, scores in zip(paths, captions, found, strict=True):
+                for caption, score in zip(each, scores.tolist(), strict=True):
+                    write_score(path, caption, score, scorer.name)
+                bar.update()
+    return sum(len(captions) for _, captions in waiting)
