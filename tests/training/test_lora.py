@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -26,13 +25,11 @@ from sana.checkpoints.files import CheckpointError
 from sana.checkpoints.lora import Part, read_lora, read_merges
 from sana.checkpoints.quantising import quantise
 from sana.checkpoints.transformer import load_transformer
-from sana.checkpoints.writing import convert, write_transformer
-from sana.config import TransformerConfig
+from sana.checkpoints.writing import convert
 from sana.loading import MODELS
 from sana.networks.packed import PackedLinear
 from sana.networks.transformer import SanaTransformer
 from sana.pipeline import SanaPipeline
-from sana.training.__main__ import main
 from sana.training.adapters import (
     PRODUCTS,
     AdapterConfig,
@@ -46,33 +43,19 @@ from sana.training.adapters import (
 )
 from sana.training.captions import Caption
 from sana.training.curve import LINE, read_log, write_curve
-from sana.training.demo import IDENTITY, TRANSFORMER
+from sana.training.demo import TRANSFORMER
 from sana.training.flow import FlowBatch, FlowObjective
-from sana.training.loop import DivergedError, Meter, Report, Stopped, TrainingConfig, Watch, train
+from sana.training.loop import Meter, Report, Stopped, TrainingConfig, Watch, train
 from sana.training.lora import LoraConfig, train_lora, training_batches
 from sana.training.material import Material
 from sana.training.pictures import PictureStates, read_pictures, read_weights
 from tests.sana.measures import relative_error
-from tests.sana.mishaps import no_file_above
 from tests.sana.twins import diffusers_transformer, randomise
 from tests.training.drawn import draw_pictures
+from tests.training.lora_runs import SMALL, lora, random_batches, same
 
 ROOT = Path(sana.__file__).parents[1]
-SMALL = replace(TRANSFORMER, hidden_size=64, depth=2, cross_heads=2, text_width=24, ff_width=80)
 Q = "transformer_blocks.0.attn1.to_q"
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four drawn scenes of two shapes with their captions."""
-    folder = tmp_path_factory.mktemp("data") / "pictures"
-    draw_pictures(folder, 4)
-    return folder
-
-
-def lora(pictures: Path, folder: Path, *more: str) -> int:
-    command = ["lora", "--data", str(pictures), "--out", str(folder), "--steps=2", "--learning-rate=1e-2"]
-    return main([*command, "--sheet-every=0", "--rank=4", *more])
 
 
 @pytest.fixture(scope="module")
@@ -85,16 +68,6 @@ def trained(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # What a step computes
-
-
-def random_batches(config: TransformerConfig) -> Callable[[int, int], FlowBatch]:
-    def batch(number: int, process: int) -> FlowBatch:
-        generator = torch.Generator().manual_seed(number)
-        latents, text = (torch.randn(*size, generator=generator) for size in ((2, 32, 4, 6), (2, 5, config.text_width)))
-        mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-        return FlowBatch(latents, text=text, text_mask=mask, seed=number)
-
-    return batch
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
@@ -331,11 +304,6 @@ def test_the_shell_draws_with_it(trained: Path, tmp_path: Path, capsys: pytest.C
 # Stopping and going on
 
 
-def same(one: Path, two: Path) -> bool:
-    first, second = load_file(one), load_file(two)
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
 def test_a_stopped_training_saves_and_goes_on_to_the_same_numbers(pictures: Path, tmp_path: Path) -> None:
     """With dropout, which draws random numbers, and stopped between two saved states."""
     config = LoraConfig(
@@ -387,6 +355,14 @@ def test_the_state_is_that_of_the_adapter_alone(trained: Path) -> None:
     state = torch.load(trained.parent / "state.pt", weights_only=True)
     assert len(state["objective"]) == 2 * 10 * TRANSFORMER.depth
     assert (trained.parent / "state.pt").stat().st_size < 5 * trained.stat().st_size
+
+
+def test_a_folder_of_another_adapter_is_refused(
+    pictures: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lora(pictures, trained.parent, "--targets=all", "--alpha=4") == 1
+    told = capsys.readouterr().err
+    assert f"{trained.parent} holds another training (" in told and "adapter lora of rank 4, alpha 8, on all" in told
 
 
 # On what
@@ -505,130 +481,6 @@ def test_a_sheet_shows_the_base_above_the_adapter(pictures: Path, tmp_path: Path
     plain = tmp_path / "plain"
     assert lora(pictures, plain, "--ema=0", "--warmup=0") == 0
     assert same(plain / "lora.safetensors", tmp_path / "lora.safetensors")
-
-
-# Bad input
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("--rank=0", "rank is 0; it must be at least 1, such as 16"),
-        ("--alpha=nan", "alpha is nan; it must be above 0, such as the rank"),
-        ("--alpha=0", "alpha is 0.0; it must be above 0, such as the rank"),
-        ("--dropout=1", "dropout is 1.0; it must be 0, for none, or a share below 1"),
-        ("--learning-rate=nan", "learning_rate is nan; it must be above 0 and below 1, such as 1e-4"),
-        ("--learning-rate=1", "learning_rate is 1.0; it must be above 0 and below 1, such as 1e-4"),
-        ("--clip=0", "clip is 0.0; it must be above 0, such as 1"),
-        ("--prior-weight=inf", "prior_weight is inf; it must be above 0, such as 1"),
-        ("--ema=1", "ema is 1.0; it must be 0, for no average, or a share below 1"),
-        ("--caption-dropout=-1", "caption_dropout is -1.0; it must be 0, for none, or a share below 1"),
-        ("--accumulate=0", "accumulate is 0; it must be at least 1"),
-        ("--warmup=-1", "warmup is -1; it must be 0, for none, or more"),
-        ("--targets=(", "targets '(' is no regular expression (missing ), unterminated subpattern at position 0); "),
-        ("--data=nowhere", "nowhere is no folder; give one with pictures, each with a .txt file of its name"),
-        ("--prior=nowhere", "nowhere is no folder; give one with pictures, each with a .txt file of its name"),
-    ],
-)
-def test_what_cannot_be_is_refused_before_any_work(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, message: str
-) -> None:
-    assert lora(pictures, tmp_path / "out", option) == 1
-    assert capsys.readouterr().err.startswith(f"error: {message}")
-    assert not (tmp_path / "out").exists()
-
-
-def test_targets_that_match_nothing_name_a_layer(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert lora(pictures, tmp_path, "--targets=to_q") == 1
-    assert (
-        capsys.readouterr()
-        .err.splitlines()[-1]
-        .startswith("error: targets 'to_q' matches none of the 87 linear layers, such")
-    )
-
-
-def test_sprint_is_refused(tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = replace(TRANSFORMER, guidance_embed=True, continuous_time=True)
-    write_transformer(tmp_path / "sprint", SanaTransformer(config), IDENTITY, torch.float16)
-    assert lora(pictures, tmp_path / "out", "--model", str(tmp_path / "sprint")) == 1
-    assert "is a Sprint model, which learns from a teacher; train a SANA or SANA-1.5 model" in capsys.readouterr().err
-
-
-def test_a_folder_of_another_adapter_is_refused(
-    pictures: Path, trained: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert lora(pictures, trained.parent, "--targets=all", "--alpha=4") == 1
-    told = capsys.readouterr().err
-    assert f"{trained.parent} holds another training (" in told and "adapter lora of rank 4, alpha 8, on all" in told
-
-
-def test_without_peft_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ValueError) as raised:
-        add_adapter(SanaTransformer(SMALL), AdapterConfig())
-    assert str(raised.value) == (
-        'training a LoRA needs the package peft; run pip install ".[training]" in the folder of this project'
-    )
-
-
-def test_numbers_that_break_stop_the_training_with_the_last_good_state(tmp_path: Path) -> None:
-    """A rate that is far too high breaks the weights within some steps."""
-    network = randomise(SanaTransformer(SMALL))
-    weights = add_adapter(network, AdapterConfig(rank=2, targets="all"))
-    objective = FlowObjective(network, null=torch.zeros(5, SMALL.text_width))
-
-    def batches(number: int, process: int) -> FlowBatch:
-        batch = random_batches(SMALL)(number, process)
-        return replace(batch, latents=batch.latents * (torch.inf if number == 4 else 1))
-
-    config = TrainingConfig(9, 0.5, warmup=1, schedule="constant", save_every=3)
-    with pytest.raises(DivergedError) as raised:
-        train(objective, batches, config, tmp_path, weights=weights)
-    assert str(raised.value) == (
-        "the gradient of step 5 is not finite, most likely since the learning rate, 5.0e-01 there, is too high; the state after "
-        f"step 3, in {tmp_path / 'state.pt'}, is kept; begin anew in another --out with a tenth of the rate"
-    )
-    saved = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert saved["step"] == 3 and all(bool(tensor.isfinite().all()) for tensor in saved["objective"].values())
-
-
-def test_one_picture_of_any_size_is_enough(tmp_path: Path) -> None:
-    (data := tmp_path / "data").mkdir()
-    Image.new("RGB", (10, 10), "red").save(data / "tiny.png")
-    (data / "tiny.txt").write_text("a red square")
-    assert lora(data, tmp_path / "out", "--batch-size=2") == 0
-
-
-def test_a_picture_that_is_too_large_or_broken_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (data := tmp_path / "data").mkdir()
-    Image.new("L", (20000, 4000)).save(data / "giant.png")
-    (data / "giant.txt").write_text("a black wall")
-    assert lora(data, tmp_path / "out") == 1
-    assert (
-        "giant.png has more than 67,108,864 px, which is 8192 x 8192; make it smaller first" in capsys.readouterr().err
-    )
-    assert not (tmp_path / "out").exists()
-    (data / "giant.png").unlink()
-    draw_pictures(tmp_path / "more", 1)
-    broken = (tmp_path / "more" / "0.png").read_bytes()
-    (data / "giant.png").write_bytes(broken[: len(broken) // 2])
-    assert lora(data, tmp_path / "out") == 1
-    assert "giant.png cannot be read as a picture" in capsys.readouterr().err
-
-
-def test_a_full_disk_keeps_the_last_state(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ["--save-every=1", "--targets=all"]
-    assert lora(pictures, tmp_path, *more, "--steps=1") == 0
-    before = (tmp_path / "state.pt").read_bytes()
-    with no_file_above(len(before) // 2):
-        assert lora(pictures, tmp_path, *more, "--steps=3") == 1
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith(f"error: {tmp_path / 'state.pt'} cannot be written (")
-    assert told.endswith(f"; the same command then goes on from {tmp_path / 'state.pt'}, after step 1")
-    assert (tmp_path / "state.pt").read_bytes() == before
-    assert lora(pictures, tmp_path, *more, "--steps=3") == 0
 
 
 # Going on from a LoRA
