@@ -40,6 +40,7 @@ def test_any_failure_of_the_compiler_is_one_sentence(
     shell: Shell, monkeypatch: pytest.MonkeyPatch, error: Exception, cause: str, whole: bool
 ) -> None:
     fail(error, monkeypatch, whole)
+    monkeypatch.setattr(torch, "__file__", "/usr/lib/torch/__init__.py")  # wherever these tests are
     assert shell.fail("a cat", "--compile") == f"torch.compile failed ({cause}); {ADVICE}"
 
 
