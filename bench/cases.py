@@ -17,7 +17,7 @@ from sana.networks.transformer import SanaTransformer
 from sana.pipeline import SanaPipeline
 from sana.plan import Settings
 from sana.text.gemma import KeysValues
-from sana.text.generation import Reader, Sampling, choose
+from sana.text.generation import Reader, Sampling, choose, continuation
 from sana.text.prompt import INSTRUCTION
 from sana.text.text_encoder import GemmaTextEncoder
 
@@ -33,6 +33,7 @@ PROMPT_WORDS = (5, 20, 200)
 DECODE_FLOPS = 8.0e6  # per pixel, of the decoder; the encoder needs 5.0e6
 ENCODE_FLOPS = 5.0e6
 READ, WRITTEN = 400, 16  # tokens: of the official instruction with a text, and after it
+ENHANCED = 20, 64  # words and tokens
 WRITING_FLOPS = 2e11  # of a token: it takes as long as reading the weights, in which a CPU does about so many
 PROMPT_FLOPS = 2 * 2.0e9 * 600  # of Gemma-2-2b: the instruction and 300 tokens
 CARD_BYTES = 2**31  # of working memory on a small card
@@ -81,6 +82,13 @@ def all_cases(picture_steps: int) -> Iterator[Case]:
         WRITTEN * WRITING_FLOPS,
         2.6e9,
         partial(writing_calls, READ, WRITTEN),
+    )
+    yield Case(
+        f"enhancing a prompt of {ENHANCED[0]} words by {ENHANCED[1]} tokens, Gemma-2-2b",
+        0,
+        PROMPT_FLOPS + ENHANCED[1] * WRITING_FLOPS,
+        2.6e9,
+        partial(enhancement_calls, *ENHANCED),
     )
     for variant, side in (("sana-0.6b-1024px", 512), ("sana-0.6b-1024px", 1024), ("sana-1.6b-1024px", 1024)):
         parameters = PARAMETERS["0.6b" if "0.6b" in variant else "1.6b"]
@@ -188,6 +196,18 @@ def writing_calls(read: int, written: int, dtype: torch.dtype, device: str, comp
         return theirs.generate(ids, **options, max_new_tokens=written, do_sample=False)[0].cpu()
 
     return {"ours": call(write), "transformers": call(generate)}
+
+
+def enhancement_calls(words: int, written: int, dtype: torch.dtype, device: str, compiled: bool) -> dict[str, Call]:
+    """The likeliest tokens for a prompt after another one: the instruction is there. The reference reads all of it anew."""
+    ours, model = gemma_pair(dtype, device)
+    theirs = writer(model)
+    ids = ours.tokenizer.encode(INSTRUCTION + " ".join(islice(cycle(PROMPT.split()), words)))
+    row = torch.tensor([ids], device=device)
+    options = {"attention_mask": torch.ones_like(row), "pad_token_id": 0, "max_new_tokens": written, "do_sample": False}
+    sampling = Sampling(written, temperature=0)
+    calls = {"ours": call(lambda: torch.tensor([*ids, *continuation(ours, ids, sampling, INSTRUCTION)]))}
+    return {**calls, "transformers": call(lambda: theirs.generate(row, **options)[0].cpu())}
 
 
 def picture_calls(

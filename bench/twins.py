@@ -15,7 +15,7 @@ from sana.networks.autoencoder import DCAutoencoder
 from sana.networks.transformer import SanaTransformer
 from sana.text.gemma import Gemma2
 from sana.text.text_encoder import GemmaTextEncoder
-from sana.text.tokenizers import BOS
+from sana.text.tokenizers import BOS, END_OF_TURN
 
 from .weights import randomise
 
@@ -27,6 +27,9 @@ class WordTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return [BOS, *(3 + hash_word(word) % 250_000 for word in text.split())]
+
+    def find(self, piece: str) -> int | None:
+        return 107 if piece == END_OF_TURN else None
 
 
 class PaddingTokenizer(WordTokenizer):

@@ -22,6 +22,7 @@ BUILDS = {
     "short prompt": partial(cases.prompt_calls, 5),
     "long prompt": partial(cases.prompt_calls, 200),
     "writing": partial(cases.writing_calls, 20, 6),
+    "enhancing": partial(cases.enhancement_calls, 5, 6),
     "picture": partial(cases.picture_calls, "sana-0.6b-1024px", 64, 2),
 }
 
