@@ -209,6 +209,7 @@ def test_lora_on_a_quantised_model(small: Small, form: str) -> None:
 FUSED = {"attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "cross_attn.kv_linear": ("attn2.to_k", "attn2.to_v")}
 
 
+@exact
 @pytest.mark.parametrize("form", FORMATS)
 def test_scales_go_with_their_rows(small: Small, form: str) -> None:
     """Official files hold q, k and v in one matrix. Scales of blocks lie in tiles of 128 rows, which no part of it fills."""
