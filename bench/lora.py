@@ -76,9 +76,9 @@ CONFIG = LoraConfig(
 )
 WATCH = Watch(stopping=postponed)
 LESSONS = (
-    Lesson("scenes", 480, replace(CONFIG, steps=900, learning_rate=2e-3)),
+    Lesson("scenes", 480, replace(CONFIG, steps=1500, learning_rate=2e-3)),
     # At less than half the rate, and with scenes that the adapter has not learnt by heart, the old captions come back.
-    Lesson("more-scenes", 1200, replace(CONFIG, steps=400, learning_rate=7e-4, prior_weight=2.0)),
+    Lesson("more-scenes", 1200, replace(CONFIG, steps=500, learning_rate=7e-4, prior_weight=2.0)),
 )
 
 
