@@ -19,10 +19,12 @@ function chosenSize(node) {
     return found && [Number(found[1]), Number(found[2])];
 }
 
+const INSTRUCTION_RULES = { custom_instruction: (node) => valueOf(node, "instruction") === "custom" };
+
 /** By type of node: whether each of these inputs counts. */
 const RULES = {
-    GemmaTextEncode: { custom_instruction: (node) => valueOf(node, "instruction") === "custom" },
-    SanaPromptEnhancer: { custom_instruction: (node) => valueOf(node, "instruction") === "custom" },
+    GemmaTextEncode: INSTRUCTION_RULES,
+    SanaPromptEnhancer: INSTRUCTION_RULES,
     EmptySanaLatentImage: { width: (node) => !chosenSize(node), height: (node) => !chosenSize(node) },
     SanaCheckpointLoader: {
         variant: (node) => valueOf(node, "variant") !== "auto" || (possible.get(valueOf(node, "model"))?.length ?? 2) > 1,

@@ -136,26 +136,31 @@ def write_caption(picture: Path, name: str, text: str) -> None:
     write_json(caption_path(picture, name), {picture.stem: {name: text}})
 
 
+def made_from(picture: Path, model: str) -> str:
+    """A picture and the model that scores its captions, in 16 digits: what all of their scores depend on."""
+    return sha256(sha256(picture.read_bytes()).digest() + model.encode()).hexdigest()[:16]
+
+
 def has_score(picture: Path, caption: Caption, of: str) -> bool:
-    """Whether `write_score` has written one for this picture, this text and this model, which `of` stands for."""
+    """Whether `write_score` has written one for this text and for what `made_from` has told as `of`."""
     path = _score_path(picture, caption.name)
     made = _read_object(path).get(OF) if path.exists() else None
-    return isinstance(made, dict) and made.get(caption.name) == _origin(picture, caption, of)
+    return isinstance(made, dict) and made.get(caption.name) == _origin(caption, of)
 
 
 def write_score(picture: Path, caption: Caption, score: float, of: str) -> None:
-    """Keep how well a caption fits its picture, 0 to 100. of: the model that says so.
+    """Keep how well a caption fits its picture, 0 to 100. of: as for `has_score`.
 
     Raises ValueError for the name of a caption that no file can have, and OSError.
     """
     path = _score_path(picture, caption.name)
     found = {caption.name: f"{score:.4f}"}  # a text, as NVlabs writes it
-    write_json(path, {picture.stem: found, OF: {caption.name: _origin(picture, caption, of)}})
+    write_json(path, {picture.stem: found, OF: {caption.name: _origin(caption, of)}})
 
 
-def _origin(picture: Path, caption: Caption, of: str) -> str:
+def _origin(caption: Caption, of: str) -> str:
     """What a score depends on, in 16 digits."""
-    return sha256(sha256(picture.read_bytes()).digest() + json.dumps([caption.text, of]).encode()).hexdigest()[:16]
+    return sha256(json.dumps([caption.text, of]).encode()).hexdigest()[:16]
 
 
 def _score_path(picture: Path, name: str) -> Path:

@@ -15,12 +15,11 @@ from ..loading import model_path
 from ..networks.autoencoder import DCAutoencoder
 from ..networks.packed import PackedWeight
 from ..pipeline import SanaPipeline
-from ..text.prompt import INSTRUCTION
 from ..text.text_encoder import GemmaTextEncoder
 from .captions import TURN, Choice
 from .folder import claim
 from .loop import process_state
-from .pictures import Picture, PictureStates, read_pictures, read_weights, write_states
+from .pictures import Picture, PictureStates, encoded, read_pictures, read_weights, write_states
 
 
 @dataclass(frozen=True)
@@ -79,9 +78,8 @@ def gathered(
     weights = read_weights(pictures)
     others = read_pictures(prior, identity.base_size, choice, besides=folder) if prior else []
     machine = process_state()
-    pipeline = SanaPipeline.load(
-        **parts, variant=files.variant, dtype=dtype
-    )  # on the CPU: a GPU may not have room for all
+    # On the CPU: a GPU may not have room for all
+    pipeline = SanaPipeline.load(**parts, variant=files.variant, dtype=dtype)
     given = {"variant": files.variant} if files.variant else {}
     known = {"model": str(parts["model"].resolve()), "data": str(data.resolve()), **given, **(run or {})}
     with claim(folder, known):
@@ -95,13 +93,6 @@ def gathered(
         pipeline.text_encoder = None  # it is the largest part, and no longer needed
         pipeline.transformer.to(machine.device)
         yield Material(pipeline, pictures, states, texts, both.part(slice(len(pictures), None)) if others else None)
-
-
-@torch.no_grad()
-def encoded(text_encoder: GemmaTextEncoder, prompt: str) -> Tensor:
-    """The text (tokens, C) of a prompt with NVIDIA's instruction, float32 on the CPU."""
-    text, text_mask = text_encoder([prompt], INSTRUCTION)
-    return text[0][text_mask[0]].float().cpu()
 
 
 def _trainable(file: TensorFile, variant: str | None, every_weight: bool) -> TransformerIdentity:

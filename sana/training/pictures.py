@@ -176,10 +176,16 @@ def write_states(
         latent = encode_within_memory(autoencoder, image)[0] * autoencoder.config.latent_scale
         states = {"latent": latent.half().cpu()}
         for name, caption in zip(_text_names(picture), picture.captions, strict=True):
-            text, text_mask = text_encoder([caption.text], INSTRUCTION)
-            states[name] = text[0][text_mask[0]].bfloat16().cpu()
+            states[name] = encoded(text_encoder, caption.text).bfloat16()
         with replacing(path) as unfinished:
             save_file(states, unfinished)
+
+
+@torch.no_grad()
+def encoded(text_encoder: GemmaTextEncoder, prompt: str) -> Tensor:
+    """The text (tokens, C) of a prompt with NVIDIA's instruction, float32 on the CPU."""
+    text, text_mask = text_encoder([prompt], INSTRUCTION)
+    return text[0][text_mask[0]].float().cpu()
 
 
 def _text_names(picture: Picture) -> list[str]:

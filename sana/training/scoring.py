@@ -9,7 +9,7 @@ from tqdm import tqdm
 from transformers import AutoProcessor, CLIPModel
 
 from ..images import on_white, read_picture
-from .captions import Caption, has_score, read_captions, write_score
+from .captions import Caption, has_score, made_from, read_captions, write_score
 from .pretrained import CLIP, load_model, load_part
 
 TOGETHER = 16  # pictures
@@ -49,17 +49,18 @@ def score_captions(folder: Path, pictures: Sequence[Path], scorer: Scorer) -> in
     A score is computed anew where the picture or the caption has changed. Stopped and started again, it goes on.
     Raises ValueError for captions and pictures that cannot be read, and OSError.
     """
-    waiting: list[tuple[Path, list[Caption]]] = []
+    waiting: list[tuple[Path, str, list[Caption]]] = []
     for path, captions in zip(pictures, read_captions(folder, pictures), strict=True):
-        missing = [caption for caption in captions if not has_score(path, caption, scorer.name)]
+        of = made_from(path, scorer.name)
+        missing = [caption for caption in captions if not has_score(path, caption, of)]
         if missing:
-            waiting.append((path, missing))
+            waiting.append((path, of, missing))
     with tqdm(total=len(waiting), desc="scoring captions", unit="picture", disable=not waiting) as bar:
         for start in range(0, len(waiting), TOGETHER):
-            paths, captions = zip(*waiting[start : start + TOGETHER], strict=True)
-            found = scorer(paths, [[caption.text for caption in each] for each in captions])
-            for path, each, scores in zip(paths, captions, found, strict=True):
-                for caption, score in zip(each, scores.tolist(), strict=True):
-                    write_score(path, caption, score, scorer.name)
+            group = waiting[start : start + TOGETHER]
+            found = scorer([path for path, _, _ in group], [[caption.text for caption in each] for *_, each in group])
+            for (path, of, captions), scores in zip(group, found, strict=True):
+                for caption, score in zip(captions, scores.tolist(), strict=True):
+                    write_score(path, caption, score, of)
                 bar.update()
-    return sum(len(captions) for _, captions in waiting)
+    return sum(len(captions) for *_, captions in waiting)

@@ -13,6 +13,7 @@ from sana.training.captions import (
     caption_path,
     check_name,
     has_score,
+    made_from,
     read_captions,
     write_caption,
     write_score,
@@ -169,12 +170,14 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_a_score_is_of_a_picture_a_text_and_a_model(tmp_path: Path) -> None:
     (path,) = drawn(tmp_path, "a.png")
     caption = Caption("prompt", "a cat")
-    assert not has_score(path, caption, "clip")
-    write_score(path, caption, 20.0, "clip")
-    assert has_score(path, caption, "clip") and has_score(path, caption._replace(score=3.0), "clip")
-    assert not has_score(path, caption._replace(text="a dog"), "clip") and not has_score(path, caption, "other")
+    of = made_from(path, "clip")
+    assert not has_score(path, caption, of)
+    write_score(path, caption, 20.0, of)
+    assert has_score(path, caption, of) and has_score(path, caption._replace(score=3.0), made_from(path, "clip"))
+    assert not has_score(path, caption._replace(text="a dog"), of)
+    assert not has_score(path, caption, made_from(path, "other"))
     Image.new("RGB", (8, 8), "red").save(path)
-    assert not has_score(path, caption, "clip")
+    assert not has_score(path, caption, made_from(path, "clip"))
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "prompt", "x_clip_score", "a" * 101])
