@@ -46,7 +46,15 @@ QUICK = [
     ),
 ]
 SLOW = [
-    Stage("servers", ["-m", "pytest"], SERVERS, needs_host=True, needs_browser=True),
+    Stage(
+        "servers",
+        ["-m", "pytest"],
+        SERVERS,
+        {"OMP_NUM_THREADS": "1"},
+        needs_host=True,
+        needs_browser=True,
+        one_thread=True,
+    ),
     *(_inside(version, version) for version in HOSTS),
     _inside("second-device", NEWEST, SANA_TEST_DEVICE="second"),
 ]
