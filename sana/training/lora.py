@@ -32,7 +32,7 @@ from .loop import (
     process_state,
     train,
 )
-from .material import Material, ModelFiles, gathered
+from .material import Material, ModelFiles, Source, gathered
 from .sheets import COLUMNS, draw, in_rows, spread
 
 DTYPES = ("float32", "bfloat16")  # of the frozen weights; float16 would need its gradients scaled
@@ -104,13 +104,13 @@ class LoraConfig:
 
 
 def train_lora(
-    folder: Path, data: Path, config: LoraConfig, files: ModelFiles | None = None, *, watch: Watch = QUIET
+    folder: Path, data: Path, config: LoraConfig, source: Source | None = None, *, watch: Watch = QUIET
 ) -> Path:
     """Train an adapter beside the frozen weights of a transformer, which may be quantised. Returns the file of the LoRA.
 
     folder: receives the states of the pictures, the state of the training, sheets, and `lora.safetensors`, which is written
-    too where the watch stops the training. Stopped and started again, it goes on. Raises as `gathered`, `add_adapter` and
-    `train` do.
+    too where the watch stops the training. Stopped and started again, it goes on. source: the model; None: the demo. Raises
+    as `gathered`, `add_adapter` and `train` do.
     """
     machine = process_state()
     dtype = _dtype(config.dtype, machine.device)
@@ -118,7 +118,7 @@ def train_lora(
     run = {"adapter": str(config.adapter), "seed": str(config.seed)}
     run |= {name: str(path.resolve()) for name in ("start", "prior") if (path := getattr(config, name))}
     more = {"choice": config.choice, "prompts": config.prompts, "prior": config.prior, "run": run}
-    with gathered(folder, data, files or ModelFiles(), dtype=dtype, **more) as material:
+    with gathered(folder, data, source or ModelFiles(), dtype=dtype, **more) as material:
         _check_trigger(config.trigger, [caption.text for picture in material.pictures for caption in picture.captions])
         transformer = material.pipeline.transformer
         before = _drawn(material) if config.sheet_every and machine.is_main_process else []

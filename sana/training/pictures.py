@@ -1,7 +1,7 @@
 """A folder of pictures with captions, as latents and text states computed once, in batches of one size."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -20,11 +20,13 @@ from ..networks.autoencoder import DCAutoencoder, encode_within_memory
 from ..sampling.resolution import nearest_bucket
 from ..saving import replacing
 from ..text.prompt import INSTRUCTION
-from ..text.text_encoder import GemmaTextEncoder
 from .captions import TURN, Caption, Choice, read_captions
 from .flow import FlowBatch
 from .folder import read_computed
 
+TextEncoder = Callable[
+    [Sequence[str], str | None], tuple[Tensor, Tensor]
+]  # as `GemmaTextEncoder`: prompts, instruction
 MASK = "-masklabel.png"  # behind the name of a picture: OneTrainer's name of the mask beside it
 
 
@@ -159,7 +161,7 @@ def write_states(
     pictures: Sequence[Picture],
     encoders: str,
     autoencoder: DCAutoencoder,
-    text_encoder: GemmaTextEncoder,
+    text_encoder: TextEncoder,
 ) -> None:
     """Latents as float16 and text states as bfloat16, a file for each picture; those that are there are left.
 
@@ -182,7 +184,7 @@ def write_states(
 
 
 @torch.no_grad()
-def encoded(text_encoder: GemmaTextEncoder, prompt: str) -> Tensor:
+def encoded(text_encoder: TextEncoder, prompt: str) -> Tensor:
     """The text (tokens, C) of a prompt with NVIDIA's instruction, float32 on the CPU."""
     text, text_mask = text_encoder([prompt], INSTRUCTION)
     return text[0][text_mask[0]].float().cpu()

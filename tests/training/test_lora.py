@@ -1,10 +1,12 @@
 """Training a LoRA as its user runs it, against PEFT and PyTorch alone, and the file that it leaves in every reader."""
 
+import gc
 import importlib.util
 import json
 import os
 import signal
 import sys
+import weakref
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +49,7 @@ from sana.training.demo import TRANSFORMER
 from sana.training.flow import FlowBatch, FlowObjective
 from sana.training.loop import Meter, Report, Stopped, TrainingConfig, Watch, train
 from sana.training.lora import LoraConfig, train_lora, training_batches
-from sana.training.material import Material
+from sana.training.material import Material, ModelFiles, gathered
 from sana.training.pictures import PictureStates, read_pictures, read_weights
 from tests.sana.measures import relative_error
 from tests.sana.twins import diffusers_transformer, randomise
@@ -140,6 +142,21 @@ def test_only_the_adapter_is_trained_and_it_begins_as_nothing(pictures: Path) ->
     assert len(trainable) == len(weights) == 2 * 6 * TRANSFORMER.depth and all(".lora_" in name for name in trainable)
     frozen = {name.replace("base_layer.", ""): tensor for name, tensor in network.state_dict().items()}
     assert all(torch.equal(frozen[name], tensor) for name, tensor in before.items())
+
+
+def test_the_text_encoder_is_gone_before_the_first_step(pictures: Path, tmp_path: Path) -> None:
+    """It is the largest part of a model, and nothing reads it any more."""
+    source, seen = ModelFiles(), []
+
+    class Watched(ModelFiles):
+        def load(self, dtype: torch.dtype) -> SanaPipeline:
+            pipeline = source.load(dtype)
+            seen.append(weakref.ref(pipeline.text_encoder))
+            return pipeline
+
+    with gathered(tmp_path, pictures, Watched()):
+        gc.collect()
+        assert [reference() for reference in seen] == [None]
 
 
 def test_gradients_of_recomputed_blocks_and_of_dropped_inputs_are_the_same(tmp_path: Path) -> None:

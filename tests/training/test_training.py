@@ -162,9 +162,8 @@ def test_the_variant_of_a_finetuned_transformer_can_be_given(
     identity = identify_transformer(read_tensors(out / "transformer"))
     assert (identity.variant, identity.base_size, identity.flow_shift) == (name, 192, row.flow_shift)
     assert finetune(pictures, out) == 1
-    assert f"holds another training (model {MODELS['demo'].resolve()}, data {pictures}, variant {name})" in (
-        capsys.readouterr().err
-    )
+    told = f"holds another training (model {MODELS['demo'].resolve()}, variant {name}, data {pictures})"
+    assert told in capsys.readouterr().err
 
 
 def test_finetuning_without_captions_says_what_is_missing(
