@@ -2,7 +2,6 @@
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -31,7 +30,7 @@ def write_curve(log: Path, path: Path) -> None:
     if len(rows) < 2:
         return
     steps, losses = zip(*rows, strict=True)
-    smoothed = list(accumulate(losses, lambda before, loss: SMOOTHING * before + (1 - SMOOTHING) * loss))
+    line = smoothed(losses)
     top = max(losses) or 1.0
     picture = Image.new("RGB", SIZE, "white")
     pen = ImageDraw.Draw(picture)
@@ -46,13 +45,22 @@ def write_curve(log: Path, path: Path) -> None:
     pen.line([(MARGIN, MARGIN), (MARGIN, MARGIN + height), (MARGIN + width, MARGIN + height)], AXES)
     for x, y in places(losses):
         pen.ellipse((x - 2, y - 2, x + 2, y + 2), POINTS)
-    pen.line(places(smoothed), LINE, 2)
+    pen.line(places(line), LINE, 2)
     pen.text((4, MARGIN - 6), f"{top:.3g}", AXES)
     pen.text((4, MARGIN + height - 6), "0", AXES)
     pen.text((MARGIN + width - 24, MARGIN + height + 8), f"{steps[-1]}", AXES)
-    pen.text((MARGIN, 8), f"loss, smoothed {smoothed[-1]:.4f}", AXES)
+    pen.text((MARGIN, 8), f"loss, smoothed {line[-1]:.4f}", AXES)
     with replacing(path) as unfinished:
         picture.save(unfinished, format="PNG")
+
+
+def smoothed(losses: Sequence[float]) -> list[float]:
+    """Their mean at first, and once there are many one in which older ones count less and less."""
+    found: list[float] = []
+    for number, loss in enumerate(losses, 1):
+        before = found[-1] if found else loss
+        found.append(before + (loss - before) * max(1 - SMOOTHING, 1 / number))
+    return found
 
 
 def event_writer(folder: Path) -> Callable[[Report], None] | None:

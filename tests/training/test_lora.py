@@ -44,7 +44,7 @@ from sana.training.adapters import (
     target_layers,
 )
 from sana.training.captions import Caption
-from sana.training.curve import LINE, read_log, write_curve
+from sana.training.curve import LINE, read_log, smoothed, write_curve
 from sana.training.demo import TRANSFORMER
 from sana.training.flow import FlowBatch, FlowObjective
 from sana.training.loop import Meter, Report, Stopped, TrainingConfig, Watch, train
@@ -568,6 +568,12 @@ def test_the_loss_is_drawn_as_a_curve(tmp_path: Path) -> None:
     columns = blue.any(dim=0).nonzero().flatten()
     heights = [float(blue[:, x].nonzero().float().mean()) for x in (columns[0], columns[-1])]
     assert heights[0] < heights[1] - 50
+
+
+def test_the_line_begins_among_the_points() -> None:
+    """A first loss that is far off does not hold it up: of few it is the mean, and of many a tenth of each new one."""
+    assert smoothed([4.0, 2.0, 0.0]) == pytest.approx([4.0, 3.0, 2.0])
+    assert smoothed([10.0, *[0.0] * 11])[9:] == pytest.approx([1.0, 0.9, 0.81])
 
 
 def test_events_are_written_where_tensorboard_is_installed(
