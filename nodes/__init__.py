@@ -2,12 +2,12 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import answers, autoencoder, controlnet, enhancement, latent, loaders, sampling, text
+from . import answers, autoencoder, controlnet, enhancement, latent, loaders, sampling, text, training
 from .host.breakdown import contained
 from .host.register import register
 from .host.routes import serve
 
-TOPICS = (loaders, text, enhancement, latent, sampling, autoencoder, controlnet)
+TOPICS = (loaders, text, enhancement, latent, sampling, autoencoder, controlnet, training)
 NODES = tuple(node for topic in TOPICS for node in topic.NODES)
 
 
