@@ -33,6 +33,8 @@ def shrunk(prompt: Prompt, *, side: int, steps: int | None = None) -> Prompt:
             inputs["megapixels"] = (side / 1024) ** 2
         if steps is not None and "steps" in inputs:
             inputs["steps"] = steps
+        if steps is not None and node["class_type"] == "SanaTrainLora":
+            inputs["prompt"] = inputs["prompt"].splitlines()[0]  # the others are drawn as this one is
     return prompt
 
 

@@ -42,6 +42,7 @@ PROMPTS = {
     "sana_1_5_text_to_image": "a large pink triangle on a mint background",
     "sana_img2img": "a green circle above a yellow square on a white background",
     "sana_inpainting": "a red circle above a green square on a white background",
+    "sana_train_lora": "a large pierced red heart on a white background",
     "sana_lora": "two purple crosses on a white background",
 }
 LORA = "loras/pytorch_lora_weights.safetensors"
@@ -70,7 +71,8 @@ def draw_workflow(server: Server, name: str, prompt: Prompt) -> Image.Image:
     run = server.queue(with_demo_model(graph.shrunk(prompt, side=SIDE), PROMPTS[name]))
     if run.failure is not None:
         raise RuntimeError(f"{name} failed at {run.failure.node_type}: {run.failure.message}")
-    return server.images(run)[0].convert("RGB")
+    (saved,) = graph.of_kind(prompt, "SaveImage")
+    return server.images(run, saved)[0].convert("RGB")
 
 
 def with_demo_model(prompt: Prompt, text: str) -> Prompt:

@@ -32,7 +32,9 @@ EXPECTED = {
     "sana_img2img",
     "sana_inpainting",
     "sana_lora",
+    "sana_train_lora",
 }
+OF_THE_DEMO = ("sana_demo", "sana_train_lora")  # which need no file
 # The structure of each linked transformer.
 VARIANTS = {
     "Sana_1600M_1024px_BF16.pth": "sana-1.6b-1024px",
@@ -92,7 +94,7 @@ def test_linked_files_can_be_offered(name: str) -> None:
     workflow = graph.read(name)
     values = [value for node in workflow["nodes"] for value in node.get("widgets_values", [])]
     notes = " ".join(node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote")
-    assert "GB" in notes or name == "sana_demo"
+    assert "GB" in notes or name in OF_THE_DEMO
     for model in graph.models(workflow):
         url = urlparse(model["url"])
         assert (url.scheme, url.hostname) == ("https", "huggingface.co")
@@ -113,7 +115,8 @@ def test_runs_as_the_user_interface_converts_it(name: str, page: Frontend, weigh
     assert len(prompt) == len([node for node in graph.read(name)["nodes"] if node["type"] != "MarkdownNote"])
     run = weights.queue(prompt)
     assert run.failure is None
-    (picture,) = weights.images(run)
+    (saved,) = (name for name, node in prompt.items() if node["class_type"] == "SaveImage")
+    (picture,) = weights.images(run, saved)
     assert picture.size == (SIDE, SIDE)
     assert run.previews
     assert not page.exceptions, page.report()
