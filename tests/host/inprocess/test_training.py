@@ -21,10 +21,11 @@ from torch import Tensor
 
 import sana
 import sana.training.sheets
+from sana.__main__ import main as convert
 from sana.text.prompt import INSTRUCTION
 from sana.training.__main__ import main as shell
 from tests.host.boot import Host
-from tests.host.inprocess.small import EQUAL, PROMPT, Small, difference, load, write_variant
+from tests.host.inprocess.small import DEMO, EQUAL, PROMPT, Small, difference, load, write_variant
 from tests.sana.measures import relative_error
 from tests.training.drawn import draw_pictures
 
@@ -220,6 +221,26 @@ def test_a_lora_of_the_model_is_trained_upon(demo: Small, pictures: Path) -> Non
     train(demo, data="pictures", name="plain", steps=1, preview_every=0)
     with pytest.raises(ValueError, match=r"plain holds another training \(weights .*\); give another name$"):
         train(demo, data="pictures", name="plain", steps=1, preview_every=0, model=changed)
+
+
+@pytest.mark.newest
+def test_a_quantised_layer_is_unpacked_where_a_lora_changes_it(demo: Small) -> None:
+    """The others stay packed, with their scales."""
+    path = demo.host.base / "models" / "diffusion_models" / "demo-int8.safetensors"
+    assert convert([*("convert", str(DEMO), str(path)), "--quantize=int8"]) == 0
+    layer = "transformer_blocks.1.attn1.to_q"
+    packed, _, _ = load(demo.host, path.name, "auto")
+    weights = demo.host.pack("nodes.host.training").weights
+    bare = weights(packed)
+    torch.manual_seed(0)
+    down, up = torch.randn(2, bare[f"{layer}.weight"].shape[1]), torch.randn(bare[f"{layer}.weight"].shape[0], 2)
+    lora = {f"transformer.{layer}.lora_A.weight": down, f"transformer.{layer}.lora_B.weight": up}
+    (changed,) = demo.host.call("LoraModelLoader", model=packed, lora=lora, strength_model=1.0)
+    found = weights(changed)
+    gone = bare.keys() - found.keys()
+    assert gone and all(name.startswith(f"{layer}.") for name in gone) and bare[f"{layer}.weight"].dtype == torch.int8
+    plain = sana.load_transformer(DEMO).state_dict()[f"{layer}.weight"]
+    assert relative_error(found[f"{layer}.weight"] - up @ down, plain) < 0.02  # what 8 bits leave
 
 
 @pytest.mark.newest
