@@ -13,7 +13,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from sana.training.loop import TrainingConfig, TrainingState, accumulated, check_schedule, optimizers, train
+from sana.training.loop import TrainingConfig, accumulated, check_schedule, train
+from sana.training.optimizers import optimizers
+from sana.training.state import TrainingState
 from tests.sana.measures import mapped_bytes
 from tests.sana.mishaps import no_file_above
 from tests.training.doubling import Objective, batches
@@ -216,7 +218,7 @@ def test_rows_of_a_run_that_was_stopped_before_it_saved_give_way(folder: Path) -
 def test_resuming_on_a_gpu_reads_only_what_is_copied_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path)
     objective, path = Objective(), tmp_path / "state.pt"
-    updates = optimizers(objective, CONFIG, [objective.hidden.weight])
+    updates = optimizers(objective, 0.02, 0.01, [objective.hidden.weight])
     state = TrainingState(path, objective, AveragedModel(objective, use_buffers=True), updates)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert state.resume() == CONFIG.steps
@@ -270,10 +272,10 @@ def test_learning_rate_rises_and_falls() -> None:
 
 def test_matrices_go_to_muon_and_the_rest_to_adamw() -> None:
     objective = Objective()
-    adamw, muon = optimizers(objective, CONFIG, [objective.hidden.weight])
+    adamw, muon = optimizers(objective, 0.02, 0.01, [objective.hidden.weight])
     assert muon.param_groups[0]["params"] == [objective.hidden.weight]
     assert len(adamw.param_groups[0]["params"]) == 3
-    assert len(optimizers(objective, CONFIG, [])) == 1
+    assert len(optimizers(objective, 0.02, 0.01)) == 1
 
 
 @pytest.mark.parametrize(
