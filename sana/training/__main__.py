@@ -20,6 +20,7 @@ try:
     from .loop import Schedule, Stopped, Watch
     from .lora import DTYPES, LoraConfig, train_lora
     from .material import ModelFiles
+    from .optimizers import OptimizerName
     from .pictures import picture_files
     from .pretrained import CLIP, QUESTION
 except ModuleNotFoundError as error:
@@ -27,6 +28,7 @@ except ModuleNotFoundError as error:
         raise
     sys.exit('training needs the package accelerate; run pip install ".[training]" in the folder of this project')
 
+OPTIMIZER = "adamw8bit, prodigy, which finds the learning rate by itself, and came need the extra optimizers"
 DEMO_NUMBERS = {
     "autoencoder_steps": "of the autoencoder, first",
     "decoder_steps": "of its decoder alone, next",
@@ -79,7 +81,8 @@ def parser() -> argparse.ArgumentParser:
     add_material(tune, "its subfolder transformer")
     tune.add_argument("--steps", type=int, default=1000, help="default: 1000")
     tune.add_argument("--batch-size", type=int, default=4, help="pictures a step and process (default: 4)")
-    tune.add_argument("--learning-rate", type=float, default=1e-5, help="default: 1e-5")
+    tune.add_argument("--optimizer", choices=get_args(OptimizerName), default="adamw", help=OPTIMIZER)
+    tune.add_argument("--learning-rate", type=float, help="default: 1e-5; prodigy: 1, by which it multiplies its own")
     tune.add_argument("--recompute", action="store_true", help="less memory, a third more work")
     tune.add_argument(
         "--sheet-every",
@@ -130,7 +133,8 @@ def add_lora(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     add("steps", "updates of the adapter")
     add("batch_size", "pictures of a batch and process, all of one size")
     add("accumulate", "batches of a step")
-    add("learning_rate", "at its highest")
+    add("optimizer", OPTIMIZER, choices=get_args(OptimizerName))
+    add("learning_rate", "at its highest (default: 1e-4; prodigy: 1, by which it multiplies its own)", type=float)
     add("schedule", "of the learning rate, after the warm-up", choices=get_args(Schedule))
     add("warmup", "steps in which the rate rises (default: a tenth of all, at most 100)", type=int)
     add("clip", "largest norm of the gradient")

@@ -11,7 +11,10 @@ from .captions import TURN, Choice
 from .flow import FlowObjective
 from .loop import QUIET, TrainingConfig, Watch, check_counts, process_state, train
 from .material import ModelFiles, gathered
+from .optimizers import OptimizerName, check_optimizer, checked_rate
 from .sheets import caption_sheet
+
+USUAL_RATE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class FinetuneConfig:
 
     steps: int = 1000
     batch_size: int = 4
-    learning_rate: float = 1e-5
+    learning_rate: float | None = None  # None: 1e-5, and 1 for prodigy, which multiplies its own rate
+    optimizer: OptimizerName = "adamw"
     recompute: bool = False  # activations of blocks in the backward pass: less memory, a third more work
     sheet_every: int = 500  # steps from one sheet to the next, see `caption_sheet`; 0: none
     save_every: int = 500  # steps from one saved state to the next
@@ -29,8 +33,8 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that no training can have."""
         check_counts({"steps": self.steps, "batch_size": self.batch_size, "save_every": self.save_every})
-        if not 0 < self.learning_rate < 1:
-            raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0 and below 1, such as 1e-5")
+        check_optimizer(self.optimizer)
+        checked_rate(self.learning_rate, self.optimizer, USUAL_RATE)
         if self.sheet_every < 0:
             raise ValueError(f"sheet_every is {self.sheet_every}; it must be 0, for no sheets, or more")
 
@@ -66,10 +70,11 @@ def finetune(
         )
         schedule = TrainingConfig(
             config.steps,
-            config.learning_rate,
+            checked_rate(config.learning_rate, config.optimizer, USUAL_RATE),
             warmup=min(100, config.steps // 10),
             cooldown=0.1,
             save_every=config.save_every,
+            optimizer=config.optimizer,
             sheet_every=config.sheet_every or config.steps,
         )
         objective = train(

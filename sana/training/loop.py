@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from ..networks.devices import computes_bfloat16
 from ..saving import replacing
-from .optimizers import optimizers
+from .optimizers import OptimizerName, optimizers
 from .state import TrainingState
 
 PATIENCE = timedelta(hours=2)  # for the process that saves or draws; NCCL alone gives up after 10 minutes
@@ -52,6 +52,7 @@ class TrainingConfig:
     ema_decay: float = 0.999  # of the average, at most; see `update_average`
     clip: float = 1.0  # largest norm of the gradient
     weight_decay: float = 0.01
+    optimizer: OptimizerName = "adamw"  # but for matrices
     save_every: int = 500
     sheet_every: int = 1000
     log_every: int | None = None  # None: a row of the log with every saved state
@@ -134,7 +135,7 @@ def train(
     trained = objective if weights is None else weights
     average = AveragedModel(trained, multi_avg_fn=partial(update_average, config.ema_decay), use_buffers=True)
     average.to(accelerator.device)
-    plain = optimizers(objective, config.learning_rate, config.weight_decay, matrices)
+    plain = optimizers(objective, config.learning_rate, config.weight_decay, matrices, config.optimizer)
     wrapped, *updates = accelerator.prepare(objective, *plain)
     state = TrainingState(folder / "state.pt", trained, average, plain)
     first = state.resume()

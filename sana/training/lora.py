@@ -33,8 +33,10 @@ from .loop import (
     train,
 )
 from .material import Material, ModelFiles, Source, gathered
+from .optimizers import OptimizerName, check_optimizer, checked_rate
 from .sheets import COLUMNS, draw, in_rows, spread
 
+USUAL_RATE = 1e-4
 DTYPES = ("float32", "bfloat16")  # of the frozen weights; float16 would need its gradients scaled
 TOLD = "sana_training"  # entry of the header: JSON of how it was trained
 
@@ -50,7 +52,8 @@ class LoraConfig:
     steps: int = 1000
     batch_size: int = 1  # pictures of one size
     accumulate: int = 1  # batches of a step
-    learning_rate: float = 1e-4
+    optimizer: OptimizerName = "adamw"
+    learning_rate: float | None = None  # at its highest; None: 1e-4, and 1 for prodigy, which multiplies its own rate
     schedule: Schedule = "constant"
     warmup: int | None = None  # steps in which the rate rises; None: a tenth, at most 100
     clip: float = 1.0  # largest norm of the gradient
@@ -72,8 +75,8 @@ class LoraConfig:
         names = ("steps", "batch_size", "accumulate", "save_every")
         check_counts({name: getattr(self, name) for name in names})
         check_schedule(self.schedule)
-        if not 0 < self.learning_rate < 1:
-            raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0 and below 1, such as 1e-4")
+        check_optimizer(self.optimizer)
+        checked_rate(self.learning_rate, self.optimizer, USUAL_RATE)
         for name in ("clip", "prior_weight"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0, such as 1")
@@ -91,12 +94,13 @@ class LoraConfig:
         warmup = min(100, self.steps // 10) if self.warmup is None else self.warmup
         return TrainingConfig(
             self.steps,
-            self.learning_rate,
+            checked_rate(self.learning_rate, self.optimizer, USUAL_RATE),
             warmup=warmup,
             schedule=self.schedule,
             accumulate=self.accumulate * (2 if self.prior else 1),
             ema_decay=self.ema,
             clip=self.clip,
+            optimizer=self.optimizer,
             save_every=self.save_every,
             sheet_every=self.sheet_every or self.steps,
             log_every=min(10, self.save_every),
@@ -225,7 +229,13 @@ def describe(config: LoraConfig, material: Material, steps: int, title: str) -> 
     """
     identity = material.identity
     settings = {name: value for name, value in asdict(config).items() if name not in ("prompts", "prior", "start")}
-    told = {**settings, "steps": steps, "pictures": len(material.pictures), "variant": identity.variant}
+    told = {
+        **settings,
+        "learning_rate": config.training.learning_rate,
+        "steps": steps,
+        "pictures": len(material.pictures),
+        "variant": identity.variant,
+    }
     spec = {
         "sai_model_spec": "1.0.0",
         "architecture": "sana/lora",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..saving import replacing
-from .optimizers import MEMORY
+from .optimizers import Form, memory_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class TrainingState:
         """Raises OSError, which names the last good state, if there is no room."""
         parts = {"objective": self.objective, "average": self.average}
         states = {name: part.state_dict() for name, part in parts.items()}
-        state = {"step": step, **states, "updates": [update.state_dict() for update in self.updates]}
+        state = {"step": step, **states, "updates": [*map(_plain, self.updates)]}
         try:
             with replacing(self.path) as unfinished:
                 _write_state(state, unfinished)
@@ -66,9 +66,18 @@ class TrainingState:
         self.average.load_state_dict(saved["average"])
         for update, state in zip(self.updates, saved["updates"], strict=True):
             # Rates and the like are those of this run, and not of the file.
-            update.load_state_dict({**update.state_dict(), "state": state["state"]})
+            known = memory_of(update).group
+            groups = _plain(update)["param_groups"]
+            if known:
+                groups = [
+                    {**own, **{name: found[name] for name in known}}
+                    for own, found in zip(groups, state["param_groups"], strict=True)
+                ]
+            update.load_state_dict({"state": state["state"], "param_groups": groups})
             for values in update.state.values():
-                if "step" in values:  # AdamW counts on the CPU, and a file that is still mapped stays on the disk
+                if isinstance(
+                    values.get("step"), Tensor
+                ):  # AdamW counts on the CPU, and a file that is still mapped stays on the disk
                     values["step"] = values["step"].clone()
         return saved["step"]
 
@@ -103,6 +112,11 @@ class TrainingState:
         return "begins anew"
 
 
+def _plain(update: torch.optim.Optimizer) -> dict[str, object]:
+    """As PyTorch has it: bitsandbytes would put its numbers into a table within a table."""
+    return torch.optim.Optimizer.state_dict(update)
+
+
 def _write_state(state: Mapping[str, object], path: Path) -> None:
     try:
         with path.open("wb") as file:
@@ -132,11 +146,31 @@ def _check_memories(found: object, updates: Sequence[torch.optim.Optimizer]) -> 
         if not isinstance(memories, Mapping) or not memories.keys() <= weights.keys():
             raise ValueError("is of another training: its optimizers know other weights")
         for number, memory in memories.items():
-            if not isinstance(memory, Mapping) or memory.keys() != MEMORY[type(update)]:
+            expected = memory_of(update).weight(weights[number].shape)
+            if not isinstance(memory, Mapping) or memory.keys() != expected.keys():
                 raise ValueError("is of another training: its optimizers are others")
-            for name, value in memory.items():
-                shape = torch.Size() if name == "step" else weights[number].shape
-                _check_shape(f"{name} of weight {number}", value, shape)
+            for name, form in expected.items():
+                _check_form(f"{name} of weight {number}", memory[name], form)
+        if known := memory_of(update).group:
+            _check_groups(state.get("param_groups"), len(update.param_groups), known)
+
+
+def _check_groups(found: object, count: int, known: Mapping[str, Form]) -> None:
+    """Raises ValueError unless a file holds what an optimizer knows of all weights together."""
+    if not isinstance(found, Sequence) or len(found) != count:
+        raise ValueError("is of another training: its optimizers are others")
+    for group in found:
+        if not isinstance(group, Mapping) or not known.keys() <= group.keys():
+            raise ValueError("is of another training: its optimizers are others")
+        for name, form in known.items():
+            _check_form(name, group[name], form)
+
+
+def _check_form(name: str, found: object, form: Form) -> None:
+    if isinstance(form, torch.Size):
+        _check_shape(name, found, form)
+    elif type(found) is not form:
+        raise ValueError(f"is damaged or of another program: {name} is no number")
 
 
 def _check_shape(name: str, found: object, shape: torch.Size) -> None:
