@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import peft  # noqa: F401 - which adapters import, in seconds
 import torch
 import torch._dynamo  # which optimizers import
 from PIL import Image
@@ -49,6 +50,11 @@ def small(folder: Path) -> None:
 def finetuning(folder: Path) -> None:
     arguments = ["finetune", "--data", str(folder.parents[1] / "pictures"), "--out", str(folder), "--batch-size=1"]
     assert main([*arguments, "--steps=6", "--save-every=1", "--sheet-every=0", "--learning-rate=1e-3"]) == 0
+
+
+def lora(folder: Path) -> None:
+    arguments = ["lora", "--data", str(folder.parents[1] / "pictures"), "--out", str(folder), "--steps=6", "--rank=2"]
+    assert main([*arguments, "--save-every=1", "--sheet-every=0", "--dropout=0.1", "--targets=all"]) == 0
 
 
 def attempt(work: Callable[[], None], seconds: float | None = None) -> bool:
@@ -99,17 +105,21 @@ def kill_at_every_change(folder: Path) -> None:
     compare(folder / "whole", killed)
 
 
-def kill_at_random(folder: Path, kills: int = 3, seed: int = 1) -> None:
-    """A real fine-tuning, at any moment."""
+def kill_at_random(folder: Path, work: Callable[[Path], None] = finetuning, kills: int = 3, seed: int = 1) -> None:
+    """A real training, at any moment."""
     begun = time.monotonic()
-    assert attempt(lambda: finetuning(folder / "whole"))
+    assert attempt(lambda: work(folder / "whole"))
     seconds = time.monotonic() - begun
     draw = random.Random(seed)
     for _ in range(kills):
-        attempt(lambda: finetuning(folder / "killed"), seconds * draw.uniform(0.2, 0.9))
+        attempt(lambda: work(folder / "killed"), seconds * draw.uniform(0.2, 0.9))
         check_nothing_is_lost(folder / "killed", sheets=False)
-    assert attempt(lambda: finetuning(folder / "killed"))
+    assert attempt(lambda: work(folder / "killed"))
     compare(folder / "whole", folder / "killed")
+
+
+def kill_a_lora_at_random(folder: Path) -> None:
+    kill_at_random(folder, lora, kills=2)
 
 
 def check_nothing_is_lost(folder: Path, sheets: bool = True) -> None:
@@ -193,7 +203,7 @@ def refuse_two_processes(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    for check in (kill_at_every_change, kill_at_random, refuse_two_processes):
+    for check in (kill_at_every_change, kill_at_random, kill_a_lora_at_random, refuse_two_processes):
         sys.stderr.write(f"{check.__name__}\n")
         (folder := Path(sys.argv[1]) / check.__name__).mkdir()
         check(folder)
