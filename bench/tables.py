@@ -105,6 +105,16 @@ def quantised_layers(result: Result) -> Iterator[str]:
         yield line(f"{kind}, {variant}", found[0]["width"], *(errors[form] for form in forms))
 
 
+def stream(result: Result) -> Iterator[str]:
+    """Training on more and more pictures, and how fast those of the released models are read."""
+    yield from header("pictures", "on disk", "memory after 20 steps", f"after {result['steps']}", "waits for batches")
+    for row in result["rows"]:
+        memory = [f"{row[name] / 2**20:.0f} MiB" for name in ("resident_first", "resident_last")]
+        yield line(f"{row['pictures']:,}", f"{row['disk'] / 1e6:.0f} MB", *memory, f"{100 * row['waited_share']:.1f} %")
+    speeds = ", ".join(f"of {name}: {speed:.0f}" for name, speed in result["pictures_read_per_second"].items())
+    yield f"\nPictures that one process reads per second, with nothing else to do: {speeds}. {result['device']}, {result['date']}."
+
+
 def header(*columns: object) -> Iterable[str]:
     return [line(*columns), "|---|" + "---:|" * (len(columns) - 1)]
 
@@ -121,6 +131,7 @@ KINDS: dict[str, Callable[[Result], Iterator[str]]] = {
     "quantised": quantised,
     "quantised_sizes": quantised_sizes,
     "quantised_layers": quantised_layers,
+    "stream": stream,
 }
 
 

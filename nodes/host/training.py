@@ -71,16 +71,15 @@ class HostSource:
     def told(self) -> dict[str, str]:
         return {"weights": fingerprint(self.tensors)}
 
-    def encoders(self) -> str:
-        clip = self.clip.patcher
-        parts = self.vae.first_stage_model.state_dict(), clip.model_state_dict(), changes(clip)
-        return ", ".join(map(fingerprint, parts))
-
     def load(self, dtype: torch.dtype) -> SanaPipeline:
         config, tensors = self.vae.config, self.vae.first_stage_model.state_dict()
         autoencoder = fill(DCAutoencoder(config, dtype=dtype, device="meta"), tensors, "the VAE", dtype, "cpu")
         found = self.find()
         return SanaPipeline(build_transformer(found, dtype), autoencoder, None, found.identity)
+
+    def texts(self, pipeline: SanaPipeline) -> bytes:
+        clip = self.clip.patcher
+        return ", ".join(map(fingerprint, (clip.model_state_dict(), changes(clip)))).encode()
 
     @contextmanager
     def reading(self, pipeline: SanaPipeline, device: torch.device) -> Iterator[TextEncoder]:

@@ -1,4 +1,4 @@
-"""Training from the shell: python -m sana.training lora, finetune or demo, and captions, which prepares pictures."""
+"""Training from the shell: python -m sana.training lora, finetune or demo; captions and cache, which prepare pictures."""
 
 import argparse
 import sys
@@ -19,14 +19,14 @@ try:
     from .finetune import FinetuneConfig, finetune
     from .loop import Schedule, Stopped, Watch
     from .lora import DTYPES, LoraConfig, train_lora
-    from .material import ModelFiles
+    from .material import ModelFiles, fill_cache
     from .optimizers import OptimizerName
     from .pictures import picture_files
     from .pretrained import CLIP, QUESTION
 except ModuleNotFoundError as error:
-    if error.name != "accelerate":
+    if error.name not in ("accelerate", "pyarrow"):
         raise
-    sys.exit('training needs the package accelerate; run pip install ".[training]" in the folder of this project')
+    sys.exit(f'training needs the package {error.name}; run pip install ".[training]" in the folder of this project')
 
 OPTIMIZER = "adamw8bit, prodigy, which finds the learning rate by itself, and came need the extra optimizers"
 DEMO_NUMBERS = {
@@ -94,8 +94,15 @@ def parser() -> argparse.ArgumentParser:
         "--save-every", type=int, default=500, help="steps from one saved state to the next (default: 500)"
     )
     add_choice(tune)
+    add_cache(tune)
     tune.set_defaults(run=run_finetune)
     add_lora(commands)
+    cache = commands.add_parser(
+        "cache", help="encode a folder of pictures with captions, for lora and finetune to read"
+    )
+    add_material(cache, "it, for --cache of lora and finetune")
+    add_choice(cache)
+    cache.set_defaults(run=run_cache)
     add_captions(commands.add_parser("captions", help="write captions beside pictures, or score how well captions fit"))
     return top
 
@@ -110,6 +117,14 @@ def add_material(command: argparse.ArgumentParser, result: str) -> None:
     command.add_argument("--autoencoder", help='for a transformer alone: file or folder of its DC-AE, or "demo"')
     command.add_argument("--text-encoder", help='for a transformer alone: file or folder of Gemma-2-2b-it, or "demo"')
     command.add_argument("--variant", choices=tuple(VARIANTS), help="for a file that cannot tell 1K from 2K or 4K")
+
+
+def add_cache(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--cache",
+        type=Path,
+        help="folder of encoded pictures, which trainings share (default: states in the work folder)",
+    )
 
 
 def add_lora(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -150,6 +165,7 @@ def add_lora(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         help="to draw on sheets, without and with the adapter; up to six times (default: six captions)",
     )
     add_choice(lora)
+    add_cache(lora)
     add("prior", "a second folder, of pictures with captions that show what is to stay as it is", type=Path)
     add("prior_weight", "of their loss")
     add("trigger", "words that call up what was learnt, for the header of the file")
@@ -235,6 +251,15 @@ def run_write(options: argparse.Namespace) -> int:
     check_name(name)
     captioner = Captioner(options.model, question=options.question, device=options.device, download=options.download)
     print(f"{write_captions(pictures, name, captioner)} captions written.")
+    return 0
+
+
+def run_cache(options: argparse.Namespace) -> int:
+    files = ModelFiles(options.model, options.autoencoder, options.text_encoder, options.variant)
+    states = fill_cache(options.out, options.data, files, read_choice(options))
+    if PartialState().is_main_process:
+        used, kept = states.used(), len(states.shards)
+        print(f"{options.out}: {len(states)} pictures, {used} states of them and {kept - used} others")
     return 0
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoints.writing import write_transformer
+from .ahead import reading_ahead
 from .captions import TURN, Choice
 from .flow import FlowObjective
 from .loop import QUIET, TrainingConfig, Watch, check_counts, process_state, train
@@ -29,6 +30,7 @@ class FinetuneConfig:
     sheet_every: int = 500  # steps from one sheet to the next, see `caption_sheet`; 0: none
     save_every: int = 500  # steps from one saved state to the next
     choice: Choice = TURN  # between the captions of a picture
+    cache: Path | None = None  # folder of states that several trainings share; None: in the work folder
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that no training can have."""
@@ -56,14 +58,13 @@ def finetune(
     diffusers layout, whose folder is returned. Stopped and started again, it goes on. Raises as `gathered` and `train` do.
     """
     files = ModelFiles(model, autoencoder, text_encoder, variant)
-    with gathered(folder, data, files, choice=config.choice, every_weight=True) as material:
+    with gathered(folder, data, files, choice=config.choice, cache=config.cache, every_weight=True) as material:
         pipeline, identity, states = material.pipeline, material.identity, material.states
         transformer = pipeline.transformer.train().requires_grad_(True)
         transformer.recompute = config.recompute
         objective = FlowObjective(transformer, flow_shift=identity.flow_shift, null=states.null)
         sheet = partial(
             caption_sheet,
-            pictures=material.pictures,
             states=states,
             autoencoder=pipeline.autoencoder,
             identity=identity,
@@ -77,14 +78,15 @@ def finetune(
             optimizer=config.optimizer,
             sheet_every=config.sheet_every or config.steps,
         )
-        objective = train(
-            objective,
-            partial(states.batch, size=config.batch_size),
-            schedule,
-            folder,
-            sheet if config.sheet_every else None,
-            watch=watch,
-        )
+        with reading_ahead(partial(states.batch, size=config.batch_size)) as batches:
+            objective = train(
+                objective,
+                batches,
+                schedule,
+                folder,
+                sheet if config.sheet_every else None,
+                watch=watch,
+            )
         if process_state().is_main_process:
             dtype = getattr(torch, identity.dtype)
             write_transformer(folder / "transformer", objective.transformer, identity, dtype)

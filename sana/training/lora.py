@@ -1,9 +1,7 @@
 """A LoRA of a SANA transformer on a folder of pictures with captions: an adapter is trained, all other weights are frozen."""
 
 import json
-import logging
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +14,7 @@ from torch import nn
 from ..networks.devices import computes_bfloat16
 from ..saving import replacing
 from .adapters import AdapterConfig, Seeded, add_adapter, begin_with, holding, lora_header, lora_tensors
+from .ahead import reading_ahead
 from .captions import TURN, Choice
 from .curve import event_writer, write_curve
 from .flow import FlowBatch, FlowObjective
@@ -34,13 +33,11 @@ from .loop import (
 )
 from .material import Material, ModelFiles, Source, gathered
 from .optimizers import OptimizerName, check_optimizer, checked_rate
-from .sheets import COLUMNS, draw, in_rows, spread
+from .sheets import COLUMNS, draw, in_rows
 
 USUAL_RATE = 1e-4
 DTYPES = ("float32", "bfloat16")  # of the frozen weights; float16 would need its gradients scaled
 TOLD = "sana_training"  # entry of the header: JSON of how it was trained
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +59,7 @@ class LoraConfig:
     prior_weight: float = 1.0  # of their loss; every other batch is of them, beside the batches of `accumulate`
     caption_dropout: float = 0.1  # share of captions replaced by the empty prompt, for guidance
     recompute: bool = False  # activations of blocks in the backward pass: less memory, a third more work
+    cache: Path | None = None  # folder of states that several trainings share; None: in the work folder
     dtype: str | None = None  # of the frozen weights; None: bfloat16 on a GPU that computes it, else float32
     prompts: tuple[str, ...] = ()  # drawn on sheets, without and with the adapter; none: up to six captions
     choice: Choice = TURN  # between several captions of a picture
@@ -121,9 +119,9 @@ def train_lora(
     watch = _with_events(watch, folder / "events")
     run = {"adapter": str(config.adapter), "seed": str(config.seed)}
     run |= {name: str(path.resolve()) for name in ("start", "prior") if (path := getattr(config, name))}
-    more = {"choice": config.choice, "prompts": config.prompts, "prior": config.prior, "run": run}
+    more = {"choice": config.choice, "prompts": config.prompts, "prior": config.prior, "trigger": config.trigger}
+    more |= {"cache": config.cache, "run": run}
     with gathered(folder, data, source or ModelFiles(), dtype=dtype, **more) as material:
-        _check_trigger(config.trigger, [caption.text for picture in material.pictures for caption in picture.captions])
         transformer = material.pipeline.transformer
         before = _drawn(material) if config.sheet_every and machine.is_main_process else []
         weights = add_adapter(transformer, config.adapter, config.seed)
@@ -157,15 +155,16 @@ def train_lora(
             return path
 
         try:
-            averaged = train(
-                objective,
-                training_batches(material, config),
-                config.training,
-                folder,
-                sheet if config.sheet_every else None,
-                weights=weights,
-                watch=watch,
-            )
+            with reading_ahead(training_batches(material, config)) as batches:
+                averaged = train(
+                    objective,
+                    batches,
+                    config.training,
+                    folder,
+                    sheet if config.sheet_every else None,
+                    weights=weights,
+                    watch=watch,
+                )
         except Stopped as stopped:
             write(stopped.weights, stopped.step)
             raise
@@ -207,18 +206,13 @@ def _with_events(watch: Watch, folder: Path) -> Watch:
     return replace(watch, step=both)
 
 
-def _check_trigger(trigger: str, captions: Sequence[str]) -> None:
-    if trigger and not any(trigger in caption for caption in captions):
-        log.warning('No caption contains the trigger "%s"; the LoRA will not learn to follow it.', trigger)
-
-
 def _drawn(material: Material) -> list[Image.Image]:
     """What the weights at hand make of the prompts, as squares, or of up to six captions, at the sizes of their pictures."""
     states, side = material.states, material.identity.base_size
     if material.prompts:
         chosen = [((side, side), text) for text in material.prompts[:COLUMNS]]
     else:
-        chosen = [(material.pictures[i].size, states.texts[i][0].float()) for i in spread(len(states.texts))]
+        chosen = [(example.size, example.text) for example in states.examples]
     return [draw(material.pipeline, size, text, states.null, seed=i) for i, (size, text) in enumerate(chosen)]
 
 
@@ -228,12 +222,14 @@ def describe(config: LoraConfig, material: Material, steps: int, title: str) -> 
     Source: github.com/Stability-AI/ModelSpec; the architecture as OneTrainer names it.
     """
     identity = material.identity
-    settings = {name: value for name, value in asdict(config).items() if name not in ("prompts", "prior", "start")}
+    settings = {
+        name: value for name, value in asdict(config).items() if name not in ("prompts", "prior", "start", "cache")
+    }
     told = {
         **settings,
         "learning_rate": config.training.learning_rate,
         "steps": steps,
-        "pictures": len(material.pictures),
+        "pictures": len(material.states),
         "variant": identity.variant,
     }
     spec = {

@@ -1,8 +1,9 @@
 """What the training of a transformer starts from: a model, a folder of pictures as states, and a work folder to itself."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -13,12 +14,16 @@ from ..checkpoints.files import read_tensors
 from ..checkpoints.transformer import FoundTransformer, find_transformer
 from ..config import TransformerIdentity
 from ..loading import model_path
+from ..networks.devices import computes_bfloat16
 from ..networks.packed import PackedWeight
 from ..pipeline import SanaPipeline
 from .captions import TURN, Choice
 from .folder import claim
 from .loop import process_state
-from .pictures import Picture, PictureStates, TextEncoder, encoded, read_pictures, read_weights, write_states
+from .pictures import Picture, TextEncoder, read_pictures
+from .states import Encoders, PictureStates, cached, encoded, fingerprint
+
+log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -30,11 +35,11 @@ class Source(Protocol):
     def told(self) -> Mapping[str, str]:
         """What a work folder notes of it, so that no other model goes on there."""
 
-    def encoders(self) -> str:
-        """What tells its autoencoder and text encoder from others."""
-
     def load(self, dtype: torch.dtype) -> SanaPipeline:
         """The model on the CPU, since a GPU may not have room for all."""
+
+    def texts(self, pipeline: SanaPipeline) -> bytes:
+        """What tells the weights of its text encoder from others."""
 
     def reading(self, pipeline: SanaPipeline, device: torch.device) -> AbstractContextManager[TextEncoder]:
         """Its text encoder on a device, which it leaves at the end."""
@@ -61,12 +66,11 @@ class ModelFiles:
         given = {"variant": self.variant} if self.variant else {}
         return {"model": str(self.parts()["model"].resolve()), **given}
 
-    def encoders(self) -> str:
-        parts = self.parts()
-        return f"{parts['autoencoder'] or parts['model']}, {parts['text_encoder'] or parts['model']}"
-
     def load(self, dtype: torch.dtype) -> SanaPipeline:
         return SanaPipeline.load(**self.parts(), variant=self.variant, dtype=dtype)
+
+    def texts(self, pipeline: SanaPipeline) -> bytes:
+        return fingerprint(pipeline.text_encoder.model)
 
     @contextmanager
     def reading(self, pipeline: SanaPipeline, device: torch.device) -> Iterator[TextEncoder]:
@@ -79,7 +83,6 @@ class Material:
     """A model without its text encoder, and what it is trained on."""
 
     pipeline: SanaPipeline
-    pictures: Sequence[Picture]
     states: PictureStates
     prompts: Sequence[Tensor]  # texts of prompts to draw, each (tokens, C)
     prior: PictureStates | None = None  # of pictures that show what is to stay as it is
@@ -100,27 +103,41 @@ def gathered(
     every_weight: bool = False,
     prompts: Sequence[str] = (),
     prior: Path | None = None,
+    trigger: str = "",
+    cache: Path | None = None,
     run: dict[str, str] | None = None,
 ) -> Iterator[Material]:
     """Check and encode everything, once, and hold the work folder until the end.
 
     choice: between several captions of a picture. every_weight: whether all are trained, which quantised ones cannot be.
-    prompts: to draw, encoded like captions. prior: a second folder of pictures. run: what the work folder is for beside model
-    and data. Raises ValueError for Sprint, for pictures that cannot be read or have no caption, and for a folder of another
-    model or other data, and CheckpointError for parts that cannot be trained with, before any picture is encoded.
+    prompts: to draw, encoded like captions. prior: a second folder of pictures. trigger: words that some caption should have.
+    cache: where states are kept; None: in the work folder. run: what the work folder is for beside model and data. Raises
+    ValueError for Sprint, for pictures that cannot be read or have no caption, and for a folder of another model or other data,
+    and CheckpointError for parts that cannot be trained with, before any picture is encoded.
     """
     identity = _trainable(source.find(), every_weight)
     pictures = read_pictures(data, identity.base_size, choice, besides=folder)
-    weights = read_weights(pictures)
-    others = read_pictures(prior, identity.base_size, choice, besides=folder) if prior else []
-    machine = process_state()
+    _check_trigger(trigger, pictures)
+    folders = [pictures, *([read_pictures(prior, identity.base_size, choice, besides=folder)] if prior else [])]
     pipeline = source.load(dtype)
     with claim(folder, {**source.told(), "data": str(data.resolve()), **(run or {})}):
-        every, texts = _encode(folder / "states", [*pictures, *others], prompts, source, pipeline)
-        both = replace(every, choice=choice)
-        states = replace(both.part(slice(len(pictures))), weights=weights)
-        pipeline.transformer.to(machine.device)
-        yield Material(pipeline, pictures, states, texts, both.part(slice(len(pictures), None)) if others else None)
+        (states, *others), texts = _encode(cache or folder / "states", folders, choice, prompts, source, pipeline)
+        del pictures, folders  # they grow with the data
+        pipeline.transformer.to(process_state().device)
+        yield Material(pipeline, states, texts, others[0] if others else None)
+
+
+def fill_cache(folder: Path, data: Path, source: Source, choice: Choice = TURN) -> PictureStates:
+    """The states of the pictures of a folder, before any training. Raises as `gathered` does, for a model of any kind."""
+    identity = source.find().identity
+    pictures = read_pictures(data, identity.base_size, choice, besides=folder)
+    dtype = torch.bfloat16 if computes_bfloat16(process_state().device) else torch.float32
+    return _encode(folder, [pictures], choice, (), source, source.load(dtype))[0][0]
+
+
+def _check_trigger(trigger: str, pictures: Sequence[Picture]) -> None:
+    if trigger and not any(trigger in caption.text for picture in pictures for caption in picture.captions):
+        log.warning('No caption contains the trigger "%s"; the LoRA will not learn to follow it.', trigger)
 
 
 def _trainable(found: FoundTransformer, every_weight: bool) -> TransformerIdentity:
@@ -135,18 +152,20 @@ def _trainable(found: FoundTransformer, every_weight: bool) -> TransformerIdenti
 
 
 def _encode(
-    folder: Path, pictures: Sequence[Picture], prompts: Sequence[str], source: Source, pipeline: SanaPipeline
-) -> tuple[PictureStates, list[Tensor]]:
-    """The states of the pictures, of which each of several processes encodes its part, and the texts of the prompts.
+    folder: Path,
+    folders: Sequence[Sequence[Picture]],
+    choice: Choice,
+    prompts: Sequence[str],
+    source: Source,
+    pipeline: SanaPipeline,
+) -> tuple[list[PictureStates], list[Tensor]]:
+    """The states of the pictures of each of several folders, and the texts of the prompts.
 
-    Nothing of the text encoder is left behind.
+    folder: where states are kept. Nothing of the text encoder is left behind.
     """
-    machine, encoders = process_state(), source.encoders()
-    autoencoder = pipeline.autoencoder.to(machine.device)
-    with source.reading(pipeline, machine.device) as text_encoder, torch.no_grad():
-        own = pictures[machine.process_index :: machine.num_processes]
-        write_states(folder, own, encoders, autoencoder, text_encoder)
-        null = text_encoder([""], None)[0][0].float().cpu()
-        texts = [encoded(text_encoder, prompt) for prompt in prompts]
-    machine.wait_for_everyone()
-    return PictureStates.read(folder, pictures, encoders, null), texts
+    device = process_state().device
+    autoencoder = pipeline.autoencoder.to(device)
+    known = source.texts(pipeline)
+    with source.reading(pipeline, device) as text_encoder:
+        states = cached(folder, folders, Encoders.of(autoencoder, text_encoder, known), choice)
+        return states, [encoded(text_encoder, prompt) for prompt in prompts]

@@ -12,32 +12,26 @@ from ..pipeline import SanaPipeline
 from ..plan import Settings
 from ..sampling.guidance import Condition
 from .flow import FlowObjective
-from .pictures import Picture, PictureStates, pad_texts
+from .states import EXAMPLES, PictureStates, pad_texts
 
-COLUMNS, SIDE, STEPS = 6, 256, 14
+COLUMNS, SIDE, STEPS = EXAMPLES, 256, 14
 
 
 def caption_sheet(
     objective: FlowObjective,
-    pictures: Sequence[Picture],
     states: PictureStates,
     autoencoder: DCAutoencoder,
     identity: TransformerIdentity,
 ) -> Image.Image:
     """Up to six of the pictures above, and below what the model makes of their captions at their sizes."""
     pipeline = SanaPipeline(objective.transformer, autoencoder, None, identity)
-    chosen = spread(len(pictures))
-    drawn = [draw(pipeline, pictures[i].size, states.texts[i][0].float(), states.null, seed=i) for i in chosen]
+    shown = states.examples
+    drawn = [draw(pipeline, example.size, example.text, states.null, seed=i) for i, example in enumerate(shown)]
     given = [
-        ImageOps.fit(on_white(read_picture(pictures[i].path)), picture.size)
-        for i, picture in zip(chosen, drawn, strict=True)
+        ImageOps.fit(on_white(read_picture(example.path)), picture.size)
+        for example, picture in zip(shown, drawn, strict=True)
     ]
     return in_rows(given, drawn)
-
-
-def spread(count: int) -> range:
-    """Up to six places in a list of so many."""
-    return range(0, count, -(-count // COLUMNS))
 
 
 def in_rows(*rows: Sequence[Image.Image]) -> Image.Image:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import peft  # noqa: F401 - which adapters import, in seconds
+import pyarrow.parquet as pq
 import torch
 import torch._dynamo  # which optimizers import
 from PIL import Image
@@ -142,8 +143,10 @@ def logged(folder: Path) -> list[int]:
 
 
 def compare(whole: Path, killed: Path) -> None:
-    """Both folders hold the same, but for the speed in the log."""
-    names = [sorted(path.relative_to(folder) for path in folder.rglob("*")) for folder in (whole, killed)]
+    """Both folders hold the same, but for the speed in the log and for how the states of pictures are spread over shards."""
+    states = [stored(folder / "states") for folder in (whole, killed)]
+    assert states[0] == states[1], [len(each) for each in states]
+    names = [sorted(path.relative_to(folder) for path in files(folder)) for folder in (whole, killed)]
     assert names[0] == names[1], names
     assert logged(killed) == [*range(1, len(logged(whole)) + 1)]
     for name in (name for name in names[0] if (whole / name).is_file()):
@@ -158,6 +161,18 @@ def compare(whole: Path, killed: Path) -> None:
             ]
         else:
             assert one.read_bytes() == two.read_bytes(), name
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if not path.match("states-*")]
+
+
+def stored(folder: Path) -> dict[bytes, tuple[object, ...]]:
+    """What shards hold, each thing once."""
+    rows = [row for path in folder.glob("states-*") for row in pq.read_table(path).to_pylist()]
+    found = {row["key"]: (row["dtype"], row["shape"], row["data"]) for row in rows}
+    assert len(found) == len(rows)
+    return found
 
 
 def same(one: object, two: object) -> bool:

@@ -43,18 +43,19 @@ from sana.training.adapters import (
     named,
     target_layers,
 )
-from sana.training.captions import Caption
 from sana.training.curve import LINE, read_log, smoothed, write_curve
 from sana.training.demo import TRANSFORMER
 from sana.training.flow import FlowBatch, FlowObjective
 from sana.training.loop import Meter, Report, Stopped, TrainingConfig, Watch, train
 from sana.training.lora import LoraConfig, train_lora, training_batches
 from sana.training.material import Material, ModelFiles, gathered
-from sana.training.pictures import PictureStates, read_pictures, read_weights
+from sana.training.pictures import mask_path, read_pictures, read_weight
+from sana.training.shards import Shards
 from tests.sana.measures import relative_error
 from tests.sana.twins import diffusers_transformer, randomise
 from tests.training.drawn import draw_pictures
 from tests.training.lora_runs import SMALL, lora, random_batches, same
+from tests.training.stored import stored
 
 ROOT = Path(sana.__file__).parents[1]
 Q = "transformer_blocks.0.attn1.to_q"
@@ -430,15 +431,14 @@ def test_a_mask_tells_which_cells_count(tmp_path: Path) -> None:
     mask.save(tmp_path / "data" / "0-masklabel.png")
     found = read_pictures(tmp_path / "data", 256)
     assert [picture.path.name for picture in found] == ["0.png", "1.png"]
-    first, second = read_weights(found)
+    first, second = (read_weight(mask_path(picture), picture.size) for picture in found)
     expected = torch.zeros(1, 8, 8)
     expected[0, :2, 0] = 32.0  # 64 cells share what two have
     torch.testing.assert_close(first, expected)
     assert torch.equal(second, torch.ones(1, *(side // 32 for side in found[1].size)))
-    assert read_weights(found[1:]) is None
     Image.new("L", (256, 256)).save(tmp_path / "data" / "0-masklabel.png")
     with pytest.raises(ValueError, match="0-masklabel.png is black, so that nothing of its picture would be learnt"):
-        read_weights(found)
+        read_weight(mask_path(found[0]), found[0].size)
 
 
 def test_weights_scale_the_errors_of_their_cells() -> None:
@@ -450,13 +450,9 @@ def test_weights_scale_the_errors_of_their_cells() -> None:
     assert losses[0] == pytest.approx(losses[1] + losses[2]) and losses[3] == pytest.approx(3 * losses[1])
 
 
-def test_every_other_batch_is_of_the_prior() -> None:
-    null = torch.zeros(5, 4)
-    captions = [(Caption("prompt", "a"),)]
-    own, prior = (
-        PictureStates([torch.full((32, 1, 1), value)], [[torch.zeros(2, 4)]], null, captions) for value in (1.0, 2.0)
-    )
-    material = Material(None, [], own, [], prior)
+def test_every_other_batch_is_of_the_prior(tmp_path: Path) -> None:
+    own, prior = (stored(tmp_path / str(value), [torch.full((32, 1, 1), value)]) for value in (1.0, 2.0))
+    material = Material(None, own, [], prior)
     batches = training_batches(material, LoraConfig(batch_size=3, prior=Path("prior"), prior_weight=0.5))
     seen = [batches(number, 0) for number in range(4)]
     assert [float(batch.latents[0, 0, 0, 0]) for batch in seen] == [1, 2, 1, 2]
@@ -472,7 +468,7 @@ def test_a_prior_is_trained_on(pictures: Path, tmp_path: Path) -> None:
     for name, more in (("without", []), ("with", ["--prior", str(tmp_path / "prior")])):
         assert lora(pictures, tmp_path / name, *more) == 0
     assert not same(tmp_path / "without" / "lora.safetensors", tmp_path / "with" / "lora.safetensors")
-    assert len([*(tmp_path / "with" / "states").iterdir()]) == 5
+    assert len(Shards(tmp_path / "with" / "states")) == 8  # a picture that is in both is encoded once
 
 
 # Sheets

@@ -1,0 +1,262 @@
+"""Latents and text states of pictures: computed once, kept in shards on the disk, and read from there batch by batch."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..config import DOWNSAMPLE, LATENT_CHANNELS
+from ..images import read_picture, to_tensor
+from ..networks.autoencoder import DCAutoencoder, encode_within_memory
+from ..text.prompt import INSTRUCTION
+from .captions import Caption, Choice
+from .digests import Digests
+from .flow import FlowBatch
+from .folder import claim
+from .loop import process_state
+from .order import Order
+from .pictures import Picture, TextEncoder, mask_path, read_weight
+from .shards import KEY_BYTES, Shards, write_shards
+
+EXAMPLES = 6
+DIGESTS = "digests.parquet"
+HOLDS = {"holds": "latents and text states of pictures"}  # what a folder of states is for
+Made = Iterator[tuple[bytes, Tensor]]  # keys with what they stand for
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Under which keys the states of a picture are kept. They change with everything that the states depend on."""
+
+    latent: bytes
+    texts: tuple[bytes, ...]  # of each caption
+    weight: bytes | None  # of its mask
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture to look at, with the size it is trained at, (height, width) px, and the text of its first caption, (tokens, C)."""
+
+    path: Path
+    size: tuple[int, int]
+    text: Tensor
+
+
+class PictureStates:
+    """The states of a folder of pictures, which stay on the disk. In memory are a few numbers of each picture.
+
+    null: text of the empty prompt, (300, C). choice: between several captions of a picture. processes: that train together.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        pictures: Sequence[Picture],
+        keys: Sequence[Keys],
+        null: Tensor,
+        choice: Choice,
+        processes: int = 1,
+    ) -> None:
+        self.shards, self.null, self.choice = shards, null, choice
+        self.latents = shards.find([each.latent for each in keys])
+        self.texts = shards.find([*chain.from_iterable(each.texts for each in keys)])
+        self.starts = np.cumsum([0, *(len(each.texts) for each in keys)])  # of the texts of each picture
+        captions = chain.from_iterable(picture.captions for picture in pictures)
+        self.scores = np.array([np.nan if caption.score is None else caption.score for caption in captions])
+        self.weights = None  # rows of weights; -1: a picture without a mask
+        if any(each.weight for each in keys):
+            self.weights = shards.find([each.weight or bytes(KEY_BYTES) for each in keys])
+        self.sizes, buckets = np.unique([picture.size for picture in pictures], axis=0, return_inverse=True)
+        self.bucket = buckets.ravel().astype(np.int16)  # of each picture, a row of sizes
+        self.order = Order([np.flatnonzero(self.bucket == i) for i in range(len(self.sizes))], processes)
+        self.examples = [Example(pictures[i].path, pictures[i].size, self.text(i, 0)) for i in spread(len(pictures))]
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def used(self) -> int:
+        """How many rows of the shards are of these pictures."""
+        rows = (self.latents, self.texts, () if self.weights is None else self.weights[self.weights >= 0])
+        return len(np.unique(np.concatenate(rows)))
+
+    def batch(self, step: int, process: int, *, size: int, seed: int = 0) -> FlowBatch:
+        """Pictures of one size, each with one of its captions; which ones, the step and the process tell, see `Order`.
+
+        Raises ValueError, with the file, where states are damaged.
+        """
+        chosen, turns = self.order.batch(step, process, size=size, seed=seed)
+        rng = np.random.default_rng([seed, step, process])
+        latents = torch.stack([self._cells(self.latents[i], i, LATENT_CHANNELS) for i in chosen])
+        texts = [self.text(i, self._caption(i, int(turn), rng)) for i, turn in zip(chosen, turns, strict=True)]
+        text, text_mask = pad_texts(texts)
+        weight = None if self.weights is None else torch.stack([self._weight(i) for i in chosen])
+        return FlowBatch(latents, text=text, text_mask=text_mask, weight=weight, seed=int(rng.integers(2**31)))
+
+    def text(self, picture: int, caption: int) -> Tensor:
+        """The text (tokens, C) of a caption of a picture, float32."""
+        return self.shards.read(self.texts[self.starts[picture] + caption], (None, self.null.shape[-1])).float()
+
+    def _caption(self, picture: int, turn: int, rng: np.random.Generator) -> int:
+        scores = self.scores[self.starts[picture] : self.starts[picture + 1]]
+        if len(scores) == 1:
+            return 0
+        captions = [Caption("", "", None if np.isnan(score) else float(score)) for score in scores]
+        return int(rng.choice(len(captions), p=self.choice.weights(captions, turn)))
+
+    def _weight(self, picture: int) -> Tensor:
+        row = self.weights[picture]
+        return read_weight(None, self._size(picture)) if row < 0 else self._cells(row, picture, 1)
+
+    def _size(self, picture: int) -> tuple[int, int]:
+        height, width = self.sizes[self.bucket[picture]].tolist()
+        return height, width
+
+    def _cells(self, row: int, picture: int, channels: int) -> Tensor:
+        """What a row holds of each cell of a picture, (channels, H, W) float32."""
+        return self.shards.read(row, (channels, *(side // DOWNSAMPLE for side in self._size(picture)))).float()
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The networks that make states. latents, texts: what tells them from others, by their weights, see `fingerprint`."""
+
+    autoencoder: DCAutoencoder
+    text_encoder: TextEncoder
+    latents: bytes
+    texts: bytes
+
+    @classmethod
+    def of(cls, autoencoder: DCAutoencoder, text_encoder: TextEncoder, texts: bytes) -> "Encoders":
+        """texts: what tells the weights of the text encoder from others."""
+        scale = repr(autoencoder.config.latent_scale).encode()
+        return cls(autoencoder, text_encoder, scale + fingerprint(autoencoder.encoder), INSTRUCTION.encode() + texts)
+
+    def keys(self, picture: Picture, digests: Digests) -> Keys:
+        """Raises OSError for a picture that is gone."""
+        mask = mask_path(picture)
+        return Keys(
+            _key("latent", digests.of(picture.path), picture.size, self.latents),
+            tuple(_key("text", caption.text, self.texts) for caption in picture.captions),
+            None if mask is None else _key("weight", digests.of(mask), picture.size),
+        )
+
+
+def fingerprint(network: nn.Module) -> bytes:
+    """The SHA-256 of all numbers of a network, as bfloat16 has them, with their names, whatever it computes in."""
+    found = sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        rounded = (tensor.bfloat16() if tensor.is_floating_point() else tensor).cpu().contiguous()
+        found.update(f"{name} {tuple(tensor.shape)}".encode())
+        found.update(memoryview(rounded.flatten().view(torch.uint8).numpy()))
+    return found.digest()
+
+
+def cached(
+    folder: Path, folders: Sequence[Sequence[Picture]], encoders: Encoders, choice: Choice
+) -> list[PictureStates]:
+    """The states of the pictures of each of several folders. Those that are missing are computed, and no others.
+
+    folder: where states are kept, of any pictures and any encoders. Of several processes each computes its part. Raises ValueError
+    for a broken picture before any is encoded, for a shard that is damaged, and for a folder in which another process computes
+    states, and OSError.
+    """
+    machine = process_state()
+    with claim(folder, HOLDS):
+        if machine.is_main_process:
+            digests = _digests(folder, chain.from_iterable(folders))
+        machine.wait_for_everyone()
+        if not machine.is_main_process:
+            digests = _digests(folder, ())
+        found = [(picture, encoders.keys(picture, digests)) for pictures in folders for picture in pictures]
+        write_states(folder, found, encoders, machine.process_index, machine.num_processes)
+        machine.wait_for_everyone()
+    shards = Shards(folder)
+    with torch.no_grad():
+        null = encoders.text_encoder([""], None)[0][0].float().cpu()
+    keys = iter([each for _, each in found])
+    return [
+        PictureStates(shards, pictures, [next(keys) for _ in pictures], null, choice, machine.num_processes)
+        for pictures in folders
+    ]
+
+
+def _digests(folder: Path, pictures: Iterable[Picture]) -> Digests:
+    """With those of the pictures and their masks, which are kept in the folder."""
+    digests = Digests(folder / DIGESTS)
+    for picture in pictures:
+        for path in (picture.path, mask_path(picture)):
+            if path is not None:
+                digests.of(path)
+    digests.save()
+    return digests
+
+
+@torch.no_grad()
+def write_states(
+    folder: Path, pictures: Sequence[tuple[Picture, Keys]], encoders: Encoders, process: int = 0, processes: int = 1
+) -> None:
+    """Latents as float16, text states as bfloat16 and weights as float32, as far as they are missing; one process' share of them.
+
+    Raises ValueError for a broken picture or mask before any is encoded, and OSError. What came before an error is kept.
+    """
+    shards = Shards(folder)
+    latents = {keys.latent: picture for picture, keys in pictures}
+    texts = {
+        key: caption.text
+        for picture, keys in pictures
+        for key, caption in zip(keys.texts, picture.captions, strict=True)
+    }
+    weights = {keys.weight: picture for picture, keys in pictures if keys.weight}
+    latents, texts, weights = (
+        {key: found[key] for key in _missing(shards, [*found])[process::processes]}
+        for found in (latents, texts, weights)
+    )
+    checked = {key: read_weight(mask_path(picture), picture.size) for key, picture in weights.items()}
+    for picture in tqdm(latents.values(), desc="checking pictures", disable=not latents):
+        read_picture(picture.path)
+
+    def made() -> Made:
+        yield from checked.items()
+        device = next(encoders.autoencoder.parameters()).device
+        for key, picture in tqdm(latents.items(), desc="encoding pictures", disable=not latents):
+            image = to_tensor(read_picture(picture.path), *picture.size).to(device)
+            latent = encode_within_memory(encoders.autoencoder, image)[0] * encoders.autoencoder.config.latent_scale
+            yield key, latent.half()
+        for key, text in tqdm(texts.items(), desc="encoding captions", disable=not texts):
+            yield key, encoded(encoders.text_encoder, text).bfloat16()
+
+    write_shards(folder, made())
+
+
+@torch.no_grad()
+def encoded(text_encoder: TextEncoder, prompt: str) -> Tensor:
+    """The text (tokens, C) of a prompt with NVIDIA's instruction, float32 on the CPU."""
+    text, text_mask = text_encoder([prompt], INSTRUCTION)
+    return text[0][text_mask[0]].float().cpu()
+
+
+def pad_texts(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Texts of several lengths, each (tokens, C), as (B, L, C) and a mask (B, L) bool."""
+    text = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
+    lengths = torch.tensor([[len(part)] for part in texts])
+    return text, torch.arange(text.shape[1]) < lengths
+
+
+def spread(count: int) -> range:
+    """Up to EXAMPLES places in a list of so many."""
+    return range(0, count, -(-count // EXAMPLES))
+
+
+def _missing(shards: Shards, keys: Sequence[bytes]) -> list[bytes]:
+    return [key for key, row in zip(keys, shards.find(keys), strict=True) if row < 0]
+
+
+def _key(*parts: object) -> bytes:
+    """What some state depends on, in as many bytes as a key has."""
+    return sha256(repr(parts).encode()).digest()[:KEY_BYTES]
