@@ -95,6 +95,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add_choice(tune)
     add_cache(tune)
+    tune.add_argument(
+        "--shard",
+        action="store_true",
+        help="with several processes: weights and optimizer in parts, one in each (FSDP), and no sheets",
+    )
     tune.set_defaults(run=run_finetune)
     add_lora(commands)
     cache = commands.add_parser(

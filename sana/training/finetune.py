@@ -30,6 +30,7 @@ class FinetuneConfig:
     sheet_every: int = 500  # steps from one sheet to the next, see `caption_sheet`; 0: none
     save_every: int = 500  # steps from one saved state to the next
     choice: Choice = TURN  # between the captions of a picture
+    shard: bool = False  # weights and optimizer in parts, one in each process; then there are no sheets
     cache: Path | None = None  # folder of states that several trainings share; None: in the work folder
 
     def __post_init__(self) -> None:
@@ -39,6 +40,10 @@ class FinetuneConfig:
         checked_rate(self.learning_rate, self.optimizer, USUAL_RATE)
         if self.sheet_every < 0:
             raise ValueError(f"sheet_every is {self.sheet_every}; it must be 0, for no sheets, or more")
+        if self.shard and self.optimizer != "adamw":
+            raise ValueError(
+                f"shard is possible with adamw alone, and optimizer is {self.optimizer}; leave one of them out"
+            )
 
 
 def finetune(
@@ -55,10 +60,17 @@ def finetune(
     """Train all of a transformer. model, autoencoder, text_encoder, variant: as for `SanaPipeline.load`.
 
     folder: receives the states of the pictures, the state of the training, sheets, and the result, a transformer in
-    diffusers layout, whose folder is returned. Stopped and started again, it goes on. Raises as `gathered` and `train` do.
+    diffusers layout, whose folder is returned. Stopped and started again, it goes on. Raises as `gathered` and `train` do, and
+    ValueError for shards in a single process.
     """
+    if config.shard and process_state().num_processes == 1:
+        raise ValueError(
+            "shard is for several processes, and this is one; start them by accelerate launch --num_processes, or leave it out"
+        )
     files = ModelFiles(model, autoencoder, text_encoder, variant)
-    with gathered(folder, data, files, choice=config.choice, cache=config.cache, every_weight=True) as material:
+    with gathered(
+        folder, data, files, choice=config.choice, cache=config.cache, every_weight=True, place=not config.shard
+    ) as material:
         pipeline, identity, states = material.pipeline, material.identity, material.states
         transformer = pipeline.transformer.train().requires_grad_(True)
         transformer.recompute = config.recompute
@@ -84,7 +96,8 @@ def finetune(
                 batches,
                 schedule,
                 folder,
-                sheet if config.sheet_every else None,
+                sheet if config.sheet_every and not config.shard else None,
+                sharded=objective.layers() if config.shard else None,
                 watch=watch,
             )
         if process_state().is_main_process:

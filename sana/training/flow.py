@@ -83,6 +83,19 @@ class FlowObjective(nn.Module):
         layers = (module for part in blocks for module in part.modules() if isinstance(module, nn.Linear))
         return [layer.weight for layer in layers if layer.weight.requires_grad]
 
+    def layers(self) -> list[str]:
+        """Paths of the layers that use their weights in one call each, for `shard`: what is in another one comes first.
+
+        Keys and values of the text are computed for all blocks before the first of them runs, so they are layers of their own.
+        """
+        found = []
+        for i, block in enumerate(self.transformer.transformer_blocks):
+            path = f"transformer.transformer_blocks.{i}"
+            texts = ((name, getattr(block.attn2, name)) for name in ("to_k", "to_v", "norm_k"))
+            found += [f"{path}.attn2.{name}" for name, layer in texts if any(True for _ in layer.parameters())]
+            found.append(path)
+        return found
+
     def noise_levels(self, count: int, layout_share: float, generator: torch.Generator, device: torch.device) -> Tensor:
         """Logit-normal noise levels (arXiv 2403.03206, section 3.1) on NVlabs' grid of thousandths, shifted: (count,)."""
         uniform = (1000 * torch.sigmoid(torch.randn(count, generator=generator, device=device))).floor() / 1000

@@ -8,7 +8,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,6 +26,7 @@ from tqdm import tqdm
 from ..networks.devices import computes_bfloat16
 from ..saving import replacing
 from .optimizers import OptimizerName, optimizers
+from .sharding import filled, own_part, shard, whole, without_numbers
 from .state import TrainingState
 
 PATIENCE = timedelta(hours=2)  # for the process that saves or draws; NCCL alone gives up after 10 minutes
@@ -118,11 +119,14 @@ def train(
     matrices: Iterable[nn.Parameter] = (),
     *,
     weights: nn.Module | None = None,
+    sharded: Sequence[str] | None = None,
     watch: Watch = QUIET,
 ) -> nn.Module:
     """Minimise `objective(batch)`, a scalar, and return the weights, averaged.
 
     weights: the part of the objective that is trained, averaged and saved, where the rest is frozen; None: all of it.
+    sharded: paths of layers in the objective, all of whose weights then lie in parts in the processes (see `shard`); None: each
+    process has all. The weights that are returned are whole in the main process alone, and no sheets can be drawn.
     matrices: two-dimensional weights for Muon to update (see `optimizers`). folder: receives `state.pt` and the one before
     (resumed from if they are there), `log.csv` (step, loss, images per second) and sheets as PNG. A finished run is not
     repeated, and the log says so. A batch needs a length, the number of its images. Raises ValueError for a state that
@@ -134,9 +138,15 @@ def train(
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if computes_bfloat16(device) else "no")
     trained = objective if weights is None else weights
     average = AveragedModel(trained, multi_avg_fn=partial(update_average, config.ema_decay), use_buffers=True)
-    average.to(accelerator.device)
+    if sharded is None:
+        average.to(accelerator.device)
+    else:
+        result = without_numbers(objective)
+        shard([objective, average.module], sharded, accelerator.device)
     plain = optimizers(objective, config.learning_rate, config.weight_decay, matrices, config.optimizer)
-    wrapped, *updates = accelerator.prepare(objective, *plain)
+    # Without gradients of its own to exchange, a sharded model is to accelerate as one that is only evaluated.
+    wrapped = accelerator.prepare_model(objective, evaluation_mode=sharded is not None)
+    updates = [accelerator.prepare_optimizer(update) for update in plain]
     state = TrainingState(folder / "state.pt", trained, average, plain)
     first = state.resume()
     if first >= config.steps and accelerator.is_main_process:
@@ -147,19 +157,22 @@ def train(
             for group in (group for update in updates for group in update.param_groups):
                 group["lr"] = config.learning_rate * config.rate(step)
             loss, images = accumulated(wrapped, batches, step, config.accumulate, accelerator)
-            norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.clip)
+            norm = whole(accelerator.clip_grad_norm_(wrapped.parameters(), config.clip))
             if not bool(torch.as_tensor(norm).isfinite()):
                 raise DivergedError(_tell_divergence(step + 1, config, state))
             for update in updates:
                 update.step()
                 update.zero_grad()
             average.update_parameters(trained)
+            loss = accelerator.reduce(loss, "mean")
             if accelerator.is_main_process:
                 meter.note(float(loss), images * accelerator.num_processes)
                 watch.step(meter.report(step + 1, config.steps))
             is_last = step + 1 == config.steps
             stops = _any(asked(), accelerator) and not is_last
 
+            saves = is_last or stops or (step + 1) % config.save_every == 0
+            content = state.content(step + 1, accelerator.is_main_process) if saves else None
             if accelerator.is_main_process:
                 # The state comes last: whenever the run is stopped, what the state has behind it has its sheet and its row.
                 if sheet is not None and ((step + 1) % config.sheet_every == 0 or is_last):
@@ -167,15 +180,17 @@ def train(
                     with replacing(folder / f"sheet-{step + 1:06d}.png") as unfinished:
                         picture.save(unfinished, format="PNG")
                     watch.sheet(step + 1, picture)
-                saves = is_last or stops or (step + 1) % config.save_every == 0
                 if saves or (step + 1) % (config.log_every or config.save_every) == 0:
                     meter.write(folder / "log.csv", step + 1)
                 if saves:
-                    state.save(step + 1)
+                    state.save(content)
             if stops:
                 accelerator.wait_for_everyone()
                 raise Stopped(step + 1, config.steps, average.module)
-    return average.module
+    if sharded is None:
+        return average.module
+    numbers = whole(average.module.state_dict(), accelerator.is_main_process)
+    return filled(result, numbers) if accelerator.is_main_process else average.module
 
 
 def accumulated(
@@ -234,7 +249,8 @@ def update_average(decay: float, average: list[Tensor], weights: list[Tensor], c
     The decay grows up to the one given (diffusers src/diffusers/training_utils.py, EMAModel), or a short run would end with
     an average that is mostly the weights of its start.
     """
-    get_ema_multi_avg_fn(min(decay, (1 + int(count)) / (10 + int(count))))(average, weights, count)
+    step = get_ema_multi_avg_fn(min(decay, (1 + int(count)) / (10 + int(count))))
+    step([*map(own_part, average)], [*map(own_part, weights)], count)
 
 
 class Meter:

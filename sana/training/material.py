@@ -101,6 +101,7 @@ def gathered(
     dtype: torch.dtype = torch.float32,
     choice: Choice = TURN,
     every_weight: bool = False,
+    place: bool = True,
     prompts: Sequence[str] = (),
     prior: Path | None = None,
     trigger: str = "",
@@ -110,10 +111,11 @@ def gathered(
     """Check and encode everything, once, and hold the work folder until the end.
 
     choice: between several captions of a picture. every_weight: whether all are trained, which quantised ones cannot be.
-    prompts: to draw, encoded like captions. prior: a second folder of pictures. trigger: words that some caption should have.
-    cache: where states are kept; None: in the work folder. run: what the work folder is for beside model and data. Raises
-    ValueError for Sprint, for pictures that cannot be read or have no caption, and for a folder of another model or other data,
-    and CheckpointError for parts that cannot be trained with, before any picture is encoded.
+    place: whether the transformer goes to the device, or stays on the CPU. prompts: to draw, encoded like captions. prior: a
+    second folder of pictures. trigger: words that some caption should have. cache: where states are kept; None: in the work
+    folder. run: what the work folder is for beside model and data. Raises ValueError for Sprint, for pictures that cannot be
+    read or have no caption, and for a folder of another model or other data, and CheckpointError for parts that cannot be
+    trained with, before any picture is encoded.
     """
     identity = _trainable(source.find(), every_weight)
     pictures = read_pictures(data, identity.base_size, choice, besides=folder)
@@ -123,7 +125,8 @@ def gathered(
     with claim(folder, {**source.told(), "data": str(data.resolve()), **(run or {})}):
         (states, *others), texts = _encode(cache or folder / "states", folders, choice, prompts, source, pipeline)
         del pictures, folders  # they grow with the data
-        pipeline.transformer.to(process_state().device)
+        if place:
+            pipeline.transformer.to(process_state().device)
         yield Material(pipeline, states, texts, others[0] if others else None)
 
 

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..saving import replacing
 from .optimizers import Form, memory_of
+from .sharding import part_like, whole
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,14 @@ class TrainingState:
     def previous(self) -> Path:
         return self.path.with_stem(f"{self.path.stem}.previous")
 
-    def save(self, step: int) -> None:
-        """Raises OSError, which names the last good state, if there is no room."""
+    def content(self, step: int, keep: bool = True) -> dict[str, object]:
+        """What `save` writes. keep: as for `whole`."""
         parts = {"objective": self.objective, "average": self.average}
         states = {name: part.state_dict() for name, part in parts.items()}
-        state = {"step": step, **states, "updates": [*map(_plain, self.updates)]}
+        return whole({"step": step, **states, "updates": [*map(_plain, self.updates)]}, keep)
+
+    def save(self, state: Mapping[str, object]) -> None:
+        """Raises OSError, which names the last good state, if there is no room."""
         try:
             with replacing(self.path) as unfinished:
                 _write_state(state, unfinished)
@@ -62,8 +66,8 @@ class TrainingState:
             raise ValueError(f"{newest} {error}; move it away, and the same command {self._way_on(*older)}") from error
 
     def _fill(self, saved: Mapping[str, object]) -> int:
-        self.objective.load_state_dict(saved["objective"])
-        self.average.load_state_dict(saved["average"])
+        for name, part in (("objective", self.objective), ("average", self.average)):
+            part.load_state_dict({key: part_like(saved[name][key], own) for key, own in part.state_dict().items()})
         for update, state in zip(self.updates, saved["updates"], strict=True):
             # Rates and the like are those of this run, and not of the file.
             known = memory_of(update).group
@@ -73,11 +77,12 @@ class TrainingState:
                     {**own, **{name: found[name] for name in known}}
                     for own, found in zip(groups, state["param_groups"], strict=True)
                 ]
-            update.load_state_dict({"state": state["state"], "param_groups": groups})
+            weights = [weight for group in update.param_groups for weight in group["params"]]
+            memories = {number: _part(memory, weights[number]) for number, memory in state["state"].items()}
+            update.load_state_dict({"state": memories, "param_groups": groups})
             for values in update.state.values():
-                if isinstance(
-                    values.get("step"), Tensor
-                ):  # AdamW counts on the CPU, and a file that is still mapped stays on the disk
+                # AdamW counts on the CPU, and a file that is still mapped stays on the disk
+                if isinstance(values.get("step"), Tensor):
                     values["step"] = values["step"].clone()
         return saved["step"]
 
@@ -110,6 +115,11 @@ class TrainingState:
             except ValueError:
                 continue
         return "begins anew"
+
+
+def _part(memory: Mapping[str, object], weight: Tensor) -> dict[str, object]:
+    """Of what an optimizer remembers of a weight, what this process needs."""
+    return {name: part_like(value, weight) if name != "step" else value for name, value in memory.items()}
 
 
 def _plain(update: torch.optim.Optimizer) -> dict[str, object]:
