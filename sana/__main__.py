@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .checkpoints.files import read_tensors
 from .checkpoints.inspection import describe_file
-from .checkpoints.lora import lora_files
+from .checkpoints.lora import lora_files, read_strength
 from .checkpoints.quantising import quantise
 from .checkpoints.transformer import find_transformer
 from .checkpoints.writing import convert
@@ -63,8 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_generate(options: argparse.Namespace) -> int:
+    if options.workers is not None:
+        return run_cluster(options)
+    if options.cluster or options.devices_per_worker or options.retry_failed:
+        raise ValueError("--cluster, --devices-per-worker and --retry-failed are of --workers; give that as well")
     options.device = checked_device(options.device)
-    out = options.out or UNNAMED
+    out = Path(options.out) if options.out else UNNAMED
     check_output(out)
     remove_leftovers(out.parent)
     jobs = read_jobs(options)
@@ -83,18 +87,7 @@ def run_generate(options: argparse.Namespace) -> int:
         print("Every picture exists already.")
         return 0
     paths = names(out, pictures > 1) if options.overwrite else free_names(out, pictures > 1)
-    pipeline = SanaPipeline.load(
-        options.model,
-        autoencoder=options.autoencoder,
-        text_encoder=options.text_encoder,
-        variant=options.variant,
-        dtype=getattr(torch, options.dtype) if options.dtype else None,
-        device=options.device,
-        compiled=options.compile,
-        loras=loras,
-        control=options.control,
-        offload=options.offload,
-    )
+    pipeline = SanaPipeline.load(**read_model(options), loras=loras)
     with tqdm(total=len(jobs) * pipeline.plan("", settings).step_count, unit="step") as bar:
 
         def show(plan: Plan, step: Step) -> None:
@@ -109,6 +102,49 @@ def run_generate(options: argparse.Namespace) -> int:
                 write_png(picture, path, {**plan.record(k), **files, **given})
                 bar.write(str(path))
     return 0
+
+
+def run_cluster(options: argparse.Namespace) -> int:
+    """A file of prompts on several workers."""
+    try:
+        from .cluster.command import generate
+        from .cluster.drawing import Run
+        from .cluster.engine import Workers
+    except ModuleNotFoundError as error:
+        if error.name not in ("ray", "pyarrow"):
+            raise
+        advice = 'run pip install ".[cluster]" in the folder of this project'
+        raise ValueError(f"--workers needs the package {error.name}; {advice}") from error
+    if options.prompts is None or options.out is None:
+        raise ValueError("--workers draws a file of prompts into a folder; give --prompts FILE and --out FOLDER")
+    if options.enhance:
+        raise ValueError("--workers draws prompts as they stand; write better ones to a file by `sana enhance` first")
+    if options.overwrite:
+        raise ValueError(
+            "--workers goes on in its folder and overwrites nothing; give another --out, or delete that one"
+        )
+    workers = Workers(options.workers, options.cluster, options.devices_per_worker)
+    options.device = options.device or ("cuda" if workers.devices else "cpu")
+    settings = read_settings(options)
+    check_control(settings, options.control is not None)
+    common_record(options, settings)  # refuses what no row could be drawn with
+    paths = {name: str(getattr(options, name)) for name in PICTURES if name in settings.changed}
+    run = Run(
+        out=options.out,
+        model=read_model(options),
+        lora=";".join(options.lora) or None,
+        settings={**settings.changed, **paths},
+        files=read_fingerprint(options, [read_strength(text) for text in options.lora]),
+    )
+    failed = generate(options.prompts, run, workers, batch_size=options.batch_size, retry=options.retry_failed)
+    return 1 if failed else 0
+
+
+def read_model(options: argparse.Namespace) -> dict[str, object]:
+    """The arguments of `SanaPipeline.load`, but for LoRAs."""
+    same = ("model", "autoencoder", "text_encoder", "variant", "device", "control", "offload")
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    return {**{name: getattr(options, name) for name in same}, "dtype": dtype, "compiled": options.compile}
 
 
 def plan_job(pipeline: SanaPipeline, job: Job, settings: Settings, enhanced: bool, bar: tqdm) -> Plan:
@@ -153,19 +189,6 @@ def read_asked(options: argparse.Namespace) -> list[str]:
     if (options.prompt is None) == (options.prompts is None):
         raise ValueError("give either a prompt or --prompts FILE")
     return read_prompts(options.prompts) if options.prompts else [options.prompt]
-
-
-def read_strength(text: str) -> tuple[Path, float]:
-    """A file and its strength, from FILE or FILE=STRENGTH. Raises ValueError for no file and a strength that is no number."""
-    name, sign, strength = text.rpartition("=")
-    if not sign or Path(text).exists():
-        name, strength = text, "1"
-    if not name:
-        raise ValueError(f"--lora is {text!r}, which names no file; give FILE or FILE=0.8")
-    try:
-        return Path(name), float(strength)
-    except ValueError as error:
-        raise ValueError(f"--lora is {text}, and {strength!r} is no strength; give FILE or FILE=0.8") from error
 
 
 def read_fingerprint(options: argparse.Namespace, loras: Sequence[tuple[Path, float]]) -> str:

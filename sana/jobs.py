@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import count, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from PIL import Image
@@ -121,7 +121,16 @@ def read_record(path: Path) -> Record | None:
     """What a picture was drawn with, from the beginning of its file; None for what is no picture of this package."""
     try:
         check_file(path)
-        with PngImageFile(path) as picture:  # not Image.open, which refuses our largest
+        with path.open("rb") as file:
+            return png_record(file)
+    except (OSError, ValueError):
+        return None
+
+
+def png_record(file: BinaryIO) -> Record | None:
+    """The record of a PNG; None for what is none of this package."""
+    try:
+        with PngImageFile(file) as picture:  # not Image.open, which refuses our largest
             found = parse_json(picture.info[CHUNK])
     except (OSError, SyntaxError, ValueError, LookupError, TypeError):
         return None
@@ -130,10 +139,15 @@ def read_record(path: Path) -> Record | None:
 
 def write_png(picture: Image.Image, path: Path, record: Record) -> None:
     """Write a picture with its record, as a whole or not at all."""
+    with replacing(path) as unfinished:
+        save_png(picture, unfinished, record)
+
+
+def save_png(picture: Image.Image, file: Path | BinaryIO, record: Record) -> None:
+    """A picture with its record."""
     text = PngInfo()
     text.add_text(CHUNK, json.dumps(record, ensure_ascii=False))
-    with replacing(path) as unfinished:
-        picture.save(unfinished, format="PNG", pnginfo=text)
+    picture.save(file, format="PNG", pnginfo=text)
 
 
 def fingerprint(models: Mapping[str, Path], files: Iterable[Path]) -> str:

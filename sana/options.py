@@ -62,7 +62,12 @@ def version() -> str:
 def add_generate(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("prompt", nargs="?", help="what to draw")
-    add("--prompts", type=Path, metavar="FILE", help="draw every line of a text file instead")
+    add(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="draw every line of a text file instead; with --workers also the rows of a .csv, .jsonl or .parquet",
+    )
     add(
         "--enhance",
         action="store_true",
@@ -70,9 +75,18 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     )
     add(
         "--out",
-        type=Path,
-        help="PNG to write; several pictures get a number (default: sana.png, with a number if that exists)",
+        help="PNG to write; several pictures get a number (default: sana.png, with a number if that exists). "
+        "With --workers a folder, or an address such as s3://bucket/folder",
     )
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="draw --prompts in N processes of Ray, on this machine unless --cluster",
+    )
+    add("--cluster", metavar="ADDRESS", help="of a Ray cluster to draw on; auto: the one of this machine")
+    add("--devices-per-worker", type=float, default=0, metavar="D", help="GPUs of each worker, or a share (default: 0)")
+    add("--retry-failed", action="store_true", help="with --workers: try rows again that could not be drawn")
     existing = command.add_mutually_exclusive_group()
     existing.add_argument(
         "--resume",

@@ -71,6 +71,8 @@ class SanaPipeline:
         self.offloader = offloader or Offloader(CPU, "never")
         self._counted: WeakKeyDictionary[Plan, dict[str, Need]] = WeakKeyDictionary()
         self.velocity = compiled_velocity(transformer) if compiled else transformer.velocity
+        self.texts_kept = 0  # encoded prompts that are kept, the last ones, for who draws the same again; 1.4 MB each
+        self._texts: dict[object, Inputs] = {}
 
     @classmethod
     def load(
@@ -273,8 +275,14 @@ class SanaPipeline:
         yield from steps(denoise_there if self.offloader.is_active else denoise, x, plan.sigmas)
 
     def _encode_texts(self, plan: Plan) -> Inputs:
-        self._bring(plan, "encoding the prompt")
-        return Inputs(*encode_texts(self.text_encoder, plan))
+        key = plan.texts, plan.instruction, plan.negative
+        if key not in self._texts:
+            self._bring(plan, "encoding the prompt")
+            self._texts[key] = Inputs(*encode_texts(self.text_encoder, plan))
+        found = self._texts[key]
+        for old in list(self._texts)[: len(self._texts) - self.texts_kept]:
+            del self._texts[old]
+        return found
 
     def _encode_pictures(self, plan: Plan, inputs: Inputs) -> Inputs:
         """The inputs of a plan with what is missing of its pictures."""

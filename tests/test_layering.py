@@ -19,7 +19,9 @@ SANA = sorted((ROOT / "sana").rglob("*.py"))
 NODES = sorted((ROOT / "nodes").rglob("*.py"))
 BENCH = sorted((ROOT / "bench").rglob("*.py"))
 HOST = sorted((ROOT / "nodes" / "host").rglob("*.py"))
-PROGRAMS = {ROOT / "sana" / "training", ROOT / "sana" / "demo"}  # beside the library, which does not know them
+PROGRAMS = {
+    ROOT / "sana" / name for name in ("training", "demo", "cluster")
+}  # beside the library, which does not know them
 LIBRARY = [path for path in SANA if not PROGRAMS & {*path.parents}]
 
 HOST_PUBLIC = {"comfy_api", "folder_paths"}
@@ -36,6 +38,7 @@ ROOMS = {
     "config": set(),
     "reading": set(),
     "saving": set(),
+    "work_folder": {"reading", "saving"},
     "interruption": set(),
     "images": {"reading"},
     "networks": {"config"},
@@ -64,8 +67,24 @@ ROOMS = {
         "inputs",
         "loading",
     },
+    "cluster": {
+        "config",
+        "images",
+        "reading",
+        "saving",
+        "work_folder",
+        "networks",
+        "text",
+        "sampling",
+        "checkpoints",
+        "plan",
+        "jobs",
+        "loading",
+        "pipeline",
+    },
     "training": {
         "config",
+        "work_folder",
         "images",
         "reading",
         "saving",

@@ -189,6 +189,19 @@ def read_lora(path: Path | str, *, sprint: bool | None = None) -> Lora:
     return Lora(file.path.name, file.tensors, read_settings(file.metadata, inside), sprint)
 
 
+def read_strength(text: str) -> tuple[Path, float]:
+    """A file and its strength, from FILE or FILE=STRENGTH. Raises ValueError for no file and a strength that is no number."""
+    name, sign, strength = text.rpartition("=")
+    if not sign or Path(text).exists():
+        name, strength = text, "1"
+    if not name:
+        raise ValueError(f"--lora is {text!r}, which names no file; give FILE or FILE=0.8")
+    try:
+        return Path(name), float(strength)
+    except ValueError as error:
+        raise ValueError(f"--lora is {text}, and {strength!r} is no strength; give FILE or FILE=0.8") from error
+
+
 def lora_files(path: Path | str) -> list[Path]:
     """The files that decide what a LoRA does: its own, or all of a folder, and the settings beside it.
 

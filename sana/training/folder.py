@@ -1,6 +1,5 @@
 """The work folder of a training: which training it is of, that no other works in it meanwhile, and what is computed once."""
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -9,14 +8,8 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..reading import parse_json, read_bytes
-from ..saving import lock, remove_leftovers, write_json
+from ..work_folder import claim_folder
 from .loop import process_state
-
-NOTE, LOCK = "run.json", "training.lock"
-LONGEST_NOTE = 2**16  # bytes; paths are far shorter
-
-log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -30,7 +23,7 @@ def claim(folder: Path, run: Mapping[str, str]) -> Iterator[None]:
         refusal: list[str | None] = [None]
         if process_state().is_main_process:
             try:
-                _enter(folder, run, held)
+                held.enter_context(claim_folder(folder, run, "training"))
             except (ValueError, OSError) as error:
                 refusal = [str(error)]
         broadcast_object_list(refusal)  # the others would wait for a main process that has given up
@@ -58,38 +51,3 @@ def read_computed(path: Path, shapes: Mapping[str, tuple[int | None, ...]]) -> d
 
 def _fits(tensor: Tensor, shape: tuple[int | None, ...]) -> bool:
     return len(shape) == tensor.ndim and all(b in (None, a) for a, b in zip(tensor.shape, shape, strict=True))
-
-
-def _enter(folder: Path, run: Mapping[str, str], held: ExitStack) -> None:
-    """Does what `claim` says, in the main process; `held` holds the folder."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; give another --out, a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    file = held.enter_context((folder / LOCK).open("wb"))
-    try:
-        if not lock(file):
-            raise ValueError(f"another training is at work in {folder}; wait until it ends, or give another --out")
-    except OSError:
-        log.warning("%s is on a disk without locks; do not start a second training in it.", folder)
-    remove_leftovers(folder, everywhere=True)
-    note = folder / NOTE
-    if not note.exists():
-        write_json(note, run)
-    known = _read_note(note)
-    if known != run:
-        told = ", ".join(f"{name} {value}" for name, value in known.items())
-        raise ValueError(f"{folder} holds another training ({told}); give another --out")
-
-
-def _read_note(note: Path) -> dict[str, str]:
-    try:
-        content = read_bytes(note, LONGEST_NOTE)
-        known = parse_json(content) if len(content) <= LONGEST_NOTE else None
-    except (ValueError, OSError):
-        known = None
-    if not isinstance(known, dict) or not all(isinstance(value, str) for value in known.values()):
-        raise ValueError(
-            f"{note} does not tell what {note.parent} is for; if it is for this training, move that file away and "
-            "give the same command again, or else give another --out"
-        )
-    return known

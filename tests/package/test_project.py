@@ -40,7 +40,8 @@ def test_dependencies_are_of_the_form_that_the_picture_command_compares(project:
 def test_extras_agree_on_versions(project: dict[str, Any]) -> None:
     extras = project["optional-dependencies"]
     beside_a_host = {"gguf", "quantize"}  # installed into an environment that is not ours to pin
-    assert {*extras} == {"demo", "training", "optimizers", "captions", "bench", "test", "test-host", *beside_a_host}
+    pinned = {"demo", "training", "optimizers", "captions", "cluster", "bench", "test", "test-host"}
+    assert {*extras} == {*pinned, *beside_a_host}
     assert all(">=" in requirement for name in beside_a_host for requirement in extras[name])
     pins = {requirement for name, extra in extras.items() if name not in beside_a_host for requirement in extra}
     assert len(pins) == len({pin.split("==")[0] for pin in pins})

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from sana import saving
-from sana.training.folder import LONGEST_NOTE, claim, read_computed
+from sana.training.folder import claim, read_computed
+from sana.work_folder import LONGEST_NOTE
 from tests.sana.mishaps import kill_while, killed_later, write_half
 
 RUN = {"data": "pictures", "model": "demo"}

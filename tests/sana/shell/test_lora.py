@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sana.__main__ import read_strength
+from sana.checkpoints.lora import read_strength
 from tests.sana.shell.commands import Outcome, Shell, pixels, record
 
 ALL_THERE = Outcome(0, "Every picture exists already.\n", "")

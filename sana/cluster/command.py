@@ -1,0 +1,120 @@
+"""`sana generate --workers`: a file of prompts on many devices, into a folder that tells what is done."""
+
+import logging
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+
+from tqdm import tqdm
+
+from ..work_folder import claim_folder
+from .drawing import FOLDER_SIZE, Run
+from .engine import Workers, connected, draw_rows
+from .manifest import Manifest
+from .places import Folder, Place, open_place
+from .rows import Row, read_rows
+
+log = logging.getLogger(__name__)
+
+
+def generate(prompts: Path, run: Run, workers: Workers, *, batch_size: int = 1, retry: bool = False) -> int:
+    """Draw each row of a file that is not done; how many could not be drawn. Ctrl-C ends it after what is in flight.
+
+    batch_size: pictures of each row, with seeds one after the other. retry: rows that could not be drawn are tried again.
+    Raises ValueError for an output of another run, and as `read_rows`, `connected` and `draw_rows` do.
+    """
+    next(read_rows(prompts))  # refuses a file before anything is started
+    place = open_place(run.out)
+    with _claimed(place, run):
+        manifest = Manifest(place, retry=retry)
+        rows = expanded(read_rows(prompts, _warn), batch_size, int(run.settings.get("seed", 0)))
+        missing = (row for row in distinct(rows) if not manifest.has(row.number, row.key()))
+        failed = 0
+        with connected(workers), _interruptible() as stopped, tqdm(initial=manifest.count, unit="picture") as bar:
+            Thread(target=_count, args=(prompts, batch_size, bar), daemon=True).start()
+            try:
+                drawn: Counter[str] = Counter()
+                for entries in draw_rows(missing, run, workers, stopped=stopped):
+                    for entry in entries:
+                        manifest.add(entry)
+                        drawn[entry.worker or "none"] += 1
+                        if entry.error is not None:
+                            failed += 1
+                            bar.write(f"row {entry.row}: {entry.error}", file=sys.stderr)
+                    bar.update(len(entries))
+                    bar.set_postfix_str(", ".join(f"{name} {count}" for name, count in sorted(drawn.items())))
+            finally:
+                manifest.flush()
+            if stopped():
+                raise KeyboardInterrupt
+        return failed
+
+
+def expanded(rows: Iterator[Row], batch_size: int, seed: int) -> Iterator[Row]:
+    """Several pictures of each row. seed: of the first, where a row tells none."""
+    for row in rows:
+        first = int(row.settings.get("seed", seed))
+        for k in range(batch_size):
+            name = f"{row.name}-{k + 1}" if row.name and batch_size > 1 else row.name
+            settings = {**row.settings, "seed": first + k}
+            yield replace(row, number=row.number * batch_size + k, name=name, settings=settings)
+
+
+def distinct(rows: Iterator[Row]) -> Iterator[Row]:
+    """A row has a fault if another of the same folder has its name."""
+    names: dict[str, int] = {}
+    for row in rows:
+        if row.number % FOLDER_SIZE == 0:
+            names = {}
+        if row.name is not None and row.fault is None:
+            first = names.setdefault(row.name.casefold(), row.number)
+            if first != row.number:
+                row = replace(row, fault=f"its name {row.name} is that of row {first}; give another")
+        yield row
+
+
+def _claimed(place: Place, run: Run) -> AbstractContextManager[None]:
+    """A folder is for one run, in one process at a time. An address knows no locks."""
+    return claim_folder(place.root, _note(run), "drawing") if isinstance(place, Folder) else nullcontext()
+
+
+def _note(run: Run) -> Mapping[str, str]:
+    return {
+        "files": run.files,
+        "lora": run.lora or "",
+        **{name: str(value) for name, value in sorted(run.settings.items())},
+    }
+
+
+def _warn(column: str) -> None:
+    log.warning("The column %r is not known and does not count.", column)
+
+
+def _count(prompts: Path, batch_size: int, bar: tqdm) -> None:
+    """Tell a bar how many pictures there will be, while the first ones are drawn already."""
+    with suppress(ValueError, OSError):  # of which the one who draws tells
+        bar.total = batch_size * sum(1 for _ in read_rows(prompts))
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Gives a function that says whether Ctrl-C was pressed. Pressed again, it interrupts at once."""
+    pressed = False
+
+    def note(number: int, frame: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+        log.warning("Stopping after the pictures in flight; Ctrl-C again stops at once.")
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,147 @@
+"""What a worker does: rows to pictures. It knows nothing of other workers."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+
+from ..checkpoints.lora import read_strength
+from ..images import read_picture
+from ..jobs import Record, png_record, save_png
+from ..pipeline import SanaPipeline
+from ..plan import Plan, Settings
+from .manifest import Entry, as_json
+from .places import open_place
+from .rows import Row
+
+FOLDER_SIZE = 1000  # pictures at most
+TEXTS_KEPT = 16
+PICTURES = ("image", "mask", "control_image")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all rows share."""
+
+    out: str  # folder or address
+    model: Mapping[str, object]  # arguments of `SanaPipeline.load`
+    lora: str | None = None  # as in a row
+    settings: Mapping[str, object] = field(default_factory=dict)  # as in a row
+    files: str = ""  # a fingerprint of all files that are read
+
+
+class Drawer:
+    """One model on one device. name: of the worker. Raises what `SanaPipeline.load` does."""
+
+    def __init__(self, run: Run, name: str) -> None:
+        self.run = run
+        self.name = name
+        self.place = open_place(run.out)
+        self._lora: str | None = None
+        self._pipeline: SanaPipeline | None = None
+        self.pipeline(run.lora)
+
+    def pipeline(self, lora: str | None) -> SanaPipeline:
+        """With these LoRAs; the last one is kept."""
+        if self._pipeline is None or lora != self._lora:
+            self._pipeline = None  # before there is another
+            loras = [read_strength(text) for text in (lora or "").split(";") if text]
+            self._pipeline, self._lora = SanaPipeline.load(**self.run.model, loras=loras), lora
+            self._pipeline.texts_kept = TEXTS_KEPT
+        return self._pipeline
+
+    def draw(self, rows: Sequence[Row]) -> Iterator[Entry]:
+        """The entries of rows, as far as possible in order; a picture that exists already is not drawn again."""
+        for lora, together in _grouped(rows, self.run.lora):
+            try:
+                pipeline = self.pipeline(lora)
+            except (ValueError, OSError, RuntimeError) as error:
+                yield from (self._fault(row, error) for row in together)
+                continue
+            waiting: dict[Plan, Row] = {}
+            for row in together:
+                try:
+                    if row.fault is not None:
+                        raise ValueError(row.fault)
+                    plan = pipeline.plan(row.prompt, self._settings(row))
+                except (ValueError, OSError, RuntimeError) as error:
+                    yield self._fault(row, error)
+                    continue
+                if (found := self._existing(row, plan)) is not None:
+                    yield found
+                else:
+                    waiting[plan] = row
+            yield from self._draw(pipeline, waiting)
+
+    def _draw(self, pipeline: SanaPipeline, waiting: Mapping[Plan, Row]) -> Iterator[Entry]:
+        """One row after the other, so that none has to do with the numbers of another."""
+        for plan, row in waiting.items():
+            start = time.perf_counter()
+            try:
+                ((_, (picture,)),) = pipeline.draw([plan])
+                buffer = BytesIO()
+                save_png(picture, buffer, self._record(row, plan))
+                content = buffer.getvalue()
+                self.place.write(file_name(row), content)
+            except (ValueError, OSError, RuntimeError) as error:
+                yield self._fault(row, error)
+                continue
+            yield self._entry(row, plan, content, time.perf_counter() - start)
+
+    def _existing(self, row: Row, plan: Plan) -> Entry | None:
+        if not self.place.exists(file_name(row)):
+            return None
+        content = self.place.read(file_name(row))
+        return (
+            self._entry(row, plan, content, None) if png_record(BytesIO(content)) == self._record(row, plan) else None
+        )
+
+    def _settings(self, row: Row) -> Settings:
+        given = {**self.run.settings, **row.settings}
+        given.update((name, read_picture(Path(str(given[name])))) for name in PICTURES if name in given)
+        return Settings(**given)
+
+    def _record(self, row: Row, plan: Plan) -> Record:
+        given = {**self.run.settings, **row.settings, "lora": row.lora or self.run.lora}
+        read = {name: given[name] for name in (*PICTURES, "lora") if given.get(name)}
+        return {**plan.record(), **read, "files": self.run.files}
+
+    def _entry(self, row: Row, plan: Plan, content: bytes, seconds: float | None) -> Entry:
+        return Entry(
+            row=row.number,
+            key=row.key(),
+            name=row.name,
+            prompt=row.prompt,
+            seed=plan.seeds[0],
+            settings=as_json(self._record(row, plan)),
+            file=file_name(row),
+            sha256=sha256(content).hexdigest(),
+            seconds=seconds,
+            worker=self.name,
+        )
+
+    def _fault(self, row: Row, error: Exception) -> Entry:
+        return fault(row, str(error) or type(error).__name__, self.name)
+
+
+def fault(row: Row, error: str, worker: str | None = None) -> Entry:
+    """Of a row that cannot be drawn."""
+    first = error.strip().split("\n")[0]
+    return Entry(
+        row.number, row.key(), row.name, row.prompt, settings=as_json(row.settings), worker=worker, error=first
+    )
+
+
+def file_name(row: Row) -> str:
+    """pictures/000012/000012345.png, or of the row's own name; at most FOLDER_SIZE in a folder."""
+    return f"pictures/{row.number // FOLDER_SIZE:06d}/{row.name or f'{row.number:09d}'}.png"
+
+
+def _grouped(rows: Sequence[Row], common: str | None) -> Iterator[tuple[str | None, list[Row]]]:
+    """By their LoRAs."""
+    groups: dict[str | None, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.lora or common, []).append(row)
+    yield from groups.items()

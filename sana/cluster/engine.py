@@ -1,0 +1,290 @@
+"""Rows to workers on Ray, and their entries back: nothing is lost when a worker ends, and nothing waits for one."""
+
+import logging
+import os
+import socket
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from .drawing import Drawer, Run, fault
+from .manifest import Entry
+from .rows import Row
+
+AHEAD = 64  # rows a worker, among which those that go together are looked for
+ROWS = 4  # of a batch
+IN_FLIGHT = 2  # batches of a worker, so that it need not wait for the next
+SLOW = 120.0  # seconds after which it is told that no worker has started
+MOST_ENDS = 3  # of workers at one row, after which it counts as the cause
+PATIENCE = 10.0  # seconds for a cluster to answer
+
+LOGS = "/tmp/ray/session_latest/logs"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many, and what each has. cluster: address of a Ray cluster; None: this machine alone."""
+
+    count: int
+    cluster: str | None = None
+    devices: float = 0  # GPUs of each; 0: it computes on its share of the cores
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that cannot be."""
+        if self.count < 1:
+            raise ValueError(f"--workers is {self.count}; at least 1 is needed")
+        if not 0 <= self.devices < 1e6 or (self.devices > 1 and self.devices != int(self.devices)):
+            raise ValueError(
+                f"--devices-per-worker is {self.devices:g}; it must be 0 for none, a share such as 0.5, or a whole number"
+            )
+
+
+def _check_answer(address: str) -> None:
+    """Raises OSError where nobody listens, for which Ray would wait for minutes."""
+    host, sign, port = address.rpartition(":")
+    if sign and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=PATIENCE).close()
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """Of what Ray starts on this machine. Its own way to set it, a runtime_env, fails where a path has a space."""
+    package = str(Path(__file__).parents[2])  # which a worker imports too
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(part for part in (package, path) if part)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would tell its makers
+    try:
+        yield
+    finally:
+        if path is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = path
+
+
+@contextmanager
+def connected(workers: Workers) -> Iterator[None]:
+    """Start Ray on this machine, or join a cluster. Raises ValueError where there is none, or one of another version."""
+    options = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if workers.cluster:
+            _check_answer(workers.cluster)
+            ray.init(address=workers.cluster, **options)
+        else:
+            with _environment():
+                ray.init(address="local", include_dashboard=False, **options)
+    except (RayError, RuntimeError, ConnectionError, ValueError, TimeoutError, OSError) as error:
+        where = f"the Ray cluster at {workers.cluster}" if workers.cluster else "Ray on this machine"
+        raise ValueError(f"{where} does not answer ({_first_line(error)}); start it by `ray start --head`") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def draw_rows(
+    rows: Iterable[Row],
+    run: Run,
+    workers: Workers,
+    *,
+    drawer: type = Drawer,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Iterator[list[Entry]]:
+    """The entries of all rows, in the order in which they come. Ray is to be connected.
+
+    A batch whose worker ends is given to others; the worker starts again where there is room for it. drawer: what draws, made
+    as a `Drawer` is. stopped: asked between batches; once it says so, only what is in flight is waited for.
+    Raises ValueError if no worker can load the model, or has the GPUs that it needs.
+    """
+    pool = [_Worker(f"worker-{k + 1}", options, drawer, run) for k, options in enumerate(_shares(workers))]
+    queue = _Queue(rows, AHEAD * workers.count)
+    ends: Counter[int] = Counter()  # by row, of workers that ended at it
+    start: float | None = time.monotonic()  # None: a worker has started, or it has been told that none does
+    while True:
+        for worker in () if stopped() else pool * IN_FLIGHT:
+            if worker.is_free and (batch := queue.next()):
+                worker.draw(batch)
+        drawing = {ref: worker for worker in pool for ref in worker.batches}
+        if not drawing and (stopped() or queue.is_empty()):
+            return
+        loading = {worker.loading: worker for worker in pool if worker.loading is not None}
+        done, _ = ray.wait([*drawing, *loading], num_returns=1, timeout=1.0)
+        if start is not None and (drawing or time.monotonic() - start > SLOW):
+            if not drawing:
+                log.warning("No worker has started in %.0f s; Ray's logs in %s may say why.", SLOW, LOGS)
+            start = None
+        for ref in done:
+            if ref in loading:
+                reason = loading[ref].loaded()
+                if reason is not None:
+                    pool.remove(loading[ref])
+                    log.warning("%s cannot start (%s).", loading[ref].name, reason)
+                    if not pool:
+                        raise ValueError(f"no worker can start: {reason}")
+                continue
+            worker = drawing[ref]
+            entries, lost = worker.collect(ref)
+            yield entries
+            if lost:
+                log.warning("%s ended; its rows are given to others.", worker.name)
+                suspect, *others = lost
+                queue.give_back(others)
+                if len(suspect) > 1:
+                    queue.give_back([row] for row in suspect)
+                    continue
+                ends.update(row.number for row in suspect)
+                if ends[suspect[0].number] < MOST_ENDS:
+                    queue.give_back([suspect])
+                else:
+                    message = f"{MOST_ENDS} workers ended while they drew it; try it alone, in less memory"
+                    yield [fault(suspect[0], message, worker.name)]
+
+
+class _Worker:
+    """An actor and what it has to do."""
+
+    def __init__(self, name: str, options: Mapping[str, object], drawer: type, run: Run) -> None:
+        self.name = name
+        self.make = partial(ray.remote(_Actor).options(**options).remote, drawer, run, name)
+        self.batches: dict[ray.ObjectRef, list[Row]] = {}  # the oldest first
+        self.loading: ray.ObjectRef | None = None  # None: it has loaded
+        self.failures = 0  # to load, one after the other
+        self.start()
+
+    def start(self) -> None:
+        """A process of its own, anew after it has ended: where and when there is room for it."""
+        self.actor = self.make()
+        self.loading = self.actor.load.remote()
+
+    @property
+    def is_free(self) -> bool:
+        return self.loading is None and len(self.batches) < IN_FLIGHT
+
+    def draw(self, batch: list[Row]) -> None:
+        self.batches[self.actor.draw.remote(batch)] = batch
+
+    def loaded(self) -> str | None:
+        """To be called once `loading` is done. Why the worker is of no use; None: it is, or starts again."""
+        try:
+            ray.get(self.loading)
+        except RayTaskError as error:
+            return _first_line(error.cause)
+        except RayError as error:
+            self.failures += 1
+            if self.failures == MOST_ENDS:
+                return _first_line(error)
+            self.start()
+            return None
+        self.loading, self.failures = None, 0
+        return None
+
+    def collect(self, ref: ray.ObjectRef) -> tuple[list[Entry], list[list[Row]]]:
+        """What a batch that is done has given; or if the worker has ended, of all its batches, and those that are lost.
+
+        The first that is lost was being drawn.
+        """
+        try:
+            return self._entries(ref, self.batches[ref]), []
+        except RayError:
+            found, lost = [], []
+            for each, batch in list(self.batches.items()):
+                try:
+                    found += self._entries(each, batch)
+                except RayError:
+                    lost.append(self.batches.pop(each))
+            self.start()
+            return found, lost
+
+    def _entries(self, ref: ray.ObjectRef, batch: list[Row]) -> list[Entry]:
+        """Raises RayError if the worker has ended before it."""
+        try:
+            entries = ray.get(ref)
+        except RayTaskError as error:  # no row should come to this
+            reason = f"{type(error.cause).__name__}: {_first_line(error.cause)}"
+            entries = [fault(row, reason, self.name) for row in batch]
+        del self.batches[ref]
+        return entries
+
+
+class _Actor:
+    """What Ray runs in a process of its own."""
+
+    def __init__(self, drawer: type, run: Run, name: str) -> None:
+        self.make = partial(drawer, run, name)
+        self.drawer: Drawer | None = None
+
+    def load(self) -> None:
+        """Answers once the model is loaded."""
+        self.drawer = self.drawer or self.make()
+
+    def draw(self, rows: list[Row]) -> list[Entry]:
+        self.load()
+        return list(self.drawer.draw(rows))
+
+
+def _shares(workers: Workers) -> list[dict[str, object]]:
+    """What each worker has of the machines. Raises ValueError where there are not enough GPUs for one."""
+    found = ray.cluster_resources()
+    cores, gpus = found.get("CPU", 1), found.get("GPU", 0)
+    if workers.devices > gpus:
+        raise ValueError(
+            f"--devices-per-worker is {workers.devices:g}, and Ray knows {gpus:g} GPUs; give 0 to draw on processors"
+        )
+    share = cores / workers.count
+    share = 1 if workers.devices else int(share) if share >= 1 else share
+    return [{"num_cpus": share, "num_gpus": workers.devices}] * workers.count
+
+
+class _Queue:
+    """Batches of rows of one size and LoRA, found among the next rows."""
+
+    def __init__(self, rows: Iterable[Row], ahead: int) -> None:
+        self.rows = iter(rows)
+        self.ahead = ahead
+        self.groups: dict[object, deque[Row]] = {}
+        self.count = 0
+        self.returned: deque[list[Row]] = deque()
+
+    def next(self) -> list[Row]:
+        """The next batch: the oldest row with others like it. Empty at the end."""
+        if self.returned:
+            return self.returned.popleft()
+        for row in islice(self.rows, self.ahead - self.count):
+            self.groups.setdefault(_group(row), deque()).append(row)
+            self.count += 1
+        if not self.groups:
+            return []
+        oldest = min(self.groups, key=lambda group: self.groups[group][0].number)
+        group = self.groups[oldest]
+        batch = [group.popleft() for _ in range(min(ROWS, len(group)))]
+        if not group:
+            del self.groups[oldest]
+        self.count -= len(batch)
+        return batch
+
+    def give_back(self, batches: Iterable[list[Row]]) -> None:
+        self.returned.extend(batches)
+
+    def is_empty(self) -> bool:
+        batch = self.next()
+        if batch:
+            self.returned.appendleft(batch)
+        return not batch
+
+
+def _group(row: Row) -> object:
+    return row.lora, row.settings.get("height"), row.settings.get("width"), row.settings.get("steps")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

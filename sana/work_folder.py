@@ -1,0 +1,55 @@
+"""A folder for one piece of work: which it is, and that one process at a time is at it."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from .reading import parse_json, read_bytes
+from .saving import lock, remove_leftovers, write_json
+
+NOTE = "run.json"
+LONGEST_NOTE = 2**16  # bytes; paths are far shorter
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def claim_folder(folder: Path, run: Mapping[str, str], work: str) -> Iterator[None]:
+    """Make a folder, note what it is for, remove what killed processes have left in it, and hold it until the end.
+
+    run: what must be the same whenever the work goes on. work: what it is called, such as "training". Raises ValueError if the
+    folder is for something else, if another process holds it, or if it is no folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give another --out, a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{work}.lock").open("wb") as file:
+        try:
+            if not lock(file):
+                raise ValueError(f"another {work} is at work in {folder}; wait until it ends, or give another --out")
+        except OSError:
+            log.warning("%s is on a disk without locks; do not start a second %s in it.", folder, work)
+        remove_leftovers(folder, everywhere=True)
+        note = folder / NOTE
+        if not note.exists():
+            write_json(note, run)
+        known = _read_note(note, work)
+        if known != run:
+            told = ", ".join(f"{name} {value}" for name, value in known.items())
+            raise ValueError(f"{folder} holds another {work} ({told}); give another --out")
+        yield
+
+
+def _read_note(note: Path, work: str) -> dict[str, str]:
+    try:
+        content = read_bytes(note, LONGEST_NOTE)
+        known = parse_json(content) if len(content) <= LONGEST_NOTE else None
+    except (ValueError, OSError):
+        known = None
+    if not isinstance(known, dict) or not all(isinstance(value, str) for value in known.values()):
+        raise ValueError(
+            f"{note} does not tell what {note.parent} is for; if it is for this {work}, move that file away and "
+            "give the same command again, or else give another --out"
+        )
+    return known

@@ -1,0 +1,30 @@
+"""What draws in the place of a model where only the way of rows counts."""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+
+from sana.cluster.drawing import Run, fault
+from sana.cluster.manifest import Entry
+from sana.cluster.rows import Row
+
+
+class Stamp:
+    """Does what its prompts say: "end" ends the process, "raise" raises, and a number of seconds is waited for."""
+
+    def __init__(self, run: Run, name: str) -> None:
+        self.name = name
+        if run.model.get("broken") in (name, "all"):
+            raise ValueError(f"{name} has no model; copy it there")
+
+    def draw(self, rows: Sequence[Row]) -> Iterator[Entry]:
+        for row in rows:
+            if row.prompt == "end":
+                os._exit(1)
+            if row.prompt == "raise":
+                raise LookupError("as it was told\nand more")
+            if row.fault is not None:
+                yield fault(row, row.fault, self.name)
+                continue
+            time.sleep(float(row.prompt))
+            yield Entry(row.number, row.key(), prompt=row.prompt, settings=str(os.getpid()), worker=self.name)

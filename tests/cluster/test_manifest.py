@@ -1,0 +1,80 @@
+"""Which rows are done, as a run keeps it from one start to the next."""
+
+from pathlib import Path
+
+import fsspec
+import pytest
+from pyarrow import parquet
+
+from sana.cluster import manifest as module
+from sana.cluster.manifest import FOLDER, Entry, Manifest
+from sana.cluster.places import Folder, Place, open_place
+
+
+@pytest.fixture(params=["folder", "memory"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    fsspec.filesystem("memory").store.clear()
+    return Folder(tmp_path) if request.param == "folder" else open_place("memory://bucket/run")
+
+
+def test_entries_are_found_again(place: Place) -> None:
+    first = Manifest(place)
+    entries = [
+        Entry(3, 30, "x", "a cat", 2**62, '{"steps": 2}', "f.png", "00", 1.5, "w"),
+        Entry(0, 7, error="it is broken"),
+    ]
+    for entry in entries:
+        first.add(entry)
+    assert place.names(FOLDER) == [] and first.count == 2
+    first.flush()
+    first.flush()
+    assert place.names(FOLDER) == ["part-000000.parquet"]
+    second = Manifest(place)
+    assert second.count == 2 and [Entry(**found) for found in second.entries()] == entries
+    assert second.has(3, 30) and not second.has(3, 31)
+    assert second.has(0, 7) and not second.has(1, 7) and not second.has(4, 0)
+    second.add(Entry(1, 5))
+    second.flush()
+    assert place.names(FOLDER) == ["part-000000.parquet", "part-000001.parquet"] and Manifest(place).count == 3
+
+
+def test_a_part_is_written_when_it_is_large_or_old(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROWS", 2)
+    found = Manifest(place)
+    found.add(Entry(0, 1))
+    assert place.names(FOLDER) == []
+    found.add(Entry(1, 1))
+    assert place.names(FOLDER) == ["part-000000.parquet"]
+    monkeypatch.setattr(module, "SECONDS", 0.0)
+    found.add(Entry(2, 1))
+    assert len(place.names(FOLDER)) == 2
+
+
+def test_rows_that_failed_are_forgotten_to_be_tried_again(place: Place) -> None:
+    first = Manifest(place)
+    for entry in (Entry(0, 1, file="a.png"), Entry(1, 1, error="it is broken")):
+        first.add(entry)
+    first.flush()
+    assert Manifest(place).has(1, 1)
+    second = Manifest(place, retry=True)
+    assert second.has(0, 1) and not second.has(1, 1) and second.count == 1
+    assert [entry["row"] for entry in Manifest(place).entries()] == [0]
+
+
+def test_a_damaged_part_is_named(tmp_path: Path) -> None:
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / "part-000000.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="manifest/part-000000.parquet is damaged .*delete it"):
+        Manifest(Folder(tmp_path))
+
+
+def test_it_is_plain_parquet(tmp_path: Path) -> None:
+    found = Manifest(Folder(tmp_path))
+    found.add(Entry(0, 1, prompt="a cat", file="a.png"))
+    found.flush()
+    assert parquet.read_table(tmp_path / FOLDER)["prompt"].to_pylist() == ["a cat"]
+
+
+def test_addresses_that_nobody_knows() -> None:
+    with pytest.raises(ValueError, match="nowhere://x cannot be opened .*give a folder"):
+        open_place("nowhere://x")
