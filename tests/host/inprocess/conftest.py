@@ -35,7 +35,7 @@ if SECOND:  # exact, to be compared
 
 from tests.host.inprocess.small import Small, load_small  # noqa: E402 - it imports the host
 
-collect_ignore = [] if SECOND else ["test_second_device.py"]
+collect_ignore = [] if SECOND else ["test_multigpu.py", "test_second_device.py"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
