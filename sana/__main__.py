@@ -65,8 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_generate(options: argparse.Namespace) -> int:
     if options.workers is not None:
         return run_cluster(options)
-    if options.cluster or options.devices_per_worker or options.retry_failed:
-        raise ValueError("--cluster, --devices-per-worker and --retry-failed are of --workers; give that as well")
+    if options.cluster or options.devices_per_worker or options.retry_failed or options.format != "png":
+        options_of = "--cluster, --devices-per-worker, --format and --retry-failed"
+        raise ValueError(f"{options_of} are of --workers; give that as well")
     options.device = checked_device(options.device)
     out = Path(options.out) if options.out else UNNAMED
     check_output(out)
@@ -135,6 +136,7 @@ def run_cluster(options: argparse.Namespace) -> int:
         lora=";".join(options.lora) or None,
         settings={**settings.changed, **paths},
         files=read_fingerprint(options, [read_strength(text) for text in options.lora]),
+        form=options.format,
     )
     failed = generate(options.prompts, run, workers, batch_size=options.batch_size, retry=options.retry_failed)
     return 1 if failed else 0

@@ -86,6 +86,12 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     )
     add("--cluster", metavar="ADDRESS", help="of a Ray cluster to draw on; auto: the one of this machine")
     add("--devices-per-worker", type=float, default=0, metavar="D", help="GPUs of each worker, or a share (default: 0)")
+    add(
+        "--format",
+        choices=("png", "webdataset"),
+        default="png",
+        help="with --workers: each picture a file, or tars of 250 pictures with their prompts (default: %(default)s)",
+    )
     add("--retry-failed", action="store_true", help="with --workers: try rows again that could not be drawn")
     existing = command.add_mutually_exclusive_group()
     existing.add_argument(

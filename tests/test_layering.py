@@ -68,6 +68,7 @@ ROOMS = {
         "loading",
     },
     "cluster": {
+        "interruption",
         "config",
         "images",
         "reading",

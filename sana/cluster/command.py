@@ -1,29 +1,31 @@
 """`sana generate --workers`: a file of prompts on many devices, into a folder that tells what is done."""
 
 import logging
-import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from threading import Thread
 
 from tqdm import tqdm
 
+from ..interruption import postponed
 from ..work_folder import claim_folder
-from .drawing import FOLDER_SIZE, Run
+from .drawing import Run
 from .engine import Workers, connected, draw_rows
 from .manifest import Manifest
 from .places import Folder, Place, open_place
 from .rows import Row, read_rows
+from .stores import FOLDER_SIZE
 
 log = logging.getLogger(__name__)
 
 
 def generate(prompts: Path, run: Run, workers: Workers, *, batch_size: int = 1, retry: bool = False) -> int:
-    """Draw each row of a file that is not done; how many could not be drawn. Ctrl-C ends it after what is in flight.
+    """Draw each row of a file that is not done; how many cannot be drawn. Ctrl-C ends it after what is in flight.
 
     batch_size: pictures of each row, with seeds one after the other. retry: rows that could not be drawn are tried again.
     Raises ValueError for an output of another run, and as `read_rows`, `connected` and `draw_rows` do.
@@ -34,25 +36,34 @@ def generate(prompts: Path, run: Run, workers: Workers, *, batch_size: int = 1, 
         manifest = Manifest(place, retry=retry)
         rows = expanded(read_rows(prompts, _warn), batch_size, int(run.settings.get("seed", 0)))
         missing = (row for row in distinct(rows) if not manifest.has(row.number, row.key()))
-        failed = 0
-        with connected(workers), _interruptible() as stopped, tqdm(initial=manifest.count, unit="picture") as bar:
+        first = next(missing, None)
+        if first is None:
+            log.warning("Nothing is left to draw.")
+            return _failed(manifest)
+        with connected(workers), postponed() as stopped, tqdm(initial=manifest.count, unit="picture") as bar:
             Thread(target=_count, args=(prompts, batch_size, bar), daemon=True).start()
             try:
                 drawn: Counter[str] = Counter()
-                for entries in draw_rows(missing, run, workers, stopped=stopped):
+                for entries in draw_rows(chain([first], missing), run, workers, stopped=lambda: _told(stopped(), bar)):
                     for entry in entries:
                         manifest.add(entry)
                         drawn[entry.worker or "none"] += 1
                         if entry.error is not None:
-                            failed += 1
                             bar.write(f"row {entry.row}: {entry.error}", file=sys.stderr)
-                    bar.update(len(entries))
+                    bar.update(manifest.count - bar.n)
                     bar.set_postfix_str(", ".join(f"{name} {count}" for name, count in sorted(drawn.items())))
             finally:
                 manifest.flush()
             if stopped():
                 raise KeyboardInterrupt
-        return failed
+        return _failed(manifest)
+
+
+def _failed(manifest: Manifest) -> int:
+    if manifest.failed:
+        count = len(manifest.failed)
+        log.warning("Could not be drawn, as manifest/ tells: %d; --retry-failed tries them again.", count)
+    return len(manifest.failed)
 
 
 def expanded(rows: Iterator[Row], batch_size: int, seed: int) -> Iterator[Row]:
@@ -78,6 +89,13 @@ def distinct(rows: Iterator[Row]) -> Iterator[Row]:
         yield row
 
 
+def _told(stopped: bool, bar: tqdm) -> bool:
+    """Whether Ctrl-C was pressed, which is said in the place of what is drawn."""
+    if stopped:
+        bar.set_description("Stopping after the pictures in flight; Ctrl-C again stops at once")
+    return stopped
+
+
 def _claimed(place: Place, run: Run) -> AbstractContextManager[None]:
     """A folder is for one run, in one process at a time. An address knows no locks."""
     return claim_folder(place.root, _note(run), "drawing") if isinstance(place, Folder) else nullcontext()
@@ -87,6 +105,7 @@ def _note(run: Run) -> Mapping[str, str]:
     return {
         "files": run.files,
         "lora": run.lora or "",
+        "format": run.form,
         **{name: str(value) for name, value in sorted(run.settings.items())},
     }
 
@@ -99,22 +118,3 @@ def _count(prompts: Path, batch_size: int, bar: tqdm) -> None:
     """Tell a bar how many pictures there will be, while the first ones are drawn already."""
     with suppress(ValueError, OSError):  # of which the one who draws tells
         bar.total = batch_size * sum(1 for _ in read_rows(prompts))
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether Ctrl-C was pressed. Pressed again, it interrupts at once."""
-    pressed = False
-
-    def note(number: int, frame: object) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-        log.warning("Stopping after the pictures in flight; Ctrl-C again stops at once.")
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)

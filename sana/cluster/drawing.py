@@ -13,10 +13,11 @@ from ..jobs import Record, png_record, save_png
 from ..pipeline import SanaPipeline
 from ..plan import Plan, Settings
 from .manifest import Entry, as_json
-from .places import open_place
+from .places import PlaceError, open_place
 from .rows import Row
+from .stores import Batch, Files, Shards
 
-FOLDER_SIZE = 1000  # pictures at most
+STORES = {"png": Files, "webdataset": Shards}  # by --format
 TEXTS_KEPT = 16
 PICTURES = ("image", "mask", "control_image")
 
@@ -30,6 +31,7 @@ class Run:
     lora: str | None = None  # as in a row
     settings: Mapping[str, object] = field(default_factory=dict)  # as in a row
     files: str = ""  # a fingerprint of all files that are read
+    form: str = "png"  # of STORES
 
 
 class Drawer:
@@ -38,7 +40,7 @@ class Drawer:
     def __init__(self, run: Run, name: str) -> None:
         self.run = run
         self.name = name
-        self.place = open_place(run.out)
+        self.store = STORES[run.form](open_place(run.out))
         self._lora: str | None = None
         self._pipeline: SanaPipeline | None = None
         self.pipeline(run.lora)
@@ -52,50 +54,55 @@ class Drawer:
             self._pipeline.texts_kept = TEXTS_KEPT
         return self._pipeline
 
-    def draw(self, rows: Sequence[Row]) -> Iterator[Entry]:
-        """The entries of rows, as far as possible in order; a picture that exists already is not drawn again."""
-        for lora, together in _grouped(rows, self.run.lora):
-            try:
-                pipeline = self.pipeline(lora)
-            except (ValueError, OSError, RuntimeError) as error:
-                yield from (self._fault(row, error) for row in together)
-                continue
-            waiting: dict[Plan, Row] = {}
-            for row in together:
+    def draw(self, rows: Sequence[Row], *, alone: bool = False) -> Iterator[Entry]:
+        """The entries of rows, as far as possible in order; a picture that exists already is not drawn again.
+
+        alone: it is one row, at which workers have ended. The pictures are sure to be there when all entries are.
+        Raises PlaceError if the output cannot be read or written.
+        """
+        with self.store.batch(rows, alone=alone) as batch:
+            for lora, together in _grouped(rows, self.run.lora):
                 try:
-                    if row.fault is not None:
-                        raise ValueError(row.fault)
-                    plan = pipeline.plan(row.prompt, self._settings(row))
+                    pipeline = self.pipeline(lora)
                 except (ValueError, OSError, RuntimeError) as error:
-                    yield self._fault(row, error)
+                    yield from (self._fault(row, error) for row in together)
                     continue
-                if (found := self._existing(row, plan)) is not None:
-                    yield found
-                else:
-                    waiting[plan] = row
-            yield from self._draw(pipeline, waiting)
+                for row in together:
+                    try:
+                        entry = self._draw(pipeline, row, batch)
+                    except PlaceError:
+                        raise
+                    except (ValueError, OSError, RuntimeError) as error:
+                        entry = self._fault(row, error)
+                    yield entry
 
-    def _draw(self, pipeline: SanaPipeline, waiting: Mapping[Plan, Row]) -> Iterator[Entry]:
-        """One row after the other, so that none has to do with the numbers of another."""
-        for plan, row in waiting.items():
+    def _draw(self, pipeline: SanaPipeline, row: Row, batch: Batch) -> Entry:
+        """By itself, so that its numbers have nothing to do with those of other rows."""
+        if row.fault is not None:
+            raise ValueError(row.fault)
+        plan = pipeline.plan(row.prompt, self._settings(row))
+        record = self._record(row, plan)
+        content = batch.get(row)
+        seconds = None
+        if content is None or png_record(BytesIO(content)) != record:
             start = time.perf_counter()
-            try:
-                ((_, (picture,)),) = pipeline.draw([plan])
-                buffer = BytesIO()
-                save_png(picture, buffer, self._record(row, plan))
-                content = buffer.getvalue()
-                self.place.write(file_name(row), content)
-            except (ValueError, OSError, RuntimeError) as error:
-                yield self._fault(row, error)
-                continue
-            yield self._entry(row, plan, content, time.perf_counter() - start)
-
-    def _existing(self, row: Row, plan: Plan) -> Entry | None:
-        if not self.place.exists(file_name(row)):
-            return None
-        content = self.place.read(file_name(row))
-        return (
-            self._entry(row, plan, content, None) if png_record(BytesIO(content)) == self._record(row, plan) else None
+            ((_, (picture,)),) = pipeline.draw([plan])
+            buffer = BytesIO()
+            save_png(picture, buffer, record)
+            content = buffer.getvalue()
+            batch.put(row, content, record)
+            seconds = time.perf_counter() - start
+        return Entry(
+            row=row.number,
+            key=row.key(),
+            name=row.name,
+            prompt=row.prompt,
+            seed=plan.seeds[0],
+            settings=as_json(record),
+            file=batch.file(row),
+            sha256=sha256(content).hexdigest(),
+            seconds=seconds,
+            worker=self.name,
         )
 
     def _settings(self, row: Row) -> Settings:
@@ -108,20 +115,6 @@ class Drawer:
         read = {name: given[name] for name in (*PICTURES, "lora") if given.get(name)}
         return {**plan.record(), **read, "files": self.run.files}
 
-    def _entry(self, row: Row, plan: Plan, content: bytes, seconds: float | None) -> Entry:
-        return Entry(
-            row=row.number,
-            key=row.key(),
-            name=row.name,
-            prompt=row.prompt,
-            seed=plan.seeds[0],
-            settings=as_json(self._record(row, plan)),
-            file=file_name(row),
-            sha256=sha256(content).hexdigest(),
-            seconds=seconds,
-            worker=self.name,
-        )
-
     def _fault(self, row: Row, error: Exception) -> Entry:
         return fault(row, str(error) or type(error).__name__, self.name)
 
@@ -132,11 +125,6 @@ def fault(row: Row, error: str, worker: str | None = None) -> Entry:
     return Entry(
         row.number, row.key(), row.name, row.prompt, settings=as_json(row.settings), worker=worker, error=first
     )
-
-
-def file_name(row: Row) -> str:
-    """pictures/000012/000012345.png, or of the row's own name; at most FOLDER_SIZE in a folder."""
-    return f"pictures/{row.number // FOLDER_SIZE:06d}/{row.name or f'{row.number:09d}'}.png"
 
 
 def _grouped(rows: Sequence[Row], common: str | None) -> Iterator[tuple[str | None, list[Row]]]:

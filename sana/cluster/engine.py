@@ -11,19 +11,23 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import ray
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.exceptions import RayError, RayTaskError
 
 from .drawing import Drawer, Run, fault
 from .manifest import Entry
+from .places import PlaceError
 from .rows import Row
+from .stores import SHARD_SIZE
 
 AHEAD = 64  # rows a worker, among which those that go together are looked for
-ROWS = 4  # of a batch
+ROWS = 4  # of a batch, unless it is a shard
 IN_FLIGHT = 2  # batches of a worker, so that it need not wait for the next
 SLOW = 120.0  # seconds after which it is told that no worker has started
-MOST_ENDS = 3  # of workers at one row, after which it counts as the cause
+MOST_ENDS = 3  # of workers at one row, after which it counts as the cause; or failures of one worker
 PATIENCE = 10.0  # seconds for a cluster to answer
 
 LOGS = "/tmp/ray/session_latest/logs"
@@ -63,6 +67,7 @@ def _environment() -> Iterator[None]:
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(part for part in (package, path) if part)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would tell its makers
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of what nobody waits for any more
     try:
         yield
     finally:
@@ -76,15 +81,20 @@ def _environment() -> Iterator[None]:
 def connected(workers: Workers) -> Iterator[None]:
     """Start Ray on this machine, or join a cluster. Raises ValueError where there is none, or one of another version."""
     options = {"log_to_driver": False, "logging_level": logging.ERROR}
+    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         if workers.cluster:
             _check_answer(workers.cluster)
+            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as `ray start` does
             ray.init(address=workers.cluster, **options)
         else:
             with _environment():
                 ray.init(address="local", include_dashboard=False, **options)
     except (RayError, RuntimeError, ConnectionError, ValueError, TimeoutError, OSError) as error:
         where = f"the Ray cluster at {workers.cluster}" if workers.cluster else "Ray on this machine"
+        if "Version mismatch" in str(error):
+            versions = " ".join(str(error).split())
+            raise ValueError(f"{where} is of another version ({versions}); install the same on all machines") from error
         raise ValueError(f"{where} does not answer ({_first_line(error)}); start it by `ray start --head`") from error
     try:
         yield
@@ -107,7 +117,14 @@ def draw_rows(
     Raises ValueError if no worker can load the model, or has the GPUs that it needs.
     """
     pool = [_Worker(f"worker-{k + 1}", options, drawer, run) for k, options in enumerate(_shares(workers))]
-    queue = _Queue(rows, AHEAD * workers.count)
+    try:
+        yield from _draw(pool, _Queue(rows, workers.count, shards=run.form == "webdataset"), stopped)
+    finally:
+        for worker in pool:
+            worker.end()
+
+
+def _draw(pool: "list[_Worker]", queue: "_Queue", stopped: Callable[[], bool]) -> Iterator[list[Entry]]:
     ends: Counter[int] = Counter()  # by row, of workers that ended at it
     start: float | None = time.monotonic()  # None: a worker has started, or it has been told that none does
     while True:
@@ -124,30 +141,45 @@ def draw_rows(
                 log.warning("No worker has started in %.0f s; Ray's logs in %s may say why.", SLOW, LOGS)
             start = None
         for ref in done:
-            if ref in loading:
-                reason = loading[ref].loaded()
-                if reason is not None:
-                    pool.remove(loading[ref])
-                    log.warning("%s cannot start (%s).", loading[ref].name, reason)
-                    if not pool:
-                        raise ValueError(f"no worker can start: {reason}")
-                continue
-            worker = drawing[ref]
-            entries, lost = worker.collect(ref)
+            worker = (loading | drawing)[ref]
+            try:
+                if ref in loading:
+                    worker.check_loaded()
+                    continue
+                entries, lost = worker.collect(ref)
+            except _UselessError as error:
+                pool.remove(worker)
+                worker.end()
+                queue.give_back(worker.batches.values())
+                log.warning("%s is of no use (%s); its rows are given to others.", worker.name, str(error))
+                if not pool:
+                    raise ValueError(f"no worker can draw: {error}") from error
+                break  # what it has in flight is not waited for
             yield entries
             if lost:
                 log.warning("%s ended; its rows are given to others.", worker.name)
                 suspect, *others = lost
                 queue.give_back(others)
-                if len(suspect) > 1:
-                    queue.give_back([row] for row in suspect)
-                    continue
-                ends.update(row.number for row in suspect)
-                if ends[suspect[0].number] < MOST_ENDS:
+                ends.update(row.number for row in suspect.rows)
+                number = max(ends[row.number] for row in suspect.rows)
+                if len(suspect.rows) > 1 and number > 1:
+                    queue.give_back(Batch([row], alone=True) for row in suspect.rows)
+                elif len(suspect.rows) > 1 or number < MOST_ENDS:
                     queue.give_back([suspect])
                 else:
                     message = f"{MOST_ENDS} workers ended while they drew it; try it alone, in less memory"
-                    yield [fault(suspect[0], message, worker.name)]
+                    yield [fault(suspect.rows[0], message, worker.name)]
+
+
+class Batch(NamedTuple):
+    """Rows for one worker. alone: it is one row, at which workers have ended, out of a batch."""
+
+    rows: list[Row]
+    alone: bool = False
+
+
+class _UselessError(Exception):
+    """A worker cannot do anything, in a sentence."""
 
 
 class _Worker:
@@ -156,9 +188,9 @@ class _Worker:
     def __init__(self, name: str, options: Mapping[str, object], drawer: type, run: Run) -> None:
         self.name = name
         self.make = partial(ray.remote(_Actor).options(**options).remote, drawer, run, name)
-        self.batches: dict[ray.ObjectRef, list[Row]] = {}  # the oldest first
+        self.batches: dict[ray.ObjectRef, Batch] = {}  # the oldest first
         self.loading: ray.ObjectRef | None = None  # None: it has loaded
-        self.failures = 0  # to load, one after the other
+        self.failures = 0  # to load or to write, one after the other
         self.start()
 
     def start(self) -> None:
@@ -166,54 +198,69 @@ class _Worker:
         self.actor = self.make()
         self.loading = self.actor.load.remote()
 
+    def end(self) -> None:
+        ray.kill(self.actor)
+
     @property
     def is_free(self) -> bool:
         return self.loading is None and len(self.batches) < IN_FLIGHT
 
-    def draw(self, batch: list[Row]) -> None:
+    def draw(self, batch: Batch) -> None:
         self.batches[self.actor.draw.remote(batch)] = batch
 
-    def loaded(self) -> str | None:
-        """To be called once `loading` is done. Why the worker is of no use; None: it is, or starts again."""
+    def check_loaded(self) -> None:
+        """To be called once `loading` is done; if the process has ended, it starts again. Raises _UselessError."""
         try:
             ray.get(self.loading)
         except RayTaskError as error:
-            return _first_line(error.cause)
+            raise _UselessError(_first_line(error.cause)) from error
         except RayError as error:
-            self.failures += 1
-            if self.failures == MOST_ENDS:
-                return _first_line(error)
+            self._fail(error)
             self.start()
-            return None
-        self.loading, self.failures = None, 0
-        return None
+        else:
+            self.loading, self.failures = None, 0
 
-    def collect(self, ref: ray.ObjectRef) -> tuple[list[Entry], list[list[Row]]]:
-        """What a batch that is done has given; or if the worker has ended, of all its batches, and those that are lost.
+    def collect(self, ref: ray.ObjectRef) -> tuple[list[Entry], list[Batch]]:
+        """What a batch that is done has given; or if the process has ended, of all its batches, and those that are lost.
 
-        The first that is lost was being drawn.
+        The first that is lost was being drawn. Raises _UselessError if the output can repeatedly not be written.
         """
         try:
-            return self._entries(ref, self.batches[ref]), []
+            return self._entries(ref), []
+        except PlaceError as error:
+            self._fail(error)
+            self.draw(self.batches.pop(ref))
+            return [], []
         except RayError:
             found, lost = [], []
-            for each, batch in list(self.batches.items()):
+            for each in list(self.batches):
                 try:
-                    found += self._entries(each, batch)
-                except RayError:
+                    found += self._entries(each)
+                except (RayError, PlaceError):
                     lost.append(self.batches.pop(each))
             self.start()
             return found, lost
 
-    def _entries(self, ref: ray.ObjectRef, batch: list[Row]) -> list[Entry]:
-        """Raises RayError if the worker has ended before it."""
+    def _entries(self, ref: ray.ObjectRef) -> list[Entry]:
+        """Raises RayError if the process has ended before it, and PlaceError as `Drawer.draw` does."""
         try:
             entries = ray.get(ref)
-        except RayTaskError as error:  # no row should come to this
-            reason = f"{type(error.cause).__name__}: {_first_line(error.cause)}"
-            entries = [fault(row, reason, self.name) for row in batch]
+            self.failures = 0
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, PlaceError):
+                raise cause from error
+            reason = (
+                _first_line(cause) if isinstance(cause, ValueError) else f"{type(cause).__name__}: {_first_line(cause)}"
+            )
+            entries = [fault(row, reason, self.name) for row in self.batches[ref].rows]
         del self.batches[ref]
         return entries
+
+    def _fail(self, error: Exception) -> None:
+        self.failures += 1
+        if self.failures == MOST_ENDS:
+            raise _UselessError(_first_line(error)) from error
 
 
 class _Actor:
@@ -227,9 +274,9 @@ class _Actor:
         """Answers once the model is loaded."""
         self.drawer = self.drawer or self.make()
 
-    def draw(self, rows: list[Row]) -> list[Entry]:
+    def draw(self, batch: Batch) -> list[Entry]:
         self.load()
-        return list(self.drawer.draw(rows))
+        return list(self.drawer.draw(batch.rows, alone=batch.alone))
 
 
 def _shares(workers: Workers) -> list[dict[str, object]]:
@@ -246,33 +293,37 @@ def _shares(workers: Workers) -> list[dict[str, object]]:
 
 
 class _Queue:
-    """Batches of rows of one size and LoRA, found among the next rows."""
+    """Batches of rows of one size and LoRA, found among the next rows; or of one shard.
 
-    def __init__(self, rows: Iterable[Row], ahead: int) -> None:
+    count: of workers. Shards: enough is read ahead that the oldest has all its rows.
+    """
+
+    def __init__(self, rows: Iterable[Row], count: int, *, shards: bool = False) -> None:
         self.rows = iter(rows)
-        self.ahead = ahead
+        self.size, self.ahead = (SHARD_SIZE, SHARD_SIZE) if shards else (ROWS, AHEAD * count)
+        self.key = (lambda row: row.number // SHARD_SIZE) if shards else _group
         self.groups: dict[object, deque[Row]] = {}
-        self.count = 0
-        self.returned: deque[list[Row]] = deque()
+        self.count = 0  # rows in the groups
+        self.returned: deque[Batch] = deque()
 
-    def next(self) -> list[Row]:
-        """The next batch: the oldest row with others like it. Empty at the end."""
+    def next(self) -> Batch | None:
+        """The next batch: the oldest row with others like it. None at the end."""
         if self.returned:
             return self.returned.popleft()
         for row in islice(self.rows, self.ahead - self.count):
-            self.groups.setdefault(_group(row), deque()).append(row)
+            self.groups.setdefault(self.key(row), deque()).append(row)
             self.count += 1
         if not self.groups:
-            return []
+            return None
         oldest = min(self.groups, key=lambda group: self.groups[group][0].number)
         group = self.groups[oldest]
-        batch = [group.popleft() for _ in range(min(ROWS, len(group)))]
+        rows = [group.popleft() for _ in range(min(self.size, len(group)))]
         if not group:
             del self.groups[oldest]
-        self.count -= len(batch)
-        return batch
+        self.count -= len(rows)
+        return Batch(rows)
 
-    def give_back(self, batches: Iterable[list[Row]]) -> None:
+    def give_back(self, batches: Iterable[Batch]) -> None:
         self.returned.extend(batches)
 
     def is_empty(self) -> bool:

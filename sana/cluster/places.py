@@ -1,22 +1,30 @@
 """Where pictures go: a folder, or an address that fsspec knows, such as s3://bucket/pictures."""
 
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from ..saving import remove_leftovers, replacing
 
 
+class PlaceError(OSError):
+    """The output cannot be read or written from here: no fault of a row."""
+
+
 class Place(Protocol):
-    """Names are relative, with / between their parts. All but `exists` raise OSError."""
+    """Names are relative, with / between their parts. All raise PlaceError."""
 
     def exists(self, name: str) -> bool: ...
 
     def read(self, name: str) -> bytes: ...
 
-    def write(self, name: str, content: bytes) -> None:
-        """A file appears as a whole or not at all."""
+    def open(self, name: str) -> AbstractContextManager[BinaryIO]:
+        """To read some of a file."""
 
-    def remove(self, name: str) -> None: ...
+    def write(self, name: str, content: bytes | Path) -> None:
+        """A file, from memory or from another one, appears as a whole or not at all."""
 
     def names(self, folder: str) -> list[str]:
         """Of the files in a folder, in order; none if it does not exist."""
@@ -47,48 +55,72 @@ class Folder:
         return (self.root / name).is_file()
 
     def read(self, name: str) -> bytes:
-        return (self.root / name).read_bytes()
+        with place_errors(OSError):
+            return (self.root / name).read_bytes()
 
-    def write(self, name: str, content: bytes) -> None:
+    def open(self, name: str) -> BinaryIO:
+        with place_errors(OSError):
+            return (self.root / name).open("rb")
+
+    def write(self, name: str, content: bytes | Path) -> None:
         path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as unfinished:
-            unfinished.write_bytes(content)
-
-    def remove(self, name: str) -> None:
-        (self.root / name).unlink()
+        with place_errors(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as unfinished:
+                if isinstance(content, bytes):
+                    unfinished.write_bytes(content)
+                else:
+                    shutil.copyfile(content, unfinished)
 
     def names(self, folder: str) -> list[str]:
-        if not (self.root / folder).is_dir():
-            return []
-        remove_leftovers(self.root / folder)
-        return sorted(path.name for path in (self.root / folder).iterdir() if path.is_file())
+        with place_errors(OSError):
+            if not (self.root / folder).is_dir():
+                return []
+            remove_leftovers(self.root / folder)
+            return sorted(path.name for path in (self.root / folder).iterdir() if path.is_file())
 
 
 class Remote:
-    """Of fsspec. Object stores show a file when all of it is there."""
+    """Of fsspec, whose systems raise errors of many kinds. Object stores show a file when all of it is there."""
 
     def __init__(self, system: Any, root: str) -> None:
         self.system, self.root = system, root.rstrip("/")
 
     def exists(self, name: str) -> bool:
-        return self.system.isfile(f"{self.root}/{name}")
+        with place_errors(Exception):
+            return self.system.isfile(f"{self.root}/{name}")
 
     def read(self, name: str) -> bytes:
-        return self.system.cat_file(f"{self.root}/{name}")
+        with place_errors(Exception):
+            return self.system.cat_file(f"{self.root}/{name}")
 
-    def write(self, name: str, content: bytes) -> None:
+    def open(self, name: str) -> AbstractContextManager[BinaryIO]:
+        with place_errors(Exception):
+            return self.system.open(f"{self.root}/{name}", "rb")
+
+    def write(self, name: str, content: bytes | Path) -> None:
         path = f"{self.root}/{name}"
-        self.system.makedirs(path.rpartition("/")[0], exist_ok=True)
-        self.system.pipe_file(path, content)
-
-    def remove(self, name: str) -> None:
-        self.system.rm_file(f"{self.root}/{name}")
+        with place_errors(Exception):
+            self.system.makedirs(path.rpartition("/")[0], exist_ok=True)
+            if isinstance(content, bytes):
+                self.system.pipe_file(path, content)
+            else:
+                self.system.put_file(str(content), path)
 
     def names(self, folder: str) -> list[str]:
         path = f"{self.root}/{folder}"
-        self.system.invalidate_cache()
-        if not self.system.isdir(path):
-            return []
-        found = self.system.ls(path, detail=True)
+        with place_errors(Exception):
+            self.system.invalidate_cache()
+            if not self.system.isdir(path):
+                return []
+            found = self.system.ls(path, detail=True)
         return sorted(entry["name"].rpartition("/")[2] for entry in found if entry["type"] == "file")
+
+
+@contextmanager
+def place_errors(kind: type[Exception]) -> Iterator[None]:
+    """Errors of a kind become PlaceErrors."""
+    try:
+        yield
+    except kind as error:
+        raise PlaceError(str(error) or type(error).__name__) from error

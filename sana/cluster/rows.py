@@ -13,7 +13,8 @@ from pathlib import Path
 from ..reading import check_file, parse_json
 
 MOST_ROW_BYTES = 2**20
-NAME = re.compile(r"[^\x00-\x1f/\\:*?\"<>|.][^\x00-\x1f/\\:*?\"<>|]{0,199}")
+NAME = re.compile(r"[^\x00-\x1f/\\:*?\"<>|.][^\x00-\x1f/\\:*?\"<>|]*")
+MOST_NAME_BYTES = 200  # file systems take 255 with what is added
 READ_TOGETHER = 1000  # rows of a Parquet file
 
 
@@ -123,7 +124,7 @@ def _row(number: int, values: Mapping[str, object]) -> Row:
         return Row(number, fault="it has no prompt; write one in the column prompt")
     if len(prompt.encode()) > MOST_ROW_BYTES:
         return Row(number, fault=f"its prompt has more than {MOST_ROW_BYTES:,} bytes; shorten it")
-    if name is not None and not NAME.fullmatch(name):
+    if name is not None and not (NAME.fullmatch(name) and len(name.encode()) <= MOST_NAME_BYTES):
         return Row(number, fault=f"its name is {_short(name)}, which cannot be that of a file; give another")
     return Row(number, prompt, name, lora, found)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from sana.cluster.drawing import Run, fault
 from sana.cluster.manifest import Entry
+from sana.cluster.places import PlaceError
 from sana.cluster.rows import Row
 
 
@@ -14,10 +15,13 @@ class Stamp:
 
     def __init__(self, run: Run, name: str) -> None:
         self.name = name
+        self.full = run.model.get("full")
         if run.model.get("broken") in (name, "all"):
             raise ValueError(f"{name} has no model; copy it there")
 
-    def draw(self, rows: Sequence[Row]) -> Iterator[Entry]:
+    def draw(self, rows: Sequence[Row], *, alone: bool = False) -> Iterator[Entry]:
+        if self.full == self.name:
+            raise PlaceError("No space left on device")
         for row in rows:
             if row.prompt == "end":
                 os._exit(1)

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from hashlib import sha256
@@ -13,11 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from PIL import Image
 from pyarrow import parquet
 
 import sana
 from sana.__main__ import main
 from sana.jobs import read_record
+from tests.cluster.nodes import wait_until
 
 ROOT = Path(sana.__file__).parents[1]
 SMALL = ("--height", "64", "--width", "64", "--steps", "2")
@@ -30,7 +32,7 @@ def no_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-def command(prompts: Path, out: Path, *more: str) -> list[str]:
+def command(prompts: Path, out: Path | str, *more: str) -> list[str]:
     return ["generate", "--prompts", str(prompts), "--out", str(out), "--workers", "2", *SMALL, *more]
 
 
@@ -52,25 +54,39 @@ def check_all(out: Path, count: int) -> dict[int, dict]:
     return {entry["row"]: entry for entry in entries}
 
 
-def test_pictures_are_those_of_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    prompts, out = write(tmp_path, PROMPTS[:12]), tmp_path / "out"
+def test_pictures_are_those_of_one_process(
+    tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Drawn by two workers of a Ray of their own; then what has changed, and all in a tar, by one of a cluster."""
+    prompts, out = write(tmp_path, PROMPTS[:8]), tmp_path / "out"
+    one = ["--cluster", cluster, "--workers", "1"]
     assert main(command(prompts, out)) == 0
-    entries = check_all(out, 12)
+    entries = check_all(out, 8)
     alone = ["generate", "--prompts", str(prompts), "--out", str(tmp_path / "one.png"), *SMALL]
     subprocess.run(
         [sys.executable, "-m", "sana", *alone], check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
-    for row, entry in entries.items():
-        assert (out / entry["file"]).read_bytes() == (tmp_path / f"one-{row + 1:04d}.png").read_bytes()
+    expected = [(tmp_path / f"one-{row + 1:04d}.png").read_bytes() for row in range(8)]
+    assert [(out / entries[row]["file"]).read_bytes() for row in range(8)] == expected
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
-    prompts.write_text("\n".join([*PROMPTS[:3], "a white star", *PROMPTS[4:13]]))
-    assert main(command(prompts, out)) == 0
+    assert main(command(prompts, out)) == 0 and caplog.messages == ["Nothing is left to draw."]
+    prompts.write_text("\n".join([*PROMPTS[:3], "a white star", *PROMPTS[4:9]]))
+    assert main(command(prompts, out, *one)) == 0
     changed = {path.name for path in out.rglob("*.png") if path.stat().st_mtime_ns != before.get(path)}
-    assert changed == {"000000003.png", "000000012.png"}
+    assert changed == {"000000003.png", "000000008.png"}
+    check_all(out, 9)
+    for more in (["--seed", "1"], ["--format", "webdataset"]):
+        assert main(command(prompts, out, *more)) == 1
+        assert "holds another drawing" in capsys.readouterr().err
 
-    assert main(command(prompts, out, "--seed", "1")) == 1
-    assert "holds another drawing" in capsys.readouterr().err
+    shards = tmp_path / "shards"
+    prompts.write_text("\n".join(PROMPTS[:8]))
+    assert main(command(prompts, shards.as_uri(), *one, "--format", "webdataset")) == 0
+    with tarfile.open(shards / "pictures" / "000000.tar") as tar:
+        assert [tar.extractfile(f"{row:09d}.png").read() for row in range(8)] == expected
+    assert [path.name for path in (shards / "pictures").iterdir()] == ["000000.tar"]
+    assert parquet.read_table(shards / "manifest")["file"].to_pylist() == ["pictures/000000.tar"] * 8
 
 
 def start(prompts: Path, out: Path, *more: str) -> subprocess.Popen[str]:
@@ -79,59 +95,60 @@ def start(prompts: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(arguments, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for_pictures(out: Path, count: int) -> None:
-    deadline = time.monotonic() + 120
-    while len(list(out.rglob("*.png"))) < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+def pictures(out: Path) -> dict[Path, int]:
+    """When each was written; those that are finished."""
+    found = [Path(folder, name) for folder, _, names in os.walk(out) for name in names if name.endswith(".png")]
+    return {path: path.stat().st_mtime_ns for path in found}
 
 
-@pytest.mark.parametrize("victim", ["worker", "driver"])
-def test_what_is_killed_goes_on(tmp_path: Path, victim: str) -> None:
+def test_what_is_killed_goes_on(tmp_path: Path, cluster: str) -> None:
+    """A worker, and then the driver."""
     prompts, out = write(tmp_path, PROMPTS), tmp_path / "out"
-    process = start(prompts, out)
-    wait_for_pictures(out, 3)
-    if victim == "worker":
-        workers = [
-            child for child in psutil.Process(process.pid).children(recursive=True) if "ray::_Actor" in child.name()
-        ]
-        workers[0].kill()
-        assert process.wait(timeout=180) == 0
-    else:
-        process.kill()
-        process.wait()
-        kept = {path: path.stat().st_mtime_ns for path in out.rglob("[0-9]*.png")}
-        time.sleep(3)  # Ray ends its processes
-        assert main(command(prompts, out)) == 0
-        assert all(path.stat().st_mtime_ns == time_of for path, time_of in kept.items())
-    process.stderr.close()
+    process = start(prompts, out, "--cluster", cluster)
+    wait_until(lambda: len(pictures(out)) >= 2)
+    workers = [found for found in psutil.process_iter(["name"]) if found.info["name"].startswith("ray::_Actor")]
+    workers[0].kill()
+    seen = len(pictures(out))
+    wait_until(lambda: len(pictures(out)) >= min(seen + 2, len(PROMPTS)))
+    process.kill()
+    process.communicate()
+    kept = pictures(out)
+    assert main(command(prompts, out, "--cluster", cluster, "--workers", "1")) == 0
+    assert all(path.stat().st_mtime_ns == time_of for path, time_of in kept.items())
     check_all(out, len(PROMPTS))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="there Ctrl-C reaches a process in other ways")
 def test_an_interrupted_run_ends_after_what_is_in_flight(tmp_path: Path) -> None:
+    """With a Ray of its own, whose processes are those of the terminal too."""
     prompts, out = write(tmp_path, PROMPTS * 20), tmp_path / "out"
     process = start(prompts, out)
-    wait_for_pictures(out, 3)
+    wait_until(lambda: len(pictures(out)) >= 3)
     os.killpg(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Stopping after the pictures in flight" in told and "Traceback" not in told
     entries = parquet.read_table(out / "manifest").to_pylist()
     files = {path.relative_to(out).as_posix() for path in (out / "pictures").rglob("*") if path.is_file()}
-    assert {entry["file"] for entry in entries} == files and len(entries) == len(files) < 400
+    assert {entry["file"] for entry in entries} == files and len(entries) == len(files) < 480
 
 
 def test_rows_that_fail_are_told_and_tried_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     prompts, out = tmp_path / "prompts.csv", tmp_path / "out"
-    prompts.write_text("prompt,image,colour\na red circle,,x\na blue circle,picture.png,\n")
-    assert main(command(prompts, out)) == 1
-    assert "row 1: picture.png" in capsys.readouterr().err
+    picture, one = tmp_path / "picture.png", ["--cluster", cluster, "--workers", "1"]
+    prompts.write_text(f"prompt,image,colour\na red circle,,x\na blue circle,{picture},\n")
+    assert main(command(prompts, out, *one)) == 1
+    assert f"row 1: {picture}" in capsys.readouterr().err
     assert "The column 'colour' is not known and does not count." in caplog.messages
-    assert main(command(prompts, out)) == 0
-    prompts.write_text("prompt,image\na red circle,\na blue circle,\n")
-    assert main(command(prompts, out, "--retry-failed")) == 0
+    assert main(command(prompts, out, *one)) == 1
+    assert caplog.messages[-2:] == [
+        "Nothing is left to draw.",
+        "Could not be drawn, as manifest/ tells: 1; --retry-failed tries them again.",
+    ]
+    Image.new("RGB", (64, 64)).save(picture)
+    assert main(command(prompts, out, *one, "--retry-failed")) == 0
     check_all(out, 2)
 
 
@@ -155,7 +172,7 @@ def test_what_cannot_be_is_said_in_one_line(
 
 
 def test_options_of_workers_need_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for more in (["--cluster", "auto"], ["--retry-failed"], ["--devices-per-worker", "1"]):
+    for more in (["--cluster", "auto"], ["--retry-failed"], ["--devices-per-worker", "1"], ["--format", "webdataset"]):
         assert main(["generate", "a red circle", "--out", str(tmp_path / "p.png"), *more]) == 1
         assert "are of --workers; give that as well" in capsys.readouterr().err
     assert main(["generate", "a red circle", "--workers", "2"]) == 1

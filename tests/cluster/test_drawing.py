@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sana.cluster.drawing import Drawer, Run, file_name
+from sana.cluster.drawing import Drawer, Run
+from sana.cluster.places import PlaceError
 from sana.cluster.rows import Row
 from sana.jobs import png_record
 from sana.pipeline import SanaPipeline
@@ -99,12 +100,13 @@ def test_a_network_that_breaks_is_the_fault_of_its_row(drawer: Drawer, pipeline:
     assert next(drawer.draw([Row(0, "a")])).error is None
 
 
-def test_a_disk_that_is_full_is_told(drawer: Drawer, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(name: str, content: bytes) -> None:
+def test_a_disk_that_is_full_is_no_fault_of_a_row(drawer: Drawer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(drawer.place, "write", full)
-    assert "No space left on device" in next(drawer.draw([Row(0, "a")])).error
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(PlaceError, match="No space left on device"):
+        list(drawer.draw([Row(0, "a")]))
 
 
 def test_a_model_is_loaded_again_for_other_loras(
@@ -131,9 +133,3 @@ def test_equal_prompts_are_encoded_once(
     entries = list(drawer.draw([Row(i, prompt, settings={"seed": i}) for i, prompt in enumerate(prompts)]))
     assert [texts for texts in seen if texts != ("red",)] == [("a cat",), ("a dog",), ("a hen",), ("a cat",)]
     assert all(entry.error is None for entry in entries)
-
-
-def test_at_most_a_thousand_pictures_lie_in_a_folder() -> None:
-    folders = [file_name(Row(number)).rpartition("/")[0] for number in (0, 999, 1000, 999_999, 1_000_000)]
-    assert folders == [f"pictures/{name}" for name in ("000000", "000000", "000001", "000999", "001000")]
-    assert file_name(Row(1000, name="beach")) == "pictures/000001/beach.png"

@@ -1,144 +1,118 @@
 """Workers of a real Ray, with a stand-in that draws nothing."""
 
-import os
-import socket
-import subprocess
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
 from itertools import count, takewhile
-from pathlib import Path
 
 import psutil
 import pytest
 import ray
 
-import sana
 from sana.cluster import engine
 from sana.cluster.drawing import Run
 from sana.cluster.engine import AHEAD, MOST_ENDS, ROWS, Workers, _Queue, connected, draw_rows
 from sana.cluster.manifest import Entry
 from sana.cluster.rows import Row
+from sana.cluster.stores import SHARD_SIZE
+from tests.cluster.nodes import free_port, kill, node, wait_until
 from tests.cluster.stand_ins import Stamp
 
 TWO = Workers(2)
 
 
 @pytest.fixture(scope="module")
-def here() -> Iterator[None]:
-    with connected(TWO):
-        yield
+def joined(cluster: str) -> Iterator[str]:
+    with connected(Workers(2, cluster)):
+        yield cluster
 
 
 def rows(*prompts: str) -> list[Row]:
     return [Row(number, prompt) for number, prompt in enumerate(prompts)]
 
 
-def drawn(given: list[Row], **model: object) -> dict[int, Entry]:
-    found = [entry for entries in draw_rows(given, Run("", model), TWO, drawer=Stamp) for entry in entries]
-    assert len(found) == len({entry.row for entry in found})
-    return {entry.row: entry for entry in found}
-
-
-def test_every_row_comes_back_once_from_both_workers(here: None) -> None:
+def test_rows_are_read_as_they_are_needed_and_drawn_once_by_both_workers_until_a_stop(
+    joined: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """There are rows until each worker, of which one may start long after the other, has drawn some."""
+    monkeypatch.setattr(engine, "SLOW", 0.0)
     found: list[Entry] = []
     given: list[Row] = []
     share: Counter[str | None] = Counter()
+    at_stop: int | None = None
 
     def endless() -> Iterator[Row]:
-        while len(share) < 2 or min(share.values()) < 40:
-            given.append(Row(len(given), "0.002"))
+        for number in count():
+            given.append(Row(number, "0.002"))
             yield given[-1]
 
-    for entries in draw_rows(endless(), Run("", {}), TWO, drawer=Stamp):
+    def are_enough() -> bool:
+        nonlocal at_stop
+        if at_stop is None and len(share) == 2 and min(share.values()) >= 40:
+            at_stop = len(found)
+        return at_stop is not None
+
+    for entries in draw_rows(endless(), Run("", {}), TWO, drawer=Stamp, stopped=are_enough):
         found += entries
         share.update(entry.worker for entry in entries)
-    assert share.keys() == {"worker-1", "worker-2"}
-    assert sorted((entry.row, entry.key) for entry in found) == [(row.number, row.key()) for row in given]
+        assert len(given) <= len(found) + (AHEAD + 4 * ROWS) * 2
+    assert share.keys() == {"worker-1", "worker-2"} and at_stop <= len(found) <= at_stop + 4 * ROWS
+    keys = {row.number: row.key() for row in given}
+    assert len({entry.row for entry in found}) == len(found) and all(entry.key == keys[entry.row] for entry in found)
+    assert [text for text in caplog.messages if text.startswith("No worker has started in 0 s; Ray's logs in")]
 
 
-def test_a_row_that_ends_workers_is_told_and_the_rest_is_drawn(here: None) -> None:
-    given = rows(*["0.001"] * 20, "end", *["0.001"] * 20)
-    found = drawn(given)
-    assert sorted(found) == list(range(41))
-    errors = {row: entry.error for row, entry in found.items() if entry.error is not None}
-    assert errors == {20: f"{MOST_ENDS} workers ended while they drew it; try it alone, in less memory"}
-
-
-def test_an_error_that_nobody_expects_is_that_of_its_batch(here: None) -> None:
-    found = drawn(rows("raise"))
-    assert found[0].error == "LookupError: as it was told"
-
-
-def test_workers_that_are_killed_are_replaced(here: None) -> None:
-    """The process that has just drawn is killed, three times."""
+def test_killed_workers_are_replaced_and_a_row_that_ends_them_is_told(joined: str) -> None:
+    """The process that has just drawn is killed from without, once; one row ends its process, and one raises."""
+    given = [*rows(*["0.005"] * 60, "end", *["0.005"] * 60), Row(121, "raise", settings={"height": 64})]
     found: dict[int, Entry] = {}
-    killed: set[int] = set()
-    for entries in draw_rows(rows(*["0.01"] * 200), Run("", {}), TWO, drawer=Stamp):
+    killed = None
+    for entries in draw_rows(given, Run("", {}), TWO, drawer=Stamp):
         for entry in entries:
-            assert entry.error is None and entry.row not in found
+            assert entry.row not in found
             found[entry.row] = entry
-        if len(killed) < 3 and len(found) > 20 * (len(killed) + 1) and entries:
-            process = int(entries[-1].settings)
-            if process not in killed:
-                psutil.Process(process).kill()
-                killed.add(process)
-    assert sorted(found) == list(range(200)) and len(killed) == 3
-    assert len({entry.settings for entry in found.values()} - {str(process) for process in killed}) >= 1
+        if killed is None and len(found) > 20 and entries:
+            killed = int(entries[-1].settings)
+            psutil.Process(killed).kill()
+    assert sorted(found) == list(range(122)) and killed is not None
+    errors = {row: entry.error for row, entry in found.items() if entry.error is not None}
+    assert errors.pop(60) == f"{MOST_ENDS} workers ended while they drew it; try it alone, in less memory"
+    assert errors.pop(121) == "LookupError: as it was told"
+    assert not errors
 
 
-def test_a_worker_without_a_model_leaves_the_rest_to_others(here: None, caplog: pytest.LogCaptureFixture) -> None:
-    """There are rows until it has been told."""
-    given = (Row(number, "0.002") for number in takewhile(lambda _: not caplog.messages, count()))
-    run = Run("", {"broken": "worker-1"})
-    found = [entry for entries in draw_rows(given, run, TWO, drawer=Stamp) for entry in entries]
-    assert sorted(entry.row for entry in found) == list(range(len(found)))
-    assert {entry.worker for entry in found} == {"worker-2"}
-    assert caplog.messages == ["worker-1 cannot start (worker-1 has no model; copy it there)."]
-    with pytest.raises(ValueError, match="^no worker can start: worker-. has no model; copy it there$"):
-        drawn(rows("0"), broken="all")
-
-
-def test_after_a_stop_only_what_is_in_flight_is_drawn(here: None) -> None:
-    found: list[Entry] = []
-
-    def are_enough() -> bool:
-        return len(found) >= 40
-
-    for entries in draw_rows(rows(*["0.01"] * 500), Run("", {}), TWO, drawer=Stamp, stopped=are_enough):
-        found += entries
-    assert 40 <= len(found) < 40 + 5 * ROWS
-
-
-def test_rows_are_read_as_they_are_needed(here: None) -> None:
-    read = 0
-
-    def endless() -> Iterator[Row]:
-        nonlocal read
-        while True:
-            yield Row(read, "0")
-            read += 1
-
-    done = 0
-    for entries in draw_rows(endless(), Run("", {}), TWO, drawer=Stamp):
-        done += len(entries)
-        assert read <= done + (AHEAD + 4 * ROWS) * 2
-        if done > 1000:
-            break
+def test_workers_that_are_of_no_use_leave_the_rest_to_others(joined: str, caplog: pytest.LogCaptureFixture) -> None:
+    """One without the model, and one that cannot write what it has drawn. There are rows until it has been told."""
+    for model, reason in (
+        ({"broken": "worker-1"}, "worker-1 has no model; copy it there"),
+        ({"full": "worker-1"}, "No space left on device"),
+    ):
+        caplog.clear()
+        given = (Row(number, "0.002") for number in takewhile(lambda _: not caplog.messages, count()))
+        found = [entry for entries in draw_rows(given, Run("", model), TWO, drawer=Stamp) for entry in entries]
+        assert sorted(entry.row for entry in found) == list(range(len(found)))
+        assert {(entry.worker, entry.error) for entry in found} == {("worker-2", None)}
+        assert caplog.messages == [f"worker-1 is of no use ({reason}); its rows are given to others."]
+    with pytest.raises(ValueError, match="^no worker can draw: worker-1 has no model; copy it there$"):
+        list(draw_rows(rows("0"), Run("", {"broken": "all"}), Workers(1), drawer=Stamp))
 
 
 def test_rows_of_one_size_go_together() -> None:
     given = [Row(i, "a", settings={"height": 64 + 32 * (i % 3)}) for i in range(60)]
-    queue, batches = _Queue(given, 48), []
+    queue, batches = _Queue(given, 1), []
     while not queue.is_empty():
-        batches.append(queue.next())
+        batches.append(queue.next().rows)
     assert all(len({row.settings["height"] for row in batch}) == 1 for batch in batches)
     assert sorted(row.number for batch in batches for row in batch) == list(range(60))
     assert [row.number for row in batches[0]] == list(range(0, 3 * ROWS, 3)) and batches[1][0].number == 1
     assert len(batches) == 60 // ROWS
+
+
+def test_a_shard_is_one_batch() -> None:
+    numbers = [number for number in range(3 * SHARD_SIZE) if number % 7]
+    queue, batches = _Queue((Row(number, "a", settings={"height": number}) for number in numbers), 1, shards=True), []
+    while not queue.is_empty():
+        batches.append([row.number for row in queue.next().rows])
+    assert batches == [[number for number in numbers if number // SHARD_SIZE == shard] for shard in range(3)]
 
 
 @pytest.mark.parametrize(
@@ -155,72 +129,43 @@ def test_workers_that_cannot_be(values: dict, message: str) -> None:
         Workers(**values)
 
 
-def test_gpus_that_are_not_there(here: None) -> None:
+def test_gpus_that_are_not_there(joined: str) -> None:
     with pytest.raises(ValueError, match="--devices-per-worker is 1000, and Ray knows . GPUs; give 0"):
         list(draw_rows(rows("0"), Run("", {}), Workers(1, devices=1000), drawer=Stamp))
 
 
-@contextmanager
-def node(*arguments: str) -> Iterator[psutil.Process]:
-    """A node of Ray by its own command, which ends with all that it has started."""
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1", *arguments]
-    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(Path(sana.__file__).parents[1])}
-    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-    try:
-        yield process
-    finally:
-        kill(process)
-
-
-def kill(process: psutil.Process) -> None:
-    for each in (*process.children(recursive=True), process):
-        with suppress(psutil.NoSuchProcess):
-            each.kill()
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 90
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def test_a_cluster_of_two_nodes_loses_one(free_port: int) -> None:
-    """Each node has a core for a worker, and one is killed with its worker while it draws."""
-    ray.shutdown()
-    address = f"127.0.0.1:{free_port}"
-    with node("--head", f"--port={free_port}", "--include-dashboard=false"):
-        wait_until(lambda: answers(free_port))
-        with node(f"--address={address}") as second, connected(Workers(2, address)):
-            wait_until(lambda: ray.cluster_resources().get("CPU", 0) == 2)
-            found: dict[int, Entry] = {}
-            killed = False
-            for entries in draw_rows(rows(*["0.02"] * 300), Run("", {}), Workers(2, address), drawer=Stamp):
-                found.update((entry.row, entry) for entry in entries)
-                if not killed and len({entry.worker for entry in found.values()}) == 2:
-                    kill(second)
-                    killed = True
+def test_a_node_is_lost(joined: str) -> None:
+    """One of three cores, with its worker, while it draws."""
+    with node(f"--address={joined}", "--num-cpus=1") as second:
+        wait_until(lambda: ray.cluster_resources().get("CPU", 0) == 3)
+        found: dict[int, Entry] = {}
+        killed = False
+        given = rows(*["0.02"] * 300)
+        for entries in draw_rows(given, Run("", {}), Workers(3, joined), drawer=Stamp):
+            found.update((entry.row, entry) for entry in entries)
+            if not killed and len({entry.worker for entry in found.values()}) == 3:
+                kill(second)
+                killed = True
     assert killed and sorted(found) == list(range(300))
     assert not [entry for entry in found.values() if entry.error is not None]
 
 
-def answers(port: int) -> bool:
-    with socket.socket() as found:
-        return found.connect_ex(("127.0.0.1", port)) == 0
+def refusal(address: str) -> str:
+    with pytest.raises(ValueError) as refused, connected(Workers(1, address)):
+        pass
+    return str(refused.value)
 
 
-def test_workers_that_do_not_start_are_told_of(
-    here: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(engine, "SLOW", 0.0)
-    assert drawn(rows("0"))[0].error is None
-    assert [message for message in caplog.messages if message.startswith("No worker has started in 0 s; Ray's logs in")]
-
-
-def test_an_address_where_no_ray_answers(free_port: int) -> None:
+def test_an_address_where_no_ray_answers() -> None:
     ray.shutdown()
-    start = time.monotonic()
-    with pytest.raises(ValueError, match="the Ray cluster at 127.0.0.1:.* does not answer .*start it by"):
-        with connected(Workers(1, f"127.0.0.1:{free_port}")):
-            pass
-    assert time.monotonic() - start < 90
+    address = f"127.0.0.1:{free_port()}"
+    told = refusal(address)
+    assert told.startswith(f"the Ray cluster at {address} does not answer (") and told.endswith("`ray start --head`")
+
+
+def test_another_version_of_ray(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray.shutdown()
+    monkeypatch.setattr(ray, "__version__", "2.9.0")
+    told = refusal(cluster)
+    assert told.startswith(f"the Ray cluster at {cluster} is of another version (") and "2.9.0" in told
+    assert told.endswith("; install the same on all machines") and "\n" not in told

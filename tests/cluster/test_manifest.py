@@ -61,6 +61,24 @@ def test_rows_that_failed_are_forgotten_to_be_tried_again(place: Place) -> None:
     assert [entry["row"] for entry in Manifest(place).entries()] == [0]
 
 
+def test_a_row_has_one_entry(place: Place) -> None:
+    """The last one, also where a process was killed before the earlier one was taken out."""
+    first = Manifest(place)
+    for entry in (Entry(0, 1, prompt="a"), Entry(1, 1, error="it is broken")):
+        first.add(entry)
+    first.flush()
+    part = place.read(f"{FOLDER}/part-000000.parquet")
+    second = Manifest(place)
+    assert second.failed == {1}
+    second.add(Entry(1, 2, prompt="b"))
+    second.flush()
+    found = [(entry["row"], entry["prompt"], entry["error"]) for entry in second.entries()]
+    assert found == [(0, "a", None), (1, "b", None)] and second.count == 2 and second.failed == set()
+    place.write(f"{FOLDER}/part-000000.parquet", part)
+    third = Manifest(place)
+    assert list(third.entries()) == list(second.entries()) and third.count == 2 and third.failed == set()
+
+
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     (tmp_path / FOLDER).mkdir()
     (tmp_path / FOLDER / "part-000000.parquet").write_bytes(b"PAR1")
