@@ -115,6 +115,44 @@ def stream(result: Result) -> Iterator[str]:
     yield f"\nPictures that one process reads per second, with nothing else to do: {speeds}. {result['device']}, {result['date']}."
 
 
+def preemption(result: Result) -> Iterator[str]:
+    """Share of time that lost workers and the end cost, by the size of a shard."""
+    hours = list(result["rows"][0]["overhead"])
+    yield from header("pictures a shard", *(f"a GPU is lost every {float(each):,.0f} h" for each in hours))
+    for row in result["rows"]:
+        yield line(f"{row['shard']:,}", *(f"{100 * row['overhead'][each]:.1f} %" for each in hours))
+
+
+def workers(result: Result) -> Iterator[str]:
+    """One worker and two against a bare loop, the start, a long file, and kills."""
+    scaling, stream, kills = (result[name] for name in ("scaling", "stream", "kills"))
+    yield f"{result['device']}, torch {result['torch']}, {result['date']}; one thread for the loop and for each worker:\n"
+    yield from header("", "")
+    for title, value in (
+        ("a bare loop, pictures a second", f"{scaling['loop']:.2f}"),
+        ("one worker", f"{scaling['one']:.2f}, {100 * scaling['overhead']:.1f} % slower"),
+        ("two workers", f"{scaling['two']:.2f}, {scaling['two'] / scaling['one']:.2f} x"),
+        (
+            "start of Ray, and then of a worker until its first pictures",
+            f"{scaling['ray']:.1f} s, {scaling['start']:.1f} s",
+        ),
+        (
+            f"{stream['rows']:,} rows, with a stand-in that draws nothing: the first is done after",
+            f"{stream['first']:.1f} s",
+        ),
+        ("rows a second", f"{stream['rows_per_second']:,.0f}"),
+        (
+            "memory of the command after a tenth of them, and at the end",
+            f"{stream['memory_after_a_tenth'] / 1e6:.0f} MB, {stream['memory_at_the_end'] / 1e6:.0f} MB",
+        ),
+        (
+            "kills of workers and of drivers, after which every row was there once",
+            f"{kills['kills'].get('worker', 0)}, {kills['kills'].get('driver', 0)}",
+        ),
+    ):
+        yield line(title, value)
+
+
 def header(*columns: object) -> Iterable[str]:
     return [line(*columns), "|---|" + "---:|" * (len(columns) - 1)]
 
@@ -132,6 +170,8 @@ KINDS: dict[str, Callable[[Result], Iterator[str]]] = {
     "quantised_sizes": quantised_sizes,
     "quantised_layers": quantised_layers,
     "stream": stream,
+    "preemption": preemption,
+    "workers": workers,
 }
 
 
