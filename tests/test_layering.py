@@ -84,6 +84,7 @@ ROOMS = {
         "pipeline",
     },
     "training": {
+        "cluster",
         "config",
         "work_folder",
         "images",

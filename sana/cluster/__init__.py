@@ -1,1 +1,1 @@
-"""Many pictures on many devices, by Ray. Nothing else imports this."""
+"""Many pictures on many devices, by Ray."""

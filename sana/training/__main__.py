@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -237,24 +238,35 @@ def add_captions(command: argparse.ArgumentParser) -> None:
         each.add_argument("--data", type=Path, required=True, help="folder of pictures")
         each.add_argument("--device", default="cpu", help="of the model, such as cuda (default: cpu)")
         each.add_argument("--download", action="store_true", help="fetch the model by its name if it is not here")
+        each.add_argument("--workers", type=int, metavar="N", help="in N processes of Ray, see docs/scale.md")
+        each.add_argument("--cluster", metavar="ADDRESS", help="of a Ray cluster to work on")
+        each.add_argument("--devices-per-worker", type=float, default=0, metavar="D", help="GPUs of each (default: 0)")
 
 
 def run_score(options: argparse.Namespace) -> int:
-    from .scoring import Scorer, score_captions
+    from .scoring import Scorer, score_captions, score_each
 
     pictures = picture_files(options.data)
-    scorer = Scorer(options.clip, device=options.device, download=options.download)
+    given = {"device": options.device, "download": options.download}
+    if options.workers is not None:
+        make = partial(score_each, options.data.absolute(), options.clip, **given)
+        return on_workers(options, pictures, make, "scoring captions", "scores")
+    scorer = Scorer(options.clip, **given)
     print(f"{score_captions(options.data, pictures, scorer)} scores written.")
     return 0
 
 
 def run_write(options: argparse.Namespace) -> int:
-    from .captioning import Captioner, write_captions
+    from .captioning import Captioner, write_captions, write_each
 
     pictures = picture_files(options.data)
     name = options.name or Path(options.model).name
     check_name(name)
-    captioner = Captioner(options.model, question=options.question, device=options.device, download=options.download)
+    given = {"question": options.question, "device": options.device, "download": options.download}
+    if options.workers is not None:
+        make = partial(write_each, name, options.model, **given)
+        return on_workers(options, pictures, make, "writing captions", "captions")
+    captioner = Captioner(options.model, **given)
     print(f"{write_captions(pictures, name, captioner)} captions written.")
     return 0
 
@@ -266,6 +278,28 @@ def run_cache(options: argparse.Namespace) -> int:
         used, kept = states.used(), len(states.shards)
         print(f"{options.out}: {len(states)} pictures, {used} states of them and {kept - used} others")
     return 0
+
+
+def on_workers(
+    options: argparse.Namespace,
+    pictures: Sequence[Path],
+    make: Callable[[], Callable[[Path], int]],
+    what: str,
+    results: str,
+) -> int:
+    """Do with each picture what `make()` gives, on Ray. Raises ValueError without its package, and as `treat_all` does."""
+    try:
+        from ..cluster.engine import Workers
+        from ..cluster.treating import treat_all
+    except ModuleNotFoundError as error:
+        if error.name not in ("ray", "pyarrow"):
+            raise
+        advice = 'run pip install ".[cluster]" in the folder of this project'
+        raise ValueError(f"--workers needs the package {error.name}; {advice}") from error
+    workers = Workers(options.workers, options.cluster, options.devices_per_worker)
+    written, failed = treat_all(pictures, make, workers, what)
+    print(f"{written} {results} written.")
+    return 1 if failed else 0
 
 
 def run_finetune(options: argparse.Namespace) -> int:

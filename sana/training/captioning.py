@@ -1,6 +1,6 @@
 """Captions by a model that looks at pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -61,3 +61,9 @@ def write_captions(pictures: Sequence[Path], name: str, captioner: Captioner) ->
     for path in tqdm(missing, desc="writing captions", unit="picture", disable=not missing):
         write_caption(path, name, captioner(on_white(read_picture(path))))
     return len(missing)
+
+
+def write_each(name: str, model: Path | str, *, question: str, device: str, download: bool) -> Callable[[Path], int]:
+    """`write_captions` for one picture after the other. Raises ValueError as `Captioner` does."""
+    captioner = Captioner(model, question=question, device=device, download=download)
+    return lambda picture: write_captions([picture], name, captioner)

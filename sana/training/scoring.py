@@ -1,6 +1,6 @@
 """How well captions fit their pictures, by CLIP."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -64,3 +64,9 @@ def score_captions(folder: Path, pictures: Sequence[Path], scorer: Scorer) -> in
                     write_score(path, caption, score, of)
                 bar.update()
     return sum(len(captions) for *_, captions in waiting)
+
+
+def score_each(folder: Path, model: Path | str, *, device: str, download: bool) -> Callable[[Path], int]:
+    """`score_captions` for one picture after the other. Raises ValueError as `Scorer` does."""
+    scorer = Scorer(model, device=device, download=download)
+    return lambda picture: score_captions(folder, [picture], scorer)

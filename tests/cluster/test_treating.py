@@ -1,0 +1,39 @@
+"""Captions and their scores by workers of a real Ray."""
+
+from pathlib import Path
+
+import pytest
+import ray
+
+from sana.training.__main__ import main
+from tests.training.drawn import draw_pictures
+from tests.training.tiny_models import write_clip
+
+
+def scores(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.glob("*_clip_score.json")}
+
+
+def test_scores_are_those_of_one_process(tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A picture that is broken is told of, and the others are scored."""
+    clip = write_clip(tmp_path / "clip")
+    one, many = tmp_path / "one", tmp_path / "many"
+    command = ["captions", "score", "--clip", str(clip), "--data"]
+    for folder in (one, many):
+        draw_pictures(folder, 6)
+    assert main([*command, str(one)]) == 0
+    broken = sorted(many.glob("*.png"))[0]
+    content = broken.read_bytes()
+    broken.write_bytes(content[:-60])
+    capsys.readouterr()
+    workers = ["--workers", "2", "--cluster", cluster]
+    try:
+        assert main([*command, str(many), *workers]) == 1
+        found = capsys.readouterr()
+        assert found.out == "5 scores written.\n" and str(broken) in found.err
+        broken.write_bytes(content)
+        assert main([*command, str(many), "--workers", "1", "--cluster", cluster]) == 0
+    finally:
+        ray.shutdown()
+    assert capsys.readouterr().out == "1 scores written.\n"
+    assert scores(many).keys() == scores(one).keys() and len(scores(one)) == 6
