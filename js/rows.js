@@ -11,7 +11,8 @@ import { answerTo } from "./server.js";
 
 const SHAPE = "sana_shape"; // the widget with the drawing
 const SHAPE_HEIGHT = 62, MARGIN = 6; // px
-const possible = new Map(); // by model: the sizes for which it may have been released; null: not known
+const asked = new Map(); // by model: the answer of the server that is awaited, or has come
+const possible = new Map(); // by model: the sizes for which it may have been released
 
 /** [width, height] in px that is chosen from the list of Empty SANA latent; null: what stands below counts. */
 function chosenSize(node) {
@@ -61,11 +62,12 @@ function keepHeight(node, change) {
     node.setSize([node.size[0], tight ? needed : Math.max(node.size[1], needed)]);
 }
 
-function arrange(node) {
-    const rules = Object.entries(RULES[node.type]);
+/** type: of the node, which a new one does not have yet. */
+function arrange(node, type = node.type) {
+    const rules = Object.entries(RULES[type]);
     const hidden = rules.map(([name, counts]) => !counts(node) && !isConnected(node, name));
     const widgets = rules.map(([name]) => node.widgets?.find((widget) => widget.name === name));
-    const size = node.type === "EmptySanaLatentImage" ? chosenSize(node) : null;
+    const size = type === "EmptySanaLatentImage" ? chosenSize(node) : null;
     keepHeight(node, () => {
         widgets.forEach((widget, i) => widget && setHidden(widget, hidden[i]));
         drawShape(node, size);
@@ -81,20 +83,21 @@ function look(node) {
 
 async function learn(node) {
     const model = valueOf(node, "model");
-    if (!possible.has(model)) {
-        possible.set(model, null);
-        possible.set(model, (await answerTo("/sana/sizes", { model }))?.sizes ?? null);
-    }
+    if (!asked.has(model)) asked.set(model, answerTo("/sana/sizes", { model }));
+    const answer = await asked.get(model); // which several loaders may await
+    if (answer) possible.set(model, answer.sizes);
+    else asked.delete(model); // the next one asks again
     arrange(node);
 }
 
-for (const type of Object.keys(RULES)) follow(type, look, type === "SanaCheckpointLoader" ? learn : arrange);
+for (const type of Object.keys(RULES)) follow(type, look, type === "SanaCheckpointLoader" ? learn : (node) => arrange(node));
 
 app.registerExtension({
     name: "comfyui-sana.rows",
     nodeCreated(node) {
-        if (!RULES[node.constructor.nodeData?.name]) return;
-        arrange(node); // before it is seen
+        const type = node.constructor.nodeData?.name;
+        if (!RULES[type]) return;
+        arrange(node, type); // before it is seen
         const { onConfigure } = node;
         node.onConfigure = function () {
             onConfigure?.apply(this, arguments);

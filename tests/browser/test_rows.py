@@ -33,6 +33,8 @@ RESIZE = """height => {
     const node = app.graph.nodes.find(node => node.type === "EmptySanaLatentImage")
     node.setSize([node.size[0], height])
 }"""
+HIDDEN = """() => app.graph.nodes.map(node => node.widgets.find(({name}) => name === "variant").hidden)"""
+NEW_HIDDEN = """([type, name]) => LiteGraph.createNode(type).widgets.find(widget => widget.name === name).hidden"""
 LINK = """() => {
     const text = LiteGraph.createNode("PrimitiveStringMultiline")
     app.graph.add(text)
@@ -109,6 +111,22 @@ def test_nodes_keep_the_height_that_they_were_given(opened: Frontend) -> None:
         in_sight(opened, LATENT, width=size == FREE, sana_shape=size != FREE)
         height, least = opened.page.evaluate(HEIGHTS)
         assert height == (wanted or least) and (wanted or height != low)
+
+
+def test_every_loader_of_a_model_hides_what_its_file_tells(frontend: Frontend) -> None:
+    """Several of them await one answer of the server, and no step on the way fails, which the user interface only logs."""
+    first = WORKFLOW["nodes"][0]
+    loaders = [{**first, "id": number, "outputs": []} for number in (1, 2, 3)]
+    frontend.open()
+    frontend.load({**WORKFLOW, "nodes": loaders, "links": []})
+    frontend.wait_until(lambda: frontend.page.evaluate(HIDDEN), [True] * 3)
+    assert not [message for message in frontend.messages if "comfyui-sana" in message], frontend.report()
+
+
+def test_a_new_node_is_arranged_before_it_is_seen(opened: Frontend) -> None:
+    """At once, when it is made: not when it is looked at for the first time."""
+    for node_type, name in ((PROMPT, "custom_instruction"), ("SanaPromptEnhancer", "custom_instruction")):
+        assert opened.page.evaluate(NEW_HIDDEN, [node_type, name]) is True
 
 
 def test_an_input_with_a_connection_stays_in_sight(opened: Frontend) -> None:
