@@ -14,10 +14,9 @@ from torch import Tensor
 from ..config import TEXT_ENCODER_SOURCE
 from .gemma import KeysValues
 from .prompt import common_prefix
-from .text_encoder import GemmaTextEncoder
+from .text_encoder import CONTEXT, GemmaTextEncoder
 from .tokenizers import END_OF_TURN, EOS
 
-CONTEXT = 8192  # tokens of a text that Gemma-2 was trained with (arXiv 2408.00118, section 3)
 PART = 256  # tokens that are read at once, which bounds the memory for their attention
 BLOCK = 256  # tokens by which the memory for keys and values grows
 

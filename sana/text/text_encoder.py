@@ -17,6 +17,8 @@ from .gemma import Gemma2, KeysValues, Past
 from .prompt import INSTRUCTION, Window, common_prefix, window
 from .tokenizers import PAD, Tokenizer
 
+CONTEXT = 8192  # tokens of a text that Gemma-2 was trained with (arXiv 2408.00118, section 3)
+
 log = logging.getLogger(__name__)
 
 
@@ -108,6 +110,7 @@ class GemmaTextEncoder(nn.Module):
     def prefix(self, instruction: str) -> Prefix:
         """The prefix of an instruction. It is kept for as long as the weights do not change, and never while they are trained.
 
+        Raises ValueError for one that is longer than Gemma-2 reads.
         Two are kept, so that prompts can be written and drawn in turn: each begins with an instruction of its own.
         """
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters()):
@@ -122,6 +125,10 @@ class GemmaTextEncoder(nn.Module):
 
     def _compute_prefix(self, instruction: str) -> Prefix:
         ids = self.tokenizer.encode(instruction)[:-1]
+        if len(ids) >= CONTEXT:  # whose attention would take more memory than there is
+            raise ValueError(
+                f"the instruction has {len(ids)} tokens, and Gemma-2 reads {CONTEXT} with the prompt; give a shorter one"
+            )
         hidden, keys_values = self._run([ids])
         return Prefix(ids, keys_values, hidden[:, :1])
 

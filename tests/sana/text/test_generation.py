@@ -362,3 +362,18 @@ def test_numbers_that_are_not_finite_are_told() -> None:
 def test_a_token_without_a_row_is_told() -> None:
     with pytest.raises(ValueError, match="^the tokenizer gives token 600, and the text encoder has 600; use the token"):
         next(continuation(writer(), [BOS, GEMMA.vocab_size], GREEDY))
+
+
+def test_an_instruction_that_gemma_cannot_read_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its attention takes all memory: in one of 23,000 tokens every product of the 2B has 17 GB."""
+    ours = writer()
+    length = len(ours.tokenizer.encode(INSTRUCTION)) - 1  # its last token is read with the prompt
+    monkeypatch.setattr("sana.text.text_encoder.CONTEXT", length + 1)
+    ours(["a"], INSTRUCTION)
+    ours.forget()
+    monkeypatch.setattr("sana.text.text_encoder.CONTEXT", length)
+    with pytest.raises(ValueError) as refused:
+        ours(["a"], INSTRUCTION)
+    assert str(refused.value) == (
+        f"the instruction has {length} tokens, and Gemma-2 reads {length} with the prompt; give a shorter one"
+    )
