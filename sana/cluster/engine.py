@@ -164,6 +164,8 @@ def _draw(pool: "list[_Worker]", queue: "_Queue", stopped: Callable[[], bool]) -
                 number = max(ends[row.number] for row in suspect.rows)
                 if len(suspect.rows) > 1 and number > 1:
                     queue.give_back(Batch([row], alone=True) for row in suspect.rows)
+                    for row in suspect.rows:  # one is the cause, and the others are to be cleared of it
+                        del ends[row.number]
                 elif len(suspect.rows) > 1 or number < MOST_ENDS:
                     queue.give_back([suspect])
                 else:
