@@ -162,7 +162,11 @@ def add_lora(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     add("ema", "decay of the averaged adapter, which is the result; 0: the last one")
     add("caption_dropout", "share of captions replaced by the empty prompt, for guidance")
     add("recompute", "less memory, a third more work", action="store_true")
-    add("dtype", "of the frozen weights (default: bfloat16 on a GPU that computes it, else float32)", choices=DTYPES)
+    add(
+        "dtype",
+        "of the frozen weights (default: bfloat16, or float32 on a GPU that does not compute it)",
+        choices=DTYPES,
+    )
     lora.add_argument(
         "--prompt",
         dest="prompts",

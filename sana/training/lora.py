@@ -60,7 +60,7 @@ class LoraConfig:
     caption_dropout: float = 0.1  # share of captions replaced by the empty prompt, for guidance
     recompute: bool = False  # activations of blocks in the backward pass: less memory, a third more work
     cache: Path | None = None  # folder of states that several trainings share; None: in the work folder
-    dtype: str | None = None  # of the frozen weights; None: bfloat16 on a GPU that computes it, else float32
+    dtype: str | None = None  # of the frozen weights; None: bfloat16, or float32 on a GPU that does not compute it
     prompts: tuple[str, ...] = ()  # drawn on sheets, without and with the adapter; none: up to six captions
     choice: Choice = TURN  # between several captions of a picture
     trigger: str = ""  # words that call the result up, for its header
