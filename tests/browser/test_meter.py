@@ -127,7 +127,7 @@ def test_meter_follows_the_text(opened: Frontend) -> None:
     opened.set("GemmaTextEncode", "style", "Clay")
     told = [line(opened, "a star"), line(opened, clay.around("a star"), "official")]
     meters(opened, *told)
-    assert opened.page.locator(".sana-style:visible").all_inner_texts() == [clay.around("…")]
+    opened.wait_until(lambda: opened.page.locator(".sana-style:visible").all_inner_texts(), [clay.around("…")])
     opened.load({**WORKFLOW, "nodes": [], "links": []})
     meters(opened)
     opened.open_previous()
