@@ -18,6 +18,7 @@ from .checkpoints.lora import lora_files, read_strength
 from .checkpoints.quantising import quantise
 from .checkpoints.transformer import find_transformer
 from .checkpoints.writing import convert
+from .cluster import needing_packages
 from .config import DOWNSAMPLE
 from .images import read_picture
 from .interruption import INTERRUPTED, begin
@@ -107,15 +108,10 @@ def run_generate(options: argparse.Namespace) -> int:
 
 def run_cluster(options: argparse.Namespace) -> int:
     """A file of prompts on several workers."""
-    try:
+    with needing_packages():
         from .cluster.command import generate
         from .cluster.drawing import Run
         from .cluster.engine import Workers
-    except ModuleNotFoundError as error:
-        if error.name not in ("ray", "pyarrow"):
-            raise
-        advice = 'run pip install ".[cluster]" in the folder of this project'
-        raise ValueError(f"--workers needs the package {error.name}; {advice}") from error
     if options.prompts is None or options.out is None:
         raise ValueError("--workers draws a file of prompts into a folder; give --prompts FILE and --out FOLDER")
     if options.enhance:

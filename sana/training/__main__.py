@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
+from ..cluster import needing_packages
 from ..config import VARIANTS
 from ..interruption import INTERRUPTED, begin, postponed
 from ..loading import model_path
@@ -292,14 +293,9 @@ def on_workers(
     results: str,
 ) -> int:
     """Do with each picture what `make()` gives, on Ray. Raises ValueError without its package, and as `treat_all` does."""
-    try:
+    with needing_packages():
         from ..cluster.engine import Workers
         from ..cluster.treating import treat_all
-    except ModuleNotFoundError as error:
-        if error.name not in ("ray", "pyarrow"):
-            raise
-        advice = 'run pip install ".[cluster]" in the folder of this project'
-        raise ValueError(f"--workers needs the package {error.name}; {advice}") from error
     workers = Workers(options.workers, options.cluster, options.devices_per_worker)
     written, failed = treat_all(pictures, make, workers, what)
     print(f"{written} {results} written.")
