@@ -18,7 +18,7 @@ from torch import Tensor
 from ..sana.saving import replacing
 from .host.report import reported
 
-EXTRAS = ("accelerate", "peft")
+EXTRAS = ("accelerate", "peft", "pyarrow")
 FOLDER = "sana_training"  # in the output folder, for work folders
 LORAS = "loras"  # in the output folder, where the host looks for LoRAs, too
 SHIPPED = {"demo hearts": Path(__file__).parent / "hearts"}  # names that stand for a folder of pictures with captions
@@ -35,7 +35,7 @@ class SanaTrainLora(io.ComfyNode):
             category="SANA/training",
             search_aliases=["train lora", "fine-tune", "dreambooth", "finetune", "teach", "style training", "peft"],
             description="Trains a LoRA of a SANA model on pictures with captions. Stop saves it, and the next run goes on. Needs "
-            "the packages accelerate and peft.",
+            "the packages accelerate, peft and pyarrow.",
             inputs=[
                 io.Model.Input(
                     "model", tooltip="To train for. What LoRAs before this node change in it stays as it is."
@@ -199,8 +199,10 @@ def check_extras() -> None:
     """Raises ValueError for packages that ComfyUI does not install."""
     missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
     if missing:
+        *others, last = missing
+        named = f"packages {', '.join(others)} and {last}" if others else f"package {last}"
         raise ValueError(
-            f"training needs the {'package' if len(missing) == 1 else 'packages'} {' and '.join(missing)}; run pip install "
+            f"training needs the {named}; run pip install "
             f"{' '.join(missing)} with the Python of ComfyUI, and restart it"
         )
 

@@ -297,4 +297,6 @@ def test_without_the_extras_it_says_what_to_install(demo: Small, monkeypatch: py
         "training needs the package peft; run pip install peft with the Python of ComfyUI, and restart it"
     )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None)
-    assert "needs the packages accelerate and peft; run pip install accelerate peft with" in refusal(demo)
+    assert "needs the packages accelerate, peft and pyarrow; run pip install accelerate peft pyarrow with" in refusal(
+        demo
+    )
