@@ -38,6 +38,7 @@ from .loading import load_writer, model_path
 from .options import parser
 from .pipeline import SanaPipeline, check_control
 from .plan import Plan, Settings, make_plan
+from .printing import print_every_letter
 from .sampling.solvers import Step
 from .saving import remove_leftovers
 from .text.enhancement import enhance
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code."""
     try:
         begin()
+        print_every_letter()
         logging.basicConfig(format="%(message)s")
         options = parser().parse_args(arguments)
         return COMMANDS[options.command](options)

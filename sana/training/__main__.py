@@ -11,6 +11,7 @@ from ..cluster import needing_packages
 from ..config import VARIANTS
 from ..interruption import INTERRUPTED, begin, postponed
 from ..loading import model_path
+from ..printing import print_every_letter
 
 try:
     from accelerate import PartialState
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code."""
     try:
         begin()
+        print_every_letter()
         options = parser().parse_args(arguments)
         return options.run(options)
     except Stopped as stopped:
