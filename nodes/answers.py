@@ -12,7 +12,7 @@ from ..sana.checkpoints.files import CheckpointError, read_tensors
 from ..sana.checkpoints.text_encoder import read_tokenizer
 from ..sana.checkpoints.transformer import identify_transformer, possible_sizes
 from ..sana.config import TEXT_TOKENS
-from ..sana.text.prompt import window
+from ..sana.text.prompt import joined, window
 from ..sana.text.styles import NO_STYLE
 from ..sana.text.tokenizers import Tokenizer
 from .host.foreign import in_host_formats
@@ -60,8 +60,8 @@ def _text(question: Mapping[str, object], name: str) -> str:
 
 
 def _count(tokenizer: Tokenizer, text: str, instruction: str | None) -> dict[str, object]:
+    whole = joined(instruction, text)
     kept = window(len(tokenizer.encode(instruction)) if instruction else 0)
-    whole = (instruction or "") + text.strip()
     starts = tokenizer.starts(whole)
     cut = whole[starts[kept.stop] :].strip() if kept.lost(len(starts)) else ""
     return {

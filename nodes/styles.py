@@ -6,6 +6,7 @@ from pathlib import Path
 import folder_paths
 
 from ..sana.text.styles import AGAINST, NO_STYLE, STYLES, Style, read_styles
+from ..sana.text.tokenizers import check_text
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,11 @@ def style_names() -> list[str]:
 
 
 def styled(text: str, choice: str) -> str:
-    """A text in the style of an entry of the list. Raises ValueError for an entry that is gone, or that a broken file had."""
+    """A text in the style of an entry of the list.
+
+    Raises ValueError for an entry that is gone, or that a broken file had, and for what is no text.
+    """
+    check_text(text)
     if choice == NO_STYLE:
         return text
     style = _find(choice)

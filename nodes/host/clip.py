@@ -31,6 +31,7 @@ from ...sana.text.enhancement import AFTER, BEFORE
 from ...sana.text.gemma import Gemma2, Past
 from ...sana.text.generation import Sampling, check_writes, continuation
 from ...sana.text.text_encoder import GemmaTextEncoder
+from ...sana.text.prompt import joined
 from ...sana.text.tokenizers import START_OF_TURN, Tokenizer, written
 from .entries import ForeignEntryError
 from .foreign import in_host_formats, unpacked
@@ -73,17 +74,16 @@ class SanaTokenizer:
 
         instruction: put before the text; None: none. skip_template: False puts both into a turn that Gemma answers, unless the
         text has turns of its own. system_prompt: the same as an instruction and a blank line, for nodes that know no other.
-        others: what the host's nodes have for other models. Raises ValueError for pictures and sounds among them.
+        others: what the host's nodes have for other models. Raises ValueError for pictures and sounds among them, and as `joined`.
         """
         unread = [name for name in UNREAD if others.get(name) is not None and len(others[name])]
         if unread:
             raise ValueError(f"this CLIP is SANA's text encoder, which reads no {unread[0]}; take the {unread[0]} away")
         before = instruction or (f"{system_prompt}\n\n" if system_prompt else None)
-        text, after = text.strip(), ""
-        if not skip_template and not text.startswith(START_OF_TURN):
-            text, after = (text, AFTER) if before else (BEFORE + text, AFTER)
-            before = before and BEFORE + before
-        ids = self.tokenizer.encode((before or "") + text + after)
+        whole = joined(before, text)
+        if not skip_template and not text.lstrip().startswith(START_OF_TURN):
+            whole, before = BEFORE + whole + AFTER, before and BEFORE + before
+        ids = self.tokenizer.encode(whole)
         return Tokens({ENCODER: [[(token, 1.0) for token in ids]], INSTRUCTION_ENTRY: before})
 
     def decode(self, token_ids: Iterable[int], **unused: object) -> str:

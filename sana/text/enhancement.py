@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from .generation import Sampling, continuation
-from .prompt import INSTRUCTION
+from .prompt import INSTRUCTION, joined
 from .text_encoder import GemmaTextEncoder
 from .tokenizers import END_OF_TURN, START_OF_TURN, written
 
@@ -30,14 +30,13 @@ def enhance(
 
     instruction: put before the prompt. sampling: None: as `Sampling` has it. turns: ask in the chat template of Gemma-2, and
     take the answer; otherwise go on in the same line, as the instruction itself shows it.
-    If Gemma writes nothing, the prompt stays as it is. Raises ValueError and RuntimeError as `continuation` does.
+    If Gemma writes nothing, the prompt stays as it is. Raises ValueError as `joined`, and it and RuntimeError as `continuation`.
     """
     if not prompt.strip():
         log.warning("The prompt is empty, so one is written from nothing.")
     before, after = (BEFORE, AFTER) if turns else ("", "")
-    constant = before + instruction
-    ids = encoder.tokenizer.encode(constant + prompt.strip() + after)
-    tokens = continuation(encoder, ids, sampling or Sampling(), constant)
+    ids = encoder.tokenizer.encode(before + joined(instruction, prompt) + after)
+    tokens = continuation(encoder, ids, sampling or Sampling(), before + instruction)
     nothing = True
     for piece in one_line(written(encoder.tokenizer, tokens), whole=turns):
         nothing = False

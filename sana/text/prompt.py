@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..config import TEXT_TOKENS
+from .tokenizers import check_text
 
 # "Complex human instruction", NVlabs/Sana configs/sana_config/1024ms/Sana_1600M_img1024.yaml, chi_prompt. The double quotes
 # are NVlabs'; diffusers has single quotes there, which are other tokens and give other pictures.
@@ -28,6 +29,16 @@ INSTRUCTION = "\n".join(
 
 # diffusers pipelines/sana/pipeline_sana.py, complex_human_instruction. It also lower-cases prompts.
 DIFFUSERS_INSTRUCTION = INSTRUCTION.replace('"Enhanced prompt"', "'Enhanced prompt'")
+
+
+def joined(instruction: str | None, prompt: str) -> str:
+    """A prompt, without white space around it, behind an instruction.
+
+    Raises ValueError for what is no text, by its place in the one or in the other.
+    """
+    check_text(instruction or "", "instruction")
+    check_text(prompt)
+    return (instruction or "") + prompt.strip()
 
 
 class Window(NamedTuple):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..reading import parse_json, read_bytes
+from .tokenizers import check_text
 
 PROMPT = "{prompt}"  # where the words of a person stand in a style
 MOST_BYTES, MOST_STYLES, MOST_LETTERS = 2**20, 1000, 2000  # of a file; in it; of each text in it
@@ -128,4 +129,6 @@ def _style(name: str, parts: object) -> Style:
         raise ValueError(f"{shown} has no prompt and negative of {MOST_LETTERS:,} letters at most")
     if texts[0].count(PROMPT) != 1:
         raise ValueError(f"the prompt of {shown} does not have {PROMPT} in it once")
+    for text in (name, *texts):
+        check_text(text, f"style {shown}")
     return Style(*texts)

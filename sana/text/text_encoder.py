@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdRef
 
 from ..config import TEXT_ENCODER_SOURCE, TEXT_TOKENS
 from .gemma import Gemma2, KeysValues, Past
-from .prompt import INSTRUCTION, Window, common_prefix, window
+from .prompt import INSTRUCTION, Window, common_prefix, joined, window
 from .tokenizers import PAD, Tokenizer
 
 CONTEXT = 8192  # tokens of a text that Gemma-2 was trained with (arXiv 2408.00118, section 3)
@@ -64,10 +64,10 @@ class GemmaTextEncoder(nn.Module):
         return self.encode(self.tokenize(prompts, instruction), instruction)
 
     def tokenize(self, prompts: Sequence[str], instruction: str | None = INSTRUCTION) -> list[list[int]]:
-        """Token ids of prompts, uncut, each with the instruction before it. Raises ValueError for no prompts."""
+        """Token ids of prompts, uncut, each with the instruction before it. Raises ValueError for no prompts, and as `joined`."""
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts are a list of at least one text, not {prompts!r}")
-        return [self.tokenizer.encode((instruction or "") + prompt.strip()) for prompt in prompts]
+        return [self.tokenizer.encode(joined(instruction, prompt)) for prompt in prompts]
 
     def encode(self, ids: list[list[int]], instruction: str | None = INSTRUCTION) -> tuple[Tensor, Tensor]:
         """The same as `forward`, from what `tokenize` returned."""
@@ -82,8 +82,8 @@ class GemmaTextEncoder(nn.Module):
 
     def count(self, prompts: Sequence[str], instruction: str | None = INSTRUCTION) -> list[TokenCount]:
         """Tokens used and lost of each prompt. Same arguments as `forward`."""
-        kept = self._window(instruction)
-        return [TokenCount(kept.rows(len(row)), kept.lost(len(row))) for row in self.tokenize(prompts, instruction)]
+        ids, kept = self.tokenize(prompts, instruction), self._window(instruction)
+        return [TokenCount(kept.rows(len(row)), kept.lost(len(row))) for row in ids]
 
     def _window(self, instruction: str | None) -> Window:
         return window(len(self.tokenizer.encode(instruction)) if instruction else 0)

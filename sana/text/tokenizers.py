@@ -99,12 +99,12 @@ class JsonTokenizer:
         }
 
     def encode(self, text: str) -> list[int]:
-        _check_text(text)
+        check_text(text)
         with _as_value_errors():
             return [BOS, *self.backend.encode(text, add_special_tokens=False).ids]
 
     def starts(self, text: str) -> list[int]:
-        _check_text(text)
+        check_text(text)
         with _as_value_errors():
             return [0, *(start for start, _ in self.backend.encode(text, add_special_tokens=False).offsets)]
 
@@ -116,13 +116,13 @@ class JsonTokenizer:
         return _content(piece or "")
 
 
-def _check_text(text: str) -> None:
-    """Raises ValueError for halves of characters, which a terminal or a JSON of other bytes leaves in a text."""
+def check_text(text: str, name: str = "prompt") -> None:
+    """Raises ValueError for halves of characters, which a terminal or a JSON of other bytes leaves in a text of this name."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"the prompt is no text in UTF-8 from its character {error.start + 1} on; type it again"
+            f"the {name} is no text in UTF-8 from its character {error.start + 1} on; type it again"
         ) from error
 
 
@@ -171,11 +171,11 @@ class SentencePieceTokenizer:
         self.size = self.backend.GetPieceSize()
 
     def encode(self, text: str) -> list[int]:
-        _check_text(text)
+        check_text(text)
         return [BOS, *self.backend.encode(text)]
 
     def starts(self, text: str) -> list[int]:
-        _check_text(text)
+        check_text(text)
         found, at, letter = [0], 0, b""
         pieces = self.backend.encode(text, out_type=str)  # whose places are in bytes or in characters by version
         for piece in pieces:

@@ -160,6 +160,14 @@ def test_absolute_paths_of_models_are_refused(server: Server, parts: Path) -> No
             {"text": "\ud83d", "instruction": "none"},
             "the prompt is no text in UTF-8 from its character 1 on; type it again",
         ),
+        (
+            {"text": "a \ud83d", "instruction": "official", "style": "Clay (negative)"},
+            "the prompt is no text in UTF-8 from its character 3 on; type it again",
+        ),
+        (
+            {"text": "a", "instruction": "custom", "custom_instruction": "Draw \ud83d"},
+            "the instruction is no text in UTF-8 from its character 6 on; type it again",
+        ),
         ({"text": None}, "text is a text, not NoneType"),
         ({"model": ["demo"]}, "model is a text, not list"),
         ({"instruction": "other"}, "instruction is official, none or custom, not 'other'"),

@@ -272,6 +272,11 @@ def test_inputs_that_cannot_be_are_refused(small: Small, clip: CLIP, changes: di
     with pytest.raises(ValueError) as refused:
         better(small, **{"clip": clip, **changes})
     assert str(refused.value) == message
+        ({"text": " a \ud83d"}, "the prompt is no text in UTF-8 from its character 4 on; type it again"),
+        (
+            {"instruction": "custom", "custom_instruction": "Draw \ud83d"},
+            "the instruction is no text in UTF-8 from its character 6 on; type it again",
+        ),
 
 
 def test_a_text_of_100_000_characters_is_too_long(small: Small, clip: CLIP) -> None:

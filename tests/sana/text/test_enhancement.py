@@ -71,6 +71,16 @@ def test_a_text_of_100_000_characters_is_too_long() -> None:
         next(enhance(writer(), "a red circle " * 7700))
 
 
+@pytest.mark.parametrize("turns", [True, False])
+def test_half_of_a_character_is_told_by_its_place_in_what_was_typed(turns: bool) -> None:
+    for prompt, instruction, place in (
+        ("a \ud83d", INSTRUCTION, "prompt is no text in UTF-8 from its character 3"),
+        ("a", "\ud83d", "instruction is no text in UTF-8 from its character 1"),
+    ):
+        with pytest.raises(ValueError, match=f"^the {place} on; type it again$"):
+            next(enhance(writer(), prompt, instruction, turns=turns))
+
+
 def test_an_encoder_that_was_never_trained_to_write_says_so() -> None:
     with pytest.raises(
         ValueError, match="^this text encoder, such as the demo's, was trained to read prompts and never"

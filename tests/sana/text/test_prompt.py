@@ -6,7 +6,7 @@ import inspect
 import pytest
 from diffusers import SanaPipeline
 
-from sana.text.prompt import DIFFUSERS_INSTRUCTION, INSTRUCTION, common_prefix, window
+from sana.text.prompt import DIFFUSERS_INSTRUCTION, INSTRUCTION, common_prefix, joined, window
 
 
 def test_the_instruction_is_that_of_nvlabs() -> None:
@@ -19,6 +19,28 @@ def test_the_instruction_of_diffusers_differs_in_its_quotes() -> None:
     lines = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
     assert "\n".join(lines) == DIFFUSERS_INSTRUCTION
     assert DIFFUSERS_INSTRUCTION.replace("'Enhanced prompt'", '"Enhanced prompt"') == INSTRUCTION
+
+
+def test_a_prompt_is_stripped_behind_an_instruction_that_is_not() -> None:
+    assert joined(" Draw ", "\n a cat ") == " Draw a cat"
+    assert joined(None, " a cat") == joined("", "a cat") == "a cat"
+
+
+@pytest.mark.parametrize(
+    ("instruction", "prompt", "named"),
+    [
+        (INSTRUCTION, "  a \udcff", "the prompt is no text in UTF-8 from its character 5 on; type it again"),
+        (None, "\ud83d", "the prompt is no text in UTF-8 from its character 1 on; type it again"),
+        ("Draw \ud83d", "a cat", "the instruction is no text in UTF-8 from its character 6 on; type it again"),
+    ],
+    ids=range(3),
+)
+def test_half_of_a_character_is_told_by_its_place_in_what_was_typed(
+    instruction: str | None, prompt: str, named: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        joined(instruction, prompt)
+    assert str(caught.value) == named
 
 
 @pytest.mark.parametrize("instruction_tokens", [2, 3, 240])

@@ -64,8 +64,13 @@ def test_a_file_adds_to_our_styles_and_replaces_them(tmp_path: Path) -> None:
         ({"Etching": {"prompt": "an etching"}}, "the prompt of 'Etching' does not have {prompt} in it once"),
         ({"Etching": {"prompt": "{prompt}{prompt}"}}, "the prompt of 'Etching' does not have {prompt} in it once"),
         ({"Etching": {"negative": "colour"}}, "the prompt of 'Etching' does not have {prompt} in it once"),
+        (
+            {"Etching": {"prompt": "{prompt} \ud83d"}},
+            "the style 'Etching' is no text in UTF-8 from its character 10 on; type it again",
+        ),
+        ({"A\ud83d": ETCHING}, "the style 'A\\ud83d' is no text in UTF-8 from its character 2 on; type it again"),
     ],
-    ids=range(15),
+    ids=range(17),
 )
 def test_a_file_that_holds_no_styles_is_told_in_one_sentence(tmp_path: Path, content: object, reason: str) -> None:
     path = write(tmp_path, content)
