@@ -31,7 +31,7 @@ from .sampling.noise import noise_source
 from .sampling.solvers import SOLVERS, Denoiser, SamplingError, Step, scm_start, scm_steps
 from .text.enhancement import enhance
 from .text.generation import Sampling
-from .text.prompt import INSTRUCTION
+from .text.prompt import INSTRUCTION, joined
 from .text.text_encoder import GemmaTextEncoder
 
 PLANS_AHEAD = 16  # whose texts, 1.4 MB each, are encoded together where parts take turns
@@ -131,12 +131,12 @@ class SanaPipeline:
 
         instruction, turns: as for `enhance` in `text/enhancement.py`, which gives the same in pieces, as they are written.
         options: fields of `Sampling`, as in `pipeline.enhance("a cat", seed=1, temperature=0.5)`.
-        Raises ValueError for values out of range and for a text encoder that was never trained to write.
+        Raises ValueError for values out of range, for a text encoder that was never trained to write, and without one.
         """
-        sampling = Sampling(**options)
+        sampling, encoder = Sampling(**options), self._given_encoder()
         if self.offloader.is_active:
-            self.offloader.bring(writing_need(self.text_encoder, instruction + prompt, sampling.max_tokens))
-        return "".join(enhance(self.text_encoder, prompt, instruction, sampling, turns=turns))
+            self.offloader.bring(writing_need(encoder, joined(instruction, prompt), sampling.max_tokens))
+        return "".join(enhance(encoder, prompt, instruction, sampling, turns=turns))
 
     def sample(self, prompt: str | Sequence[str], settings: Settings, *, batch_size: int = 1) -> Iterator[Step]:
         """The steps of sampling one by one, for a caller to watch, to cancel, or to stop early.
@@ -274,11 +274,20 @@ class SanaPipeline:
 
         yield from steps(denoise_there if self.offloader.is_active else denoise, x, plan.sigmas)
 
+    def _given_encoder(self) -> GemmaTextEncoder:
+        """Raises ValueError where there is none."""
+        if self.text_encoder is None:
+            raise ValueError(
+                "this pipeline has no text encoder; make it with one, or encode the texts elsewhere and give them to follow()"
+            )
+        return self.text_encoder
+
     def _encode_texts(self, plan: Plan) -> Inputs:
         key = plan.texts, plan.instruction, plan.negative
         if key not in self._texts:
+            encoder = self._given_encoder()
             self._bring(plan, "encoding the prompt")
-            self._texts[key] = Inputs(*encode_texts(self.text_encoder, plan))
+            self._texts[key] = Inputs(*encode_texts(encoder, plan))
         found = self._texts[key]
         for old in list(self._texts)[: len(self._texts) - self.texts_kept]:
             del self._texts[old]

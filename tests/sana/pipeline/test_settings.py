@@ -68,3 +68,24 @@ def test_a_strength_without_a_picture_is_refused() -> None:
     """Part of a schedule from pure noise draws a broken picture."""
     with pytest.raises(ValueError, match="strength.* image"):
         Settings(strength=0.5)
+
+
+def test_without_a_text_encoder_nothing_is_written_or_encoded(loaded: SanaPipeline) -> None:
+    """But what was encoded elsewhere is drawn."""
+    pipeline = SanaPipeline(loaded.transformer, loaded.autoencoder, None, loaded.identity)
+    plan = pipeline.plan(PROMPTS[0], Settings(steps=1, **SIZE))
+    for use in (
+        lambda: pipeline(PROMPTS[0], **SIZE),
+        lambda: pipeline.enhance("a cat"),
+        lambda: list(pipeline.sample(PROMPTS[0], Settings(**SIZE))),
+        lambda: list(pipeline.draw([plan])),
+        lambda: pipeline.prepare([plan]),
+        lambda: list(pipeline.follow(plan)),
+    ):
+        with pytest.raises(ValueError) as caught:
+            use()
+        assert str(caught.value) == (
+            "this pipeline has no text encoder; make it with one, or encode the texts elsewhere and give them to follow()"
+        )
+    (expected,), (found,) = loaded.follow(plan), pipeline.follow(plan, loaded.prepare([plan])[0])
+    assert found.next_x.equal(expected.next_x)
