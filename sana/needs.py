@@ -15,8 +15,7 @@ from .networks.streaming import check_bound, least_bytes, whole_bytes
 from .networks.transformer import WORKING_BYTES, SanaTransformer
 from .offloading import Need
 from .plan import Plan
-from .text.generation import CONTEXT, PART
-from .text.text_encoder import GemmaTextEncoder
+from .text.text_encoder import CONTEXT, PART, GemmaTextEncoder
 
 TEXT_ENCODER, ENCODER, TRANSFORMER = "text encoder", "encoder", "transformer"  # names of parts
 CONTROLNET, DECODER = "ControlNet", "decoder"
@@ -64,7 +63,7 @@ def prompt_need(plan: Plan, text_encoder: GemmaTextEncoder) -> Need:
     model, itemsize = text_encoder.model, text_encoder.dtype.itemsize
     prefix = len(text_encoder.tokenizer.encode(plan.instruction)) if plan.instruction else 0
     batch = len(set(plan.texts))
-    runs = [(1, prefix, 0), (batch, TEXT_TOKENS, prefix), (1, TEXT_TOKENS, 0)]
+    runs = [_last_part(prefix), (batch, TEXT_TOKENS, prefix), (1, TEXT_TOKENS, 0)]
     kept = 2 * (batch + 1) * TEXT_TOKENS * model.config.hidden_size * itemsize  # states, before and after they are cut
     working = max(model.activation_bytes(*run, itemsize) for run in runs) + kept
     working += unpacking_bytes(model.layers, itemsize)  # of the embedding a few rows are
@@ -73,12 +72,21 @@ def prompt_need(plan: Plan, text_encoder: GemmaTextEncoder) -> Need:
 
 def writing_need(text_encoder: GemmaTextEncoder, text: str, max_tokens: int) -> Need:
     """Of writing so many tokens at most after a text. Logits are where the embedding is, which stays on the CPU."""
-    model, itemsize = text_encoder.model, text_encoder.dtype.itemsize
-    read = len(text_encoder.tokenizer.encode(text))
-    part, tokens = min(PART, read), min(CONTEXT, read + max_tokens)
-    runs = [(1, part, read - part), (1, 1, tokens)]  # the last part that is read, and the last token
-    working = max(model.activation_bytes(*run, itemsize) for run in runs) + unpacking_bytes(model.layers, itemsize)
+    working = writing_bytes(text_encoder, len(text_encoder.tokenizer.encode(text)), max_tokens)
     return Need((TEXT_ENCODER,), working, working)
+
+
+def writing_bytes(text_encoder: GemmaTextEncoder, read: int, max_tokens: int) -> int:
+    """What writing so many tokens at most after so many that are read takes beside the weights."""
+    model, itemsize = text_encoder.model, text_encoder.dtype.itemsize
+    runs = [_last_part(read), (1, 1, min(CONTEXT, read + max_tokens))]  # and the last token
+    return max(model.activation_bytes(*run, itemsize) for run in runs) + unpacking_bytes(model.layers, itemsize)
+
+
+def _last_part(tokens: int) -> tuple[int, int, int]:
+    """Of so many tokens that are read in parts the last one, which takes the most, as `Gemma2.activation_bytes` has it."""
+    part = min(PART, tokens)
+    return 1, part, tokens - part
 
 
 def sampling_need(

@@ -27,11 +27,12 @@ from ...sana.checkpoints.text_encoder import (
     warn_of_base,
 )
 from ...sana.config import GemmaConfig, TransformerConfig
+from ...sana.needs import writing_bytes
 from ...sana.text.enhancement import AFTER, BEFORE
-from ...sana.text.gemma import Gemma2, Past
+from ...sana.text.gemma import Gemma2, KeysValues, Past
 from ...sana.text.generation import Sampling, check_writes, continuation
-from ...sana.text.text_encoder import GemmaTextEncoder
 from ...sana.text.prompt import joined
+from ...sana.text.text_encoder import GemmaTextEncoder
 from ...sana.text.tokenizers import START_OF_TURN, Tokenizer, written
 from .entries import ForeignEntryError
 from .foreign import in_host_formats, unpacked
@@ -111,7 +112,7 @@ class HostGemma(GemmaTextEncoder):
     def device(self) -> torch.device:
         return self.execution_device or super().device
 
-    def read(self, ids: Sequence[int], past: Sequence[Past]) -> Tensor:
+    def read(self, ids: Sequence[int], past: Sequence[Past] = ()) -> tuple[Tensor, list[KeysValues]]:
         """The Stop button ends a text before the next part that is read, or the next token, as the host ends a node."""
         management.throw_exception_if_processing_interrupted()
         return super().read(ids, past)
@@ -142,6 +143,10 @@ class SanaTextModel(nn.Module):
 
     def reset_clip_options(self) -> None:
         self.encoder.execution_device = None
+
+    def memory_estimation_function(self, tokens: Mapping[str, Sequence[object]], device: object = None) -> int:
+        """Bytes that a text takes beside the weights while it is read and gone on with. The host asks before it loads them."""
+        return writing_bytes(self.encoder, max(map(len, tokens.get(ENCODER, ())), default=0), Sampling.max_tokens)
 
     def encode_token_weights(self, tokens: Tokens) -> tuple[Tensor, None, dict[str, Tensor]]:
         """Text (1, 300, C) and its mask (1, 300), on the host's intermediate device."""

@@ -14,10 +14,9 @@ from torch import Tensor
 from ..config import TEXT_ENCODER_SOURCE
 from .gemma import KeysValues
 from .prompt import common_prefix
-from .text_encoder import CONTEXT, GemmaTextEncoder
+from .text_encoder import CONTEXT, PART, GemmaTextEncoder
 from .tokenizers import END_OF_TURN, EOS
 
-PART = 256  # tokens that are read at once, which bounds the memory for their attention
 BLOCK = 256  # tokens by which the memory for keys and values grows
 
 
@@ -159,7 +158,7 @@ class Reader:
     def read(self, ids: Sequence[int]) -> Tensor:
         """Logits (vocabulary,) float32 of the token after these, which follow what was read before."""
         for start in range(0, len(ids), PART):
-            hidden = self.encoder.read(ids[start : start + PART], self.layers)
+            hidden, _ = self.encoder.read(ids[start : start + PART], self.layers)
         return self.encoder.model.logits(hidden[0, -1])
 
 

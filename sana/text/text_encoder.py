@@ -18,6 +18,7 @@ from .prompt import INSTRUCTION, Window, common_prefix, joined, window
 from .tokenizers import PAD, Tokenizer
 
 CONTEXT = 8192  # tokens of a text that Gemma-2 was trained with (arXiv 2408.00118, section 3)
+PART = 512  # tokens of a long text that are read at once, which bounds the memory for their attention
 
 log = logging.getLogger(__name__)
 
@@ -125,11 +126,13 @@ class GemmaTextEncoder(nn.Module):
 
     def _compute_prefix(self, instruction: str) -> Prefix:
         ids = self.tokenizer.encode(instruction)[:-1]
-        if len(ids) >= CONTEXT:  # whose attention would take more memory than there is
+        if len(ids) >= CONTEXT:
             raise ValueError(
                 f"the instruction has {len(ids)} tokens, and Gemma-2 reads {CONTEXT} with the prompt; give a shorter one"
             )
-        hidden, keys_values = self._run([ids])
+        hidden, keys_values = self.read(ids[:PART])
+        for start in range(PART, len(ids), PART):
+            _, keys_values = self.read(ids[start : start + PART], keys_values)
         return Prefix(ids, keys_values, hidden[:, :1])
 
     def forget(self) -> None:
@@ -140,10 +143,13 @@ class GemmaTextEncoder(nn.Module):
         """Changes when a weight is replaced, even by one at its address, moved or written to."""
         return [(WeakIdRef(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.model.parameters()]
 
-    def read(self, ids: Sequence[int], past: Sequence[Past]) -> Tensor:
-        """Run the token ids of one text after those of `past`. Returns hidden states (1, L, C). Raises ValueError as `_check`."""
+    def read(self, ids: Sequence[int], past: Sequence[Past] = ()) -> tuple[Tensor, list[KeysValues]]:
+        """Run the token ids of one text after those of `past`, PART of them at most.
+
+        Returns hidden states (1, L, C), and all keys and values. Raises ValueError as `_check`.
+        """
         self._check([ids])
-        return self.model(torch.tensor([ids], device=self.device), past=past)[0]
+        return self.model(torch.tensor([ids], device=self.device), past=past)
 
     def _check(self, ids: Sequence[Sequence[int]]) -> None:
         """Raises ValueError for an id that the network has no row for, where a GPU would break down for good."""

@@ -136,12 +136,30 @@ def test_the_model_is_what_runs_take(small: SanaPipeline, side: int, prompts: in
         assert found <= modelled[phase].working <= 1.33 * found, phase
 
 
-@pytest.mark.parametrize(("text", "count"), [("a cat", 300), (LONG_PROMPT, 40), (10 * LONG_PROMPT, 3)])
-def test_writing_is_modelled_by_what_is_read_and_what_is_written(text: str, count: int) -> None:
+@pytest.mark.parametrize(
+    ("instruction", "text", "count"),
+    [
+        ("Draw ", "a cat", 300),
+        ("Draw ", LONG_PROMPT, 40),
+        ("Draw ", 10 * LONG_PROMPT, 3),
+        (10 * LONG_PROMPT, "a cat", 3),
+    ],
+    ids=range(4),
+)
+def test_writing_is_modelled_by_what_is_read_and_what_is_written(instruction: str, text: str, count: int) -> None:
     """Never less, and at most half more. Logits of 600 tokens are next to nothing."""
     encoder, sampling = models.writer(), Sampling(count)
-    found = peak_bytes(lambda: torch.tensor(len("".join(enhance(encoder, text, "Draw ", sampling)))))[1]
-    assert found <= writing_need(encoder, f"Draw {text}", count).working <= 1.5 * found
+    found = peak_bytes(lambda: torch.tensor(len("".join(enhance(encoder, text, instruction, sampling)))))[1]
+    assert found <= writing_need(encoder, instruction + text, count).working <= 1.5 * found
+
+
+def test_a_long_instruction_is_modelled_before_a_prompt_as_well(small: SanaPipeline) -> None:
+    plain = SanaPipeline(small.transformer, small.autoencoder, small.text_encoder, small.identity)
+    drawn = plain.plan("a cat", Settings(height=256, width=256, steps=1, instruction=10 * LONG_PROMPT))
+    need = needs(drawn, small.transformer, small.autoencoder, small.text_encoder)["encoding the prompt"].working
+    small.text_encoder.forget()
+    found = peak_bytes(lambda: encode_texts(small.text_encoder, drawn)[0].text)[1]
+    assert found <= need <= 1.5 * found
 
 
 def test_decoding_in_as_little_as_it_takes_is_modelled_too(small: SanaPipeline) -> None:

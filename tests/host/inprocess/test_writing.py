@@ -14,6 +14,7 @@ from comfy.sd import CLIP
 from torch import Tensor
 
 import sana
+from sana.needs import writing_bytes, writing_need
 from sana.text.enhancement import AFTER, BEFORE, enhance
 from sana.text.generation import Sampling, continuation
 from sana.text.prompt import INSTRUCTION
@@ -271,6 +272,11 @@ def test_progress_counts_tokens_and_stop_ends_at_the_next_one(
 def test_inputs_that_cannot_be_are_refused(small: Small, clip: CLIP, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError) as refused:
         better(small, **{"clip": clip, **changes})
+        ({"text": " a \ud83d"}, "the prompt is no text in UTF-8 from its character 4 on; type it again"),
+        (
+            {"instruction": "custom", "custom_instruction": "Draw \ud83d"},
+            "the instruction is no text in UTF-8 from its character 6 on; type it again",
+        ),
     assert str(refused.value) == message
         ({"text": " a \ud83d"}, "the prompt is no text in UTF-8 from its character 4 on; type it again"),
         (

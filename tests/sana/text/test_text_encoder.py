@@ -12,7 +12,7 @@ from transformers import Gemma2Model, PreTrainedTokenizerFast
 
 from sana.checkpoints.text_encoder import load_text_encoder
 from sana.text.prompt import INSTRUCTION
-from sana.text.text_encoder import GemmaTextEncoder
+from sana.text.text_encoder import PART, GemmaTextEncoder
 from tests.sana.models import (
     GEMMA,
     PROMPTS,
@@ -138,6 +138,21 @@ def test_instruction_is_computed_for_the_first_prompt_only(
     pairs = [len(tokenizer.encode(INSTRUCTION + prompt)) for prompt in prompts]
     assert lengths[0] == length - 1
     assert all(run <= pair - length + 2 for run, pair in zip(lengths[1:], pairs, strict=True))
+
+
+@torch.no_grad()
+def test_a_long_instruction_is_read_in_parts(
+    encoder: GemmaTextEncoder, model: Gemma2Model, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The whole of it at once would take memory by the square of its length."""
+    instruction = "Draw a red circle. " * 100
+    length = len(tokenizer.encode(instruction)) - 1
+    assert length > 2 * PART
+    with runs(encoder.model) as lengths:
+        text, text_mask = encoder(["a cat"], instruction)
+    assert lengths[:-1] == [PART] * (length // PART) + [length % PART] * (length % PART > 0)
+    expected, _ = reference_text(model, tokenizer, ["a cat"], instruction)
+    torch.testing.assert_close(text[text_mask], expected[text_mask], **ROUNDING)
 
 
 def test_frozen_weights_need_no_second_run_of_the_instruction_in_any_mode(encoder: GemmaTextEncoder) -> None:
