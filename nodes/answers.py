@@ -16,9 +16,9 @@ from ..sana.text.prompt import joined, window
 from ..sana.text.styles import NO_STYLE
 from ..sana.text.tokenizers import Tokenizer
 from .host.foreign import in_host_formats
+from .inputs import CUSTOM, NONE, OFFICIAL, instruction_text
 from .model_files import AUTO, TEXT_ENCODER, load_part, model_names, model_path, part_names, part_path
 from .styles import style_text, styled
-from .text import CUSTOM, NONE, OFFICIAL, instruction_text
 
 SHOWN = 120  # characters of what is cut off
 FRESH_SECONDS = 30  # for which it is known where a loader's text encoder is

@@ -4,9 +4,9 @@ from comfy_api.latest import io
 
 from ..sana.text.enhancement import one_line
 from ..sana.text.generation import Sampling
+from . import inputs
 from .host.clip import check_clip
 from .host.report import reported
-from .text import CUSTOM, NONE, OFFICIAL, instruction_text
 
 
 class SanaPromptEnhancer(io.ComfyNode):
@@ -20,18 +20,16 @@ class SanaPromptEnhancer(io.ComfyNode):
             description="Writes a longer prompt with more to see, by the text encoder that is loaded anyway: Gemma-2-2b-it. "
             "Connect its text to SANA prompt.",
             inputs=[
-                io.Clip.Input("clip", tooltip="The text encoder of a SANA loader."),
+                inputs.clip(),
                 io.String.Input(
                     "text",
                     multiline=True,
                     dynamic_prompts=True,
                     tooltip="What the picture is to show, in a few words.",
                 ),
-                io.Combo.Input(
-                    "instruction",
-                    options=[OFFICIAL, NONE, CUSTOM],
-                    tooltip="What Gemma is told before the text. official: NVIDIA's. none: the text is all it is told. custom: "
-                    "the text below.",
+                inputs.instruction(
+                    "What Gemma is told before the text. official: NVIDIA's. none: the text is all it is told. custom: the "
+                    "text below."
                 ),
                 io.Int.Input(
                     "seed",
@@ -56,12 +54,7 @@ class SanaPromptEnhancer(io.ComfyNode):
                     max=2048,
                     tooltip="To write at most, in tokens. SANA reads 299 of a prompt.",
                 ),
-                io.String.Input(
-                    "custom_instruction",
-                    multiline=True,
-                    optional=True,
-                    tooltip="Put before the text when instruction is custom. End it with a space.",
-                ),
+                inputs.custom_instruction(),
                 io.String.Input(
                     "edited",
                     multiline=True,
@@ -89,7 +82,7 @@ class SanaPromptEnhancer(io.ComfyNode):
         if edited.strip():
             return reported(edited, text="the edited text, as it stands")
         check_clip(clip)
-        before = instruction_text(instruction, custom_instruction)
+        before = inputs.instruction_text(instruction, custom_instruction)
         ids = clip.generate(
             clip.tokenize(text, instruction=before, skip_template=False),
             do_sample=temperature != 0,

@@ -3,19 +3,13 @@
 from comfy_api.latest import io
 
 from ..sana.config import TEXT_TOKENS
-from ..sana.text.prompt import INSTRUCTION
 from ..sana.text.styles import NO_STYLE
+from . import inputs
 from .host.clip import check_clip
 from .host.report import reported
 from .styles import style_names, style_text, styled
 
 CATEGORY = "SANA/conditioning"
-OFFICIAL, NONE, CUSTOM = "official", "none", "custom"
-
-
-def instruction_text(choice: str, custom: str) -> str | None:
-    """What is put before a prompt. None: nothing."""
-    return {OFFICIAL: INSTRUCTION, NONE: None, CUSTOM: custom or None}[choice]
 
 
 class GemmaTextEncode(io.ComfyNode):
@@ -38,24 +32,17 @@ class GemmaTextEncode(io.ComfyNode):
             description="Encodes a prompt the way SANA was trained: after an instruction that asks for details. "
             "For a negative prompt choose no instruction, or use CLIP Text Encode.",
             inputs=[
-                io.Clip.Input("clip", tooltip="The text encoder of a SANA loader."),
+                inputs.clip(),
                 io.String.Input(
                     "text",
                     multiline=True,
                     dynamic_prompts=True,
                     tooltip="Up to 299 tokens; what is longer is cut at the end, and the node says so.",
                 ),
-                io.Combo.Input(
-                    "instruction",
-                    options=[OFFICIAL, NONE, CUSTOM],
-                    tooltip="official: NVIDIA's, for prompts. none: for negative prompts. custom: the text below.",
+                inputs.instruction(
+                    "official: NVIDIA's, for prompts. none: for negative prompts. custom: the text below."
                 ),
-                io.String.Input(
-                    "custom_instruction",
-                    multiline=True,
-                    optional=True,
-                    tooltip="Put before the prompt when instruction is custom. End it with a space.",
-                ),
+                inputs.custom_instruction(),
                 io.Combo.Input(
                     "style",
                     options=style_names(),
@@ -86,7 +73,7 @@ class GemmaTextEncode(io.ComfyNode):
         style: str = NO_STYLE,
     ) -> io.NodeOutput:
         check_clip(clip)
-        before = instruction_text(instruction, custom_instruction)
+        before = inputs.instruction_text(instruction, custom_instruction)
         text = styled(text, style)
         (count,) = clip.cond_stage_model.encoder.count([text], before)
         lost = f", {count.lost} cut off" if count.lost else ""

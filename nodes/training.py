@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..sana.saving import replacing
+from . import inputs
 from .host.report import reported
 
 EXTRAS = ("accelerate", "peft", "pyarrow")
@@ -40,7 +41,7 @@ class SanaTrainLora(io.ComfyNode):
                 io.Model.Input(
                     "model", tooltip="To train for. What LoRAs before this node change in it stays as it is."
                 ),
-                io.Clip.Input("clip", tooltip="The text encoder of a SANA loader."),
+                inputs.clip(),
                 io.Vae.Input("vae", tooltip="The DC-AE of a SANA loader."),
                 io.String.Input(
                     "name",
