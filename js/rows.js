@@ -8,6 +8,7 @@ import { app } from "../../scripts/app.js";
 import { follow, isConnected, valueOf } from "./changes.js";
 import { addElement } from "./elements.js";
 import { answerTo } from "./server.js";
+import { keepHeight, setHidden } from "./sight.js";
 
 const SHAPE = "sana_shape"; // the widget with the drawing
 const SHAPE_HEIGHT = 62, MARGIN = 6; // px
@@ -32,12 +33,6 @@ const RULES = {
     },
 };
 
-function setHidden(widget, hidden) {
-    // For nodes that are elements. Some versions notice a change through their state alone, and only if it comes first.
-    for (const options of [widget._state?.options, widget.options]) if (options) options.hidden = hidden;
-    widget.hidden = hidden; // for nodes on the canvas
-}
-
 function drawShape(node, size) {
     const widget = node.widgets.find(({ name }) => name === SHAPE);
     if (!size) {
@@ -51,15 +46,6 @@ function drawShape(node, size) {
     element.innerHTML = `<div style="box-sizing: border-box; width: ${width}px; height: ${height}px; border-radius: 2px; ` +
         'border: 1px solid var(--descrip-text, #999); background: var(--comfy-input-bg, #222);"></div>';
     if (!widget) addElement(node, SHAPE, element, () => SHAPE_HEIGHT);
-}
-
-/** A node that was as low as it could be stays so; any other keeps its height, or grows by what it lacks. */
-function keepHeight(node, change) {
-    if (LiteGraph.vueNodesMode) return change(); // there an element has the height that it needs
-    const tight = node.size[1] <= node.computeSize()[1] + 1;
-    change();
-    const needed = node.computeSize()[1];
-    node.setSize([node.size[0], tight ? needed : Math.max(node.size[1], needed)]);
 }
 
 /** type: of the node, which a new one does not have yet. */

@@ -95,7 +95,7 @@ class SanaPromptEnhancer(io.ComfyNode):
         written = "".join(one_line([clip.decode(ids)]))
         note = "" if written else "Nothing was written, so the text stays as it is:\n"
         note = note if text.strip() else "Written from nothing, since the text is empty:\n"
-        return reported(written or text, text=note + (written or text), private=True)
+        return reported(written or text, text=note + (written or text), private=True, written=written)
 
 
 NODES = (SanaPromptEnhancer,)

@@ -143,16 +143,24 @@ def test_an_edited_text_wins_unless_it_is_empty(small: Small, clip: CLIP, monkey
     assert better(small, clip, edited="  a dog\n ") == "  a dog\n "
 
 
-def test_the_text_is_on_the_node_and_not_in_the_log(small: Small, clip: CLIP, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_text_is_on_the_node_and_not_in_the_log(
+    small: Small, clip: CLIP, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And in an entry of its own, without what is said of it, for who wants to keep it."""
     node = small.host.nodes["SanaPromptEnhancer"]
     inputs = {"clip": clip, "instruction": "official", "seed": 3, "temperature": 1.5, "max_tokens": MOST}
     with caplog.at_level(logging.INFO):
         found = node.execute(text="a cat", **inputs)
-        assert found.ui == {"sana_report": [found.args[0]]}
+        assert found.ui == {"sana_report": [found.args[0]], "sana_written": [found.args[0]]}
         empty = node.execute(text=" ", **inputs)
-        assert empty.ui == {"sana_report": [f"Written from nothing, since the text is empty:\n{empty.args[0]}"]}
+        report = f"Written from nothing, since the text is empty:\n{empty.args[0]}"
+        assert empty.ui == {"sana_report": [report], "sana_written": [empty.args[0]]}
         edited = node.execute(text="a cat", edited="a dog", **inputs)
         assert edited.ui == {"sana_report": ["the edited text, as it stands"]}
+        monkeypatch.setattr(clip, "decode", lambda ids: " \n")
+        silent = node.execute(text="a cat", **inputs)
+        report = "Nothing was written, so the text stays as it is:\na cat"
+        assert silent.ui == {"sana_report": [report], "sana_written": []}
     assert not [message for message in caplog.messages if found.args[0] in message or empty.args[0] in message]
 
 
@@ -264,6 +272,11 @@ def test_progress_counts_tokens_and_stop_ends_at_the_next_one(
     [
         ({"max_tokens": 0}, "max_tokens is 0; at least 1 is needed"),
         ({"temperature": float("nan")}, "temperature is nan; it must be a number from 0 on, such as 0.7"),
+        ({"text": " a \ud83d"}, "the prompt is no text in UTF-8 from its character 4 on; type it again"),
+        (
+            {"instruction": "custom", "custom_instruction": "Draw \ud83d"},
+            "the instruction is no text in UTF-8 from its character 6 on; type it again",
+        ),
         ({"clip": object()}, "this CLIP is not Gemma-2; connect the CLIP of Load SANA or Load SANA text encoder"),
         ({"clip": None}, "this CLIP is not Gemma-2; connect the CLIP of Load SANA or Load SANA text encoder"),
     ],
@@ -272,17 +285,7 @@ def test_progress_counts_tokens_and_stop_ends_at_the_next_one(
 def test_inputs_that_cannot_be_are_refused(small: Small, clip: CLIP, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError) as refused:
         better(small, **{"clip": clip, **changes})
-        ({"text": " a \ud83d"}, "the prompt is no text in UTF-8 from its character 4 on; type it again"),
-        (
-            {"instruction": "custom", "custom_instruction": "Draw \ud83d"},
-            "the instruction is no text in UTF-8 from its character 6 on; type it again",
-        ),
     assert str(refused.value) == message
-        ({"text": " a \ud83d"}, "the prompt is no text in UTF-8 from its character 4 on; type it again"),
-        (
-            {"instruction": "custom", "custom_instruction": "Draw \ud83d"},
-            "the instruction is no text in UTF-8 from its character 6 on; type it again",
-        ),
 
 
 def test_a_text_of_100_000_characters_is_too_long(small: Small, clip: CLIP) -> None:
@@ -290,6 +293,27 @@ def test_a_text_of_100_000_characters_is_too_long(small: Small, clip: CLIP) -> N
         ValueError, match=r"^the text has \d{5} tokens, and Gemma-2 reads and writes 8192 together; give"
     ):
         better(small, clip, "a red circle " * 7700)
+
+
+def test_the_host_is_told_what_a_long_text_takes(
+    small: Small, clip: CLIP, encoder: GemmaTextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it loads the weights, and as much as `sana` counts. Without a text it is told of no token."""
+    told: list[int] = []
+    load = management.load_models_gpu
+
+    def spy(models: list[object], memory_required: int = 0, **more: object) -> None:
+        told.append(memory_required)
+        load(models, memory_required=memory_required, **more)
+
+    monkeypatch.setattr(management, "load_models_gpu", spy)
+    long = "Draw a red circle. " * 50
+    for instruction in ("", long):
+        better(small, clip, instruction="custom", custom_instruction=instruction)
+    clip.load_model()
+    texts = [f"{BEFORE}{instruction}a cat{AFTER}" for instruction in ("", long)]
+    assert told[:2] == [writing_need(encoder, text, Sampling.max_tokens).working for text in texts]
+    assert told[2] == writing_bytes(encoder, 0, Sampling.max_tokens) < told[0] < told[1]
 
 
 def test_the_demo_was_never_trained_to_write_and_says_so(small: Small) -> None:
