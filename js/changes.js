@@ -7,10 +7,18 @@
 import { app } from "../../scripts/app.js";
 
 const PERIOD = 150; // ms
+const refreshed = []; // what is called after a refresh
 
-/** Calls act(node, seen) for each node of a type in view, whenever what look(node) returns, a text, has become another. */
+/** Calls act() when the user interface has read all lists anew, as by the key R: files and styles may be others by the same names. */
+export function onRefresh(act) {
+    refreshed.push(act);
+}
+
+/** Calls act(node, seen) for each node of a type in view, whenever what look(node) returns, a text, has become another, and after
+ * a refresh. */
 export function follow(type, look, act) {
-    const seen = new WeakMap();
+    let seen = new WeakMap();
+    onRefresh(() => (seen = new WeakMap()));
     setInterval(() => {
         for (const node of app.canvas?.graph?.nodes ?? []) {
             if (node.type !== type) continue;
@@ -32,3 +40,10 @@ export function isConnected(node, name) {
     const slot = node.findInputSlot(name);
     return slot >= 0 && node.isInputConnected(slot);
 }
+
+app.registerExtension({
+    name: "comfyui-sana.changes",
+    refreshComboInNodes() {
+        for (const act of refreshed) act();
+    },
+});

@@ -5,7 +5,7 @@
  * has lists of its own that bring inputs with them, but they rename those inputs, and saved workflows would lose them.
  */
 import { app } from "../../scripts/app.js";
-import { follow, isConnected, valueOf } from "./changes.js";
+import { follow, isConnected, onRefresh, valueOf } from "./changes.js";
 import { addElement } from "./elements.js";
 import { answerTo } from "./server.js";
 import { keepHeight, setHidden } from "./sight.js";
@@ -76,6 +76,7 @@ async function learn(node) {
     arrange(node);
 }
 
+onRefresh(() => asked.clear());
 for (const type of Object.keys(RULES)) follow(type, look, type === "SanaCheckpointLoader" ? learn : (node) => arrange(node));
 
 app.registerExtension({

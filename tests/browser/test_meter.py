@@ -1,5 +1,7 @@
 """SANA prompt counts its tokens while one types, and asks the server one question at a time."""
 
+import json
+
 from playwright.sync_api import Route
 
 from sana.text.styles import STYLES
@@ -186,6 +188,24 @@ def test_meter_finds_the_encoder_through_nodes_that_hand_it_on(opened: Frontend)
     meters(opened, told)
     opened.page.evaluate(BETWEEN, "CLIPLoader")
     meters(opened)
+    assert not opened.exceptions, opened.report()
+
+
+def test_a_refresh_shows_what_has_become_of_a_style(opened: Frontend) -> None:
+    """Whose name is the same, so nothing changes on the node; and long texts of rare characters are counted as others are."""
+    path = opened.server.base / "user" / "default" / "sana" / "styles.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    opened.load(WORKFLOW)
+    opened.set("GemmaTextEncode", "style", "Clay")
+    for words in (STYLES["Clay"].around("…"), "… in clay", "… in mud"):
+        path.write_text(json.dumps({"Clay": {"prompt": words.replace("…", "{prompt}")}}), encoding="utf-8")
+        opened.page.evaluate("() => app.refreshComboInNodes()")
+        opened.wait_until(lambda: opened.page.locator(".sana-style:visible").all_inner_texts(), [words])
+    path.unlink()
+    opened.set("GemmaTextEncode", "style", "none")
+    text = "👩‍👩‍👧 🦊" * 14_000
+    opened.set("GemmaTextEncode", "text", text)
+    meters(opened, line(opened, text))
     assert not opened.exceptions, opened.report()
 
 
