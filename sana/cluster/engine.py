@@ -3,10 +3,11 @@
 import logging
 import os
 import socket
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -79,7 +80,10 @@ def _environment() -> Iterator[None]:
 
 @contextmanager
 def connected(workers: Workers) -> Iterator[None]:
-    """Start Ray on this machine, or join a cluster. Raises ValueError where there is none, or one of another version."""
+    """Start Ray on this machine, or join a cluster. Raises ValueError where there is none, or one of another version.
+
+    What Ray prints of lost nodes at its own time goes to stderr: stdout is for what a command gives.
+    """
     options = {"log_to_driver": False, "logging_level": logging.ERROR}
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
@@ -97,7 +101,8 @@ def connected(workers: Workers) -> Iterator[None]:
             raise ValueError(f"{where} is of another version ({versions}); install the same on all machines") from error
         raise ValueError(f"{where} does not answer ({_first_line(error)}); start it by `ray start --head`") from error
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         ray.shutdown()
 

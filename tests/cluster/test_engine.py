@@ -7,6 +7,7 @@ from itertools import count, takewhile
 import psutil
 import pytest
 import ray
+from ray._private.worker import print_to_stdstream
 
 from sana.cluster import engine
 from sana.cluster.drawing import Run
@@ -148,6 +149,15 @@ def test_a_node_is_lost(joined: str) -> None:
                 killed = True
     assert killed and sorted(found) == list(range(300))
     assert not [entry for entry in found.values() if entry.error is not None]
+
+
+def test_what_ray_prints_goes_to_stderr(cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
+    ray.shutdown()
+    with connected(Workers(1, cluster)):
+        print_to_stdstream({"lines": ["a node is lost"], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+    print("3 scores written.")
+    found = capsys.readouterr()
+    assert found.out == "3 scores written.\n" and "a node is lost" in found.err
 
 
 def refusal(address: str) -> str:
