@@ -37,7 +37,7 @@ class HostControlNet(SanaControlNet):
         modulation = transformer.modulation(time, None, x.dtype)
         # The ControlNet branches off after the first block of the model. The host asks for corrections before it calls
         # the model, to scale them and add up those of several, so this block is computed twice: 1 of 20 or 28.
-        inputs = BlockInputs(x.shape[-1], modulation.blocks, text.keys_values[0], text.mask)
+        inputs = BlockInputs(x.shape[-1], modulation.blocks[0], text.keys_values[0], text.mask)
         tokens = transformer.run_block(0, transformer.embed(x), inputs)
         own = model.text_context(context, attention_mask, x.device, options, self)
         return {"output": super().forward(tokens, hint, modulation, own)}

@@ -99,6 +99,8 @@ class HostTransformer(SanaTransformer):
         control: Mapping[str, list[Tensor]] | None,
         options: Options,
     ) -> Tensor:
+        if len(options.get("sigmas", timestep)) == 1:  # one latent, whose conditions the host has put side by side
+            timestep = timestep[:1]
         guidance_embed = (
             None if guidance_scale is None else torch.full_like(timestep, GUIDANCE_EMBED_SCALE * guidance_scale)
         )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..config import TransformerConfig
 from .layers import Build, TextProjection
 from .operations import Operations
-from .transformer import Block, Modulation, TextContext, TimeEmbedding, compact_text
+from .transformer import Block, Modulation, TextContext, TimeEmbedding, block_modulation, compact_text
 
 
 class SanaControlNet(nn.Module):
@@ -63,9 +63,9 @@ class SanaControlNet(nn.Module):
         """Latent (B, 32, H, W) to tokens (B, H * W, D)."""
         return self.patch_embed.proj(x.flatten(2).transpose(1, 2))
 
-    def modulation(self, timestep: Tensor) -> Modulation:
-        """As `SanaTransformer.modulation`, by the ControlNet's own weights. timestep: (B,)."""
-        return self.time_embed(timestep if self.config.continuous_time else timestep.floor(), None, self.dtype)
+    def time(self, timestep: Tensor) -> Tensor:
+        """As `Modulation.time`, by the ControlNet's own weights. timestep: (B,). Returns (B, 6, D)."""
+        return self.time_embed(timestep if self.config.continuous_time else timestep.floor(), None, self.dtype)[0]
 
     def text_context(self, text: Tensor, text_mask: Tensor | None = None) -> TextContext:
         """As `SanaTransformer.text_context`, for the copied blocks."""
@@ -79,8 +79,9 @@ class SanaControlNet(nn.Module):
         image: latent (B, 32, H, W) of the image that guides, N = H * W; modulation: the transformer's.
         """
         x = tokens + self.input_block(self.embed(image))
+        rows = block_modulation(self.transformer_blocks, modulation.time)
         corrections = []
         for i, (block, out) in enumerate(zip(self.transformer_blocks, self.controlnet_blocks, strict=True)):
-            x = block(x, image.shape[-1], modulation.blocks, context.keys_values[i], context.mask)
+            x = block(x, image.shape[-1], rows[i], context.keys_values[i], context.mask)
             corrections.append(out(x))
         return corrections

@@ -22,6 +22,7 @@ Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 FP16_MAX = 65504.0
 TIME_FREQUENCIES = 256  # sines and cosines of a time or guidance embedding
+FEW_SAMPLES = 4  # up to which as many products are launched instead of a copy
 
 
 class Build(NamedTuple):
@@ -83,6 +84,7 @@ class LinearAttention(nn.Module):
 
     def __init__(self, width: int, qk_norm: bool, build: Build) -> None:
         super().__init__()
+        self.qk_norm = qk_norm
         self.to_q = build.linear(width, width, bias=False)
         self.to_k = build.linear(width, width, bias=False)
         self.to_v = build.linear(width, width, bias=False)
@@ -92,21 +94,18 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, N, D). Returns (B, N, D)."""
-        return self.attend(x, self.state(x))
+        q, k = _rectified(self.norm_q(self.to_q(x)), self.norm_k(self.to_k(x)))
+        return self.project(_averages(q, _sums(k, _attention_precision(self.to_v(x))), x.dtype))
 
     def state(self, x: Tensor) -> Tensor:
         """Sum over the tokens of x (B, N, D) of k^T [v, 1], per head: (B, h, 32, 33). States of parts of an image add up."""
-        k = _attention_precision(self.norm_k(self.to_k(x)).relu())
-        v = _attention_precision(self.to_v(x)).unflatten(-1, (-1, HEAD_WIDTH))  # (B, N, h, 32)
-        v_and_one = F.pad(v, (0, 1), value=1.0)
-        return split_heads(k, HEAD_WIDTH).transpose(2, 3) @ v_and_one.transpose(1, 2)
+        (k,) = _rectified(self.norm_k(self.to_k(x)))
+        return _sums(k, _attention_precision(self.to_v(x)))
 
     def attend(self, x: Tensor, state: Tensor) -> Tensor:
         """Attention of the tokens x (B, N, D) to all tokens summed in `state`. Returns (B, N, D)."""
-        q = _attention_precision(self.norm_q(self.to_q(x)).relu())
-        sums = split_heads(q, HEAD_WIDTH) @ state.to(q.dtype)  # (B, h, N, 33): numerator and denominator
-        out = sums[..., :-1] / (sums[..., -1:] + self.EPS)
-        return self.project(merge_heads(out).to(x.dtype))
+        (q,) = _rectified(self.norm_q(self.to_q(x)))
+        return self.project(_averages(q, state.to(q.dtype), x.dtype))
 
     def identity(self, x: Tensor) -> Tensor:
         """Every token attends to itself only: the perturbed branch of perturbed-attention guidance (arXiv 2403.17377)."""
@@ -114,13 +113,67 @@ class LinearAttention(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """The output projection. Checkpoints trained in float16 had this result clamped during training and give broken
-        pictures without it in any precision, because activations reach 1e6 (huggingface/diffusers issue 10336)."""
-        return self.to_out[0](x).clamp(-FP16_MAX, FP16_MAX)
+        pictures without it in any precision, because activations reach 1e6 (huggingface/diffusers issue 10336). Those with
+        norms of queries and keys, SANA-1.5 and Sprint, were trained in bfloat16 and need it in float16 alone."""
+        out = self.to_out[0](x)
+        if self.qk_norm and out.dtype != torch.float16:
+            return out
+        return out.clamp_(-FP16_MAX, FP16_MAX) if _writes() else out.clamp(-FP16_MAX, FP16_MAX)
+
+
+# Linear attention between its projections. Each product and quotient is written where the next one reads it: a GPU takes as long
+# to copy tokens from one layout to another as for any other operation on them.
+
+
+def _writes() -> bool:
+    """Whether to write into what is there. Gradients forbid it, and a compiler finds its own way."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
 def _attention_precision(x: Tensor) -> Tensor:
     """float16 sums over tokens overflow; bfloat16 ones are accumulated in float32 by the matrix product itself."""
     return x.float() if x.dtype == torch.float16 else x
+
+
+def _rectified(*parts: Tensor) -> list[Tensor]:
+    """ReLU of each."""
+    if not _writes():
+        return [_attention_precision(part.relu()) for part in parts]
+    torch._foreach_clamp_min_(parts, 0.0)  # one launch for all
+    return [_attention_precision(part) for part in parts]
+
+
+def _sums(k: Tensor, v: Tensor) -> Tensor:
+    """Per head k^T [v, 1], summed over the tokens of k and v (B, N, D): (B, h, 32, 33)."""
+    k, v = split_heads(k, HEAD_WIDTH), split_heads(v, HEAD_WIDTH)
+    if not _writes():
+        return k.transpose(2, 3) @ F.pad(v, (0, 1), value=1.0)
+    state = k.new_empty(*k.shape[:2], HEAD_WIDTH, HEAD_WIDTH + 1)
+    torch.sum(k, dim=2, out=state[..., -1])
+    _multiply(k.transpose(2, 3), v, state[..., :-1])
+    return state
+
+
+def _averages(q: Tensor, state: Tensor, dtype: torch.dtype) -> Tensor:
+    """q (B, N, D) times the numerators of `state`, over q times its denominators: (B, N, D) in dtype."""
+    q = split_heads(q, HEAD_WIDTH)
+    if not _writes():
+        sums = q @ state  # (B, h, N, 33)
+        return merge_heads(sums[..., :-1] / (sums[..., -1:] + LinearAttention.EPS)).to(dtype)
+    sums = q.new_empty(*q.shape[:3], HEAD_WIDTH + 1)
+    _multiply(q, state, sums)
+    out = torch.empty(q.shape[0], q.shape[2], q.shape[1], HEAD_WIDTH, dtype=dtype, device=q.device)
+    torch.div(sums[..., :-1], sums[..., -1:].add_(LinearAttention.EPS), out=out.transpose(1, 2))
+    return out.flatten(2)
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """a (B, h, i, j) times b (B, h, j, k) into out. Of one sample at a time, heads are read where they lie among the tokens."""
+    if len(a) <= FEW_SAMPLES:
+        for left, right, into in zip(a, b, out, strict=True):
+            torch.bmm(left, right, out=into)
+    else:
+        torch.matmul(a, b, out=out)
 
 
 class CrossAttention(nn.Module):

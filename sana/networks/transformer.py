@@ -5,7 +5,7 @@ It knows no schedule, no guidance and no file. What depends on the text alone (`
 """
 
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from types import ModuleType
 from typing import NamedTuple
@@ -43,21 +43,26 @@ class TextContext(NamedTuple):
 
 
 class Modulation(NamedTuple):
-    """What the transformer needs of a time."""
+    """What the transformer needs of a time. One of batch 1 holds for every sample."""
 
-    blocks: Tensor  # (B, 6, D), added to the table of every block
-    out: Tensor  # (B, 1, D), added to the table of the output
+    time: Tensor  # (B, 6, D), to which every block adds its table; a ControlNet starts from it
+    blocks: Tensor  # (depth, B, 6, D), see `block_modulation`
+    out: Tensor  # (B, 2, D): shift and 1 + scale before the output
+
+    def at(self, i: int) -> "Modulation":
+        """That of sample i alone, in memory of its own, whose strides do not depend on the others: a compiler looks at them."""
+        return Modulation(self.time[i : i + 1], self.blocks[:, i : i + 1].clone(), self.out[i : i + 1])
 
 
 class AdaLN(NamedTuple):
-    """Shift, scale and gate of one residual branch, each (B, 1, D)."""
+    """Shift, 1 + scale, and gate of one residual branch, each (D,) for all samples or (B, 1, D)."""
 
     shift: Tensor
-    scale: Tensor
+    factor: Tensor
     gate: Tensor
 
     def norm(self, x: Tensor) -> Tensor:
-        return modulated_norm(x, self.shift, self.scale)
+        return modulated_norm(x, self.shift, self.factor)
 
     def add(self, x: Tensor, update: Tensor) -> Tensor:
         return torch.addcmul(x, self.gate, update)
@@ -67,7 +72,7 @@ class BlockInputs(NamedTuple):
     """What a block is given beside its tokens, in the order in which it takes them."""
 
     columns: int  # W of the latent; the tokens are rows of so many
-    modulation: Tensor  # (B, 6, D)
+    modulation: Tensor  # (B, 6, D), or (1, 6, D) for all samples: rows of this block, see `block_modulation`
     text: tuple[Tensor, Tensor]  # keys and values, each (B, h, L, d)
     mask: Tensor | None  # as in `TextContext`
     attention: Attention = scaled_dot_product  # to the text
@@ -75,6 +80,17 @@ class BlockInputs(NamedTuple):
 
 
 RunBlock = Callable[[int, Tensor, BlockInputs, int | None], Tensor]  # as `SanaTransformer.run_block`
+
+
+def branches(modulation: Tensor) -> tuple[AdaLN, AdaLN]:
+    """AdaLN of self-attention and of the Mix-FFN of a block, from its rows (B, 6, D)."""
+    rows = sample_rows(modulation)
+    return AdaLN(*rows[:3]), AdaLN(*rows[3:])
+
+
+def sample_rows(rows: Tensor) -> tuple[Tensor, ...]:
+    """The n rows of (B, n, D), each as (B, 1, D); as (D,) if they are for all samples."""
+    return rows[0].unbind(0) if len(rows) == 1 else rows.unsqueeze(2).unbind(1)
 
 
 class Block(nn.Module):
@@ -87,11 +103,6 @@ class Block(nn.Module):
         self.attn2 = CrossAttention(config.hidden_size, config.cross_heads, config.qk_norm, build)
         self.ff = MixFFN(config.hidden_size, config.ff_width, build)
 
-    def branches(self, modulation: Tensor) -> tuple[AdaLN, AdaLN]:
-        """AdaLN of self-attention and of the Mix-FFN, from modulation (B, 6, D)."""
-        rows = (self.scale_shift_table.to(modulation) + modulation).unsqueeze(2).unbind(1)
-        return AdaLN(*rows[:3]), AdaLN(*rows[3:])
-
     def forward(
         self,
         x: Tensor,
@@ -103,7 +114,7 @@ class Block(nn.Module):
         self_attention: SelfAttention | None = None,
     ) -> Tensor:
         """x: (B, N, D), N = H * columns. The others: see `BlockInputs`. Returns (B, N, D)."""
-        attn, ff = self.branches(modulation)
+        attn, ff = branches(modulation)
         attend = self.attn1 if self_attention is None else partial(self_attention, self.attn1)
         x = attn.add(x, attend(attn.norm(x)))
         x = x + self.attn2(x, *text, mask, attention)
@@ -126,7 +137,7 @@ class Block(nn.Module):
         Linear attention is a sum over tokens, so its bands add up; the convolution of the Mix-FFN needs one row more on
         either side, which is computed twice. self_attention: must treat every token by itself, as it sees single bands.
         """
-        attn, ff = self.branches(modulation)
+        attn, ff = branches(modulation)
         bands = x.split(band * columns, dim=1)
         if self_attention is not None:
             attend = partial(self_attention, self.attn1)
@@ -162,12 +173,13 @@ class TimeEmbedding(nn.Module):
             self.emb.timestep_embedder = SinusoidEmbedding(config.hidden_size, build)
         self.linear = build.linear(config.hidden_size, 6 * config.hidden_size)
 
-    def forward(self, timestep: Tensor, guidance_embed: Tensor | None, dtype: torch.dtype) -> Modulation:
+    def forward(self, timestep: Tensor, guidance_embed: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """timestep and guidance_embed: (B,). Returns what blocks add to their tables, (B, 6, D), and the output, (B, D)."""
         if guidance_embed is None:
             time = self.emb.timestep_embedder(timestep, dtype)
         else:
             time = self.timestep_embedder(timestep, dtype) + self.guidance_embedder(guidance_embed, dtype)
-        return Modulation(self.linear(F.silu(time)).unflatten(-1, (6, -1)), time.unsqueeze(1))
+        return self.linear(F.silu(time)).unflatten(-1, (6, -1)), time
 
 
 class SanaTransformer(nn.Module):
@@ -229,7 +241,10 @@ class SanaTransformer(nn.Module):
         if not self.config.continuous_time:
             # Trained on integers (NVlabs/Sana sana_multi_scale.py, `timestep.long()`): without this, pictures drift.
             timestep = timestep.floor()
-        return self.time_embed(timestep, guidance_embed, dtype or self.dtype)
+        time, last = self.time_embed(timestep, guidance_embed, dtype or self.dtype)
+        out = self.scale_shift_table.to(last) + last.unsqueeze(1)
+        out[:, 1] += 1
+        return Modulation(time, block_modulation(self.transformer_blocks, time), out)
 
     def text_context(self, text: Tensor, text_mask: Tensor | None = None) -> TextContext:
         """text: (B, L, text_width) in the dtype of the activations; text_mask: (B, L) bool. Masked tokens are dropped."""
@@ -263,9 +278,9 @@ class SanaTransformer(nn.Module):
         band = None if torch.is_grad_enabled() else self.band_rows(x.shape, x.element_size(), max_bytes)
         tokens = self.embed(x)
         corrections: Sequence[Tensor | None] = ()
-        for i, text in enumerate(context.keys_values):
+        for i, (rows, text) in enumerate(zip(modulation.blocks.unbind(0), context.keys_values, strict=True)):
             self_attention = LinearAttention.identity if i in identity_blocks else None
-            inputs = BlockInputs(x.shape[-1], modulation.blocks, text, context.mask, self_attention=self_attention)
+            inputs = BlockInputs(x.shape[-1], rows, text, context.mask, self_attention=self_attention)
             tokens = run_block(i, tokens, inputs, band)
             if control is not None and i == 0:
                 corrections = control(tokens)
@@ -296,8 +311,7 @@ class SanaTransformer(nn.Module):
 
     def unembed(self, tokens: Tensor, modulation: Modulation, shape: torch.Size) -> Tensor:
         """Tokens (B, H * W, D) to a velocity of the given shape (B, 32, H, W)."""
-        shift, scale = (self.scale_shift_table.to(tokens) + modulation.out).unsqueeze(2).unbind(1)
-        out = self.proj_out(modulated_norm(tokens, shift, scale))
+        out = self.proj_out(modulated_norm(tokens, *sample_rows(modulation.out)))
         return out.transpose(1, 2).reshape(shape)
 
     def band_rows(self, shape: torch.Size, element_size: int, max_bytes: int) -> int | None:
@@ -324,9 +338,21 @@ class SanaTransformer(nn.Module):
         return 4 + 4 * self.config.ff_width / self.config.hidden_size
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm of x (B, N, D) without weights of its own, then shift and scale, each (B, 1, D)."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
+def block_modulation(blocks: Iterable[Block], time: Tensor) -> Tensor:
+    """Of every block the rows for a time (B, 6, D): shift, 1 + scale, and gate, of self-attention and of the Mix-FFN.
+
+    Returns (blocks, B, 6, D).
+    """
+    rows = torch.stack([block.scale_shift_table.to(time) for block in blocks]).unsqueeze(1) + time
+    rows[:, :, 1::3] += 1
+    return rows
+
+
+def modulated_norm(x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
+    """Layer norm of x (B, N, D) without weights of its own, then times factor, plus shift: each (D,) or (B, 1, D)."""
+    if shift.dim() == 1:
+        return F.layer_norm(x, shift.shape, factor, shift, NORM_EPS)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), factor)
 
 
 def open_length(tensor: Tensor, dim: int) -> Tensor:

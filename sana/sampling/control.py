@@ -44,10 +44,9 @@ class ControlledTransformer:
         return self.transformer.scale_shift_table
 
     def modulation(self, timestep: Tensor) -> Modulation:
-        """As `SanaTransformer.modulation`; behind its six rows for the blocks are those for the ControlNet's."""
+        """As `SanaTransformer.modulation`; its time is that of the ControlNet."""
         own = self.transformer.modulation(timestep)
-        theirs = self.controlnet.modulation(timestep) if self.own_start else own
-        return own._replace(blocks=torch.cat([own.blocks, theirs.blocks], dim=1))
+        return own._replace(time=self.controlnet.time(timestep)) if self.own_start else own
 
     def text_context(self, text: Tensor, text_mask: Tensor | None = None) -> Contexts:
         """As `SanaTransformer.text_context`, for both."""
@@ -57,16 +56,15 @@ class ControlledTransformer:
         self, x: Tensor, modulation: Modulation, contexts: Contexts, *, identity_blocks: Collection[int] = ()
     ) -> Tensor:
         """As `SanaTransformer.velocity`, with what `modulation` and `text_context` give here."""
-        own, theirs = (modulation._replace(blocks=rows) for rows in modulation.blocks.split(6, dim=1))
         image = self.image.to(x.dtype).expand(len(x), -1, -1, -1)
 
         def control(tokens: Tensor) -> list[Tensor | None]:
             start = self.controlnet.embed(x) if self.own_start else tokens
-            corrections = [self.scale * part for part in self.controlnet(start, image, theirs, contexts[1])]
+            corrections = [self.scale * part for part in self.controlnet(start, image, modulation, contexts[1])]
             return [None, *corrections] if self.own_start else corrections
 
         run = self.run or self.transformer.velocity
-        return run(x, own, contexts[0], identity_blocks=identity_blocks, control=control)
+        return run(x, modulation, contexts[0], identity_blocks=identity_blocks, control=control)
 
 
 def within(levels: tuple[float, float], inside: Denoiser, outside: Denoiser) -> Denoiser:

@@ -89,8 +89,7 @@ def guided_denoiser(
     modulation_at = _modulations(transformer, sigmas)
 
     def evaluate(x: Tensor, modulation: Modulation, context: TextContext, identity_blocks: frozenset[int]) -> Tensor:
-        expanded = Modulation(*(part.expand(len(x), -1, -1) for part in modulation))
-        return velocity(x.to(transformer.dtype), expanded, context, identity_blocks=identity_blocks).float()
+        return velocity(x.to(transformer.dtype), modulation, context, identity_blocks=identity_blocks).float()
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         acts, modulation = guidance.acts_at(float(sigma)), modulation_at(sigma)
@@ -117,8 +116,8 @@ def scm_denoiser(
     context = transformer.text_context(cond.text.to(transformer.dtype), cond.text_mask)
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        ones = torch.ones(len(x), device=x.device)
-        modulation = transformer.modulation(float(sigma) * ones, GUIDANCE_EMBED_SCALE * guidance_scale * ones)
+        one = torch.ones(1, device=x.device)
+        modulation = transformer.modulation(float(sigma) * one, GUIDANCE_EMBED_SCALE * guidance_scale * one)
         return x - float(sigma) * velocity(x.to(transformer.dtype), modulation, context).float()
 
     return denoise
@@ -154,7 +153,7 @@ def _modulations(transformer: SanaTransformer, sigmas: Tensor | None) -> Callabl
     known: dict[float, Modulation] = {}
     if sigmas is not None:
         table = transformer.modulation(1000 * sigmas.to(device))
-        known = {float(sigma): Modulation(*(part[i : i + 1] for part in table)) for i, sigma in enumerate(sigmas)}
+        known = {float(sigma): table.at(i) for i, sigma in enumerate(sigmas)}
 
     def at(sigma: Tensor) -> Modulation:
         found = known.get(float(sigma))

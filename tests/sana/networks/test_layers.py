@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from sana.networks.autoencoder import DCAutoencoder
 from sana.networks.autoencoder_layers import ChannelNorm
 from sana.networks.layers import (
+    FEW_SAMPLES,
     FP16_MAX,
     Build,
     CrossAttention,
@@ -40,13 +41,27 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt() * weight
 
 
+@pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize("tokens", [1, 2, 17, 256])
-def test_linear_attention_is_the_quadratic_formula(tokens: int, qk_norm: bool) -> None:
-    layer, x = randomise(LinearAttention(WIDTH, qk_norm, DOUBLE)), torch.randn(2, tokens, WIDTH).double()
-    assert relative_error(layer(x), quadratic_attention(layer, x)) < 1e-13
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 256), (2, 1), (2, 2), (2, 17), (FEW_SAMPLES + 1, 17)])
+def test_linear_attention_is_the_quadratic_formula(batch: int, tokens: int, qk_norm: bool, gradients: bool) -> None:
+    layer, x = randomise(LinearAttention(WIDTH, qk_norm, DOUBLE)), torch.randn(batch, tokens, WIDTH).double()
+    before = x.clone()
+    with torch.set_grad_enabled(gradients):
+        assert relative_error(layer(x), quadratic_attention(layer, x)) < 1e-13
+    assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_token_whose_query_and_keys_have_nothing_in_common_becomes_zero(gradients: bool) -> None:
+    """Its denominator is zero."""
+    layer, x = randomise(LinearAttention(WIDTH, False, DOUBLE)), torch.randn(2, 3, WIDTH).double()
+    layer.to_q.weight.zero_()
+    with torch.set_grad_enabled(gradients):
+        assert torch.equal(layer(x), layer.to_out[0](torch.zeros_like(x)))
+
+
+@torch.no_grad()
 def test_states_of_parts_add_up() -> None:
     layer, x = randomise(LinearAttention(WIDTH, False, DOUBLE)), torch.randn(2, 30, WIDTH).double()
     state = sum(layer.state(part) for part in x.split(7, dim=1))
@@ -78,6 +93,18 @@ def test_projection_is_clamped_in_every_precision(
     torch.testing.assert_close(
         out[~over], free[~over].clamp(-largest, largest), rtol=0, atol=6000
     )  # sums of 1e6, 1/256 each
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_network_with_norms_of_queries_and_keys_is_clamped_in_float16_alone(gradients: bool) -> None:
+    """It was trained in bfloat16."""
+    layer, x = randomise(LinearAttention(WIDTH, True, Build(dtype=torch.float32))), torch.randn(1, 9, WIDTH)
+    layer.to_v.weight *= 30
+    layer.to_out[0].weight *= 1e4
+    with torch.set_grad_enabled(gradients):
+        free = layer.to_out[0](layer.to_v(x))
+        assert free.abs().max() > FP16_MAX and torch.equal(layer.identity(x), free)
+        assert layer.half().identity(x.half()).abs().max() == FP16_MAX
 
 
 def test_sums_over_tokens_do_not_overflow_in_float16() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sana.config import VARIANTS, TransformerConfig
 from sana.networks.layers import Build
-from sana.networks.transformer import Block, SanaTransformer, compact_text, position_table
+from sana.networks.transformer import Block, Modulation, SanaTransformer, block_modulation, compact_text, position_table
 from tests.sana.measures import peak_bytes, relative_error
 from tests.sana.twins import (
     STRUCTURES,
@@ -256,10 +256,11 @@ def test_bands_lose_no_precision_in_bfloat16() -> None:
     modulation[:, 0] = 1  # shift: activations have a mean
     modulation[:, 2] = 10  # gate: the attention dominates
     text = torch.zeros(1, 2, 1, 48).bfloat16(), torch.zeros(1, 2, 1, 48).bfloat16()
-    expected = truth(x.double(), 16, modulation.double(), (text[0].double(), text[1].double()), None)
-    whole = block(x, 16, modulation, text, None)
+    rows, exact = (block_modulation([each], modulation.to(each.scale_shift_table))[0] for each in (block, truth))
+    expected = truth(x.double(), 16, exact, (text[0].double(), text[1].double()), None)
+    whole = block(x, 16, rows, text, None)
     with torch.no_grad():
-        block.forward_banded(banded := x.clone(), 16, modulation, text, None, band=1)
+        block.forward_banded(banded := x.clone(), 16, rows, text, None, band=1)
     assert relative_error(banded, expected) < 1.2 * relative_error(whole, expected)
 
 
@@ -299,7 +300,7 @@ def test_control_sees_the_first_block_and_corrects_the_first_ones(max_bytes: int
         context = ours.text_context(inputs.text, inputs.mask)
         tokens = ours.embed(inputs.x)
         for i, block in enumerate(ours.transformer_blocks):
-            tokens = block(tokens, 5, modulation.blocks, context.keys_values[i], context.mask)
+            tokens = block(tokens, 5, modulation.blocks[i], context.keys_values[i], context.mask)
             if i == 0:
                 assert relative_error(seen[0], tokens) < 1e-6
             tokens = tokens + corrections[i] if i < 2 else tokens
@@ -324,12 +325,27 @@ def test_what_steps_in_is_asked_for_every_block(max_bytes: int) -> None:
         tokens = ours.embed(inputs.x)
         for i, block in enumerate(ours.transformer_blocks):
             text = context.keys_values[i]
-            tokens = tokens if i == 1 else block(tokens, 5, modulation.blocks, text, context.mask)
+            tokens = tokens if i == 1 else block(tokens, 5, modulation.blocks[i], text, context.mask)
         expected = ours.unembed(tokens, modulation, inputs.x.shape)
     assert relative_error(velocity(ours, inputs, max_bytes, run_block=step_in), expected) < 1e-6
     ours.run_block = step_in
     assert relative_error(velocity(ours, inputs, max_bytes), expected) < 1e-6
     assert asked == [*range(config.depth)] * 2
+
+
+@pytest.mark.parametrize("max_bytes", [1, 2**30])
+@pytest.mark.parametrize("variant", ["sana-0.6b-1024px", "sana-sprint-0.6b-1024px"])
+def test_one_modulation_serves_all_samples(variant: str, max_bytes: int) -> None:
+    """As the same one for each, in whose place a layer norm applies it."""
+    ours, _ = transformer_pair(config := tiny_config(variant))
+    inputs = Inputs(config)
+    embed = inputs.guidance_embed
+    with torch.no_grad():
+        context = ours.text_context(inputs.text, inputs.mask)
+        one = ours.modulation(inputs.timestep[:1], None if embed is None else embed[:1])
+        each = Modulation(*(part.repeat_interleave(len(inputs.x), part.dim() - 3) for part in one))
+        found, expected = (ours.velocity(inputs.x, given, context, max_bytes=max_bytes) for given in (one, each))
+    assert len(one.time) == 1 and len(each.time) == 2 and relative_error(found, expected) < 1e-6
 
 
 def test_a_correction_may_be_missing() -> None:
