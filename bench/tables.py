@@ -123,6 +123,14 @@ def preemption(result: Result) -> Iterator[str]:
         yield line(f"{row['shard']:,}", *(f"{100 * row['overhead'][each]:.1f} %" for each in hours))
 
 
+def launches(result: Result) -> Iterator[str]:
+    """Kernels and bytes of a step or a pass, against diffusers'."""
+    yield from header("", "launches: diffusers", "here", "bytes: diffusers", "here", "products alone")
+    for row in result["rows"]:
+        sizes = (f"{size / 1e9:.1f} GB" for size in (*row["bytes"], row["product_bytes"]))
+        yield line(row["title"], *(f"{count:,}" for count in row["launches"]), *sizes)
+
+
 def workers(result: Result) -> Iterator[str]:
     """One worker and two against a bare loop, the start, a long file, and kills."""
     scaling, stream, kills = (result[name] for name in ("scaling", "stream", "kills"))
@@ -172,6 +180,7 @@ KINDS: dict[str, Callable[[Result], Iterator[str]]] = {
     "stream": stream,
     "preemption": preemption,
     "workers": workers,
+    "launches": launches,
 }
 
 
