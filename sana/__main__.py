@@ -113,7 +113,7 @@ def run_cluster(options: argparse.Namespace) -> int:
     with needing_packages():
         from .cluster.command import generate
         from .cluster.drawing import Run
-        from .cluster.engine import Workers
+        from .cluster.workers import Workers
     if options.prompts is None or options.out is None:
         raise ValueError("--workers draws a file of prompts into a folder; give --prompts FILE and --out FOLDER")
     if options.enhance:

@@ -1,25 +1,22 @@
 """`sana generate --workers`: a file of prompts on many devices, into a folder that tells what is done."""
 
 import logging
-import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from threading import Thread
 
 from tqdm import tqdm
 
-from ..interruption import postponed
 from ..work_folder import claim_folder
 from .drawing import Run
-from .engine import Workers, connected, draw_rows
-from .manifest import Manifest
+from .manifest import Entry, Manifest
 from .places import Folder, Place, open_place
 from .rows import Row, read_rows
+from .running import run_rows
 from .stores import FOLDER_SIZE
+from .workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -40,22 +37,22 @@ def generate(prompts: Path, run: Run, workers: Workers, *, batch_size: int = 1, 
         if first is None:
             log.warning("Nothing is left to draw.")
             return _failed(manifest)
-        with connected(workers), postponed() as stopped, tqdm(initial=manifest.count, unit="picture") as bar:
-            Thread(target=_count, args=(prompts, batch_size, bar), daemon=True).start()
+        with tqdm(initial=manifest.count, unit="picture") as bar:
+
+            def left() -> Iterator[Row]:
+                Thread(target=_count, args=(prompts, batch_size, bar), daemon=True).start()  # now that Ray is there
+                yield first
+                yield from missing
+
+            def note(entry: Entry) -> None:
+                manifest.add(entry)
+                bar.update(manifest.count - bar.n)
+
+            shards = run.form == "webdataset"
             try:
-                drawn: Counter[str] = Counter()
-                for entries in draw_rows(chain([first], missing), run, workers, stopped=lambda: _told(stopped(), bar)):
-                    for entry in entries:
-                        manifest.add(entry)
-                        drawn[entry.worker or "none"] += 1
-                        if entry.error is not None:
-                            bar.write(f"row {entry.row}: {entry.error}", file=sys.stderr)
-                    bar.update(manifest.count - bar.n)
-                    bar.set_postfix_str(", ".join(f"{name} {count}" for name, count in sorted(drawn.items())))
+                run_rows(left(), run, workers, bar, note, label=lambda entry: f"row {entry.row}", shards=shards)
             finally:
                 manifest.flush()
-            if stopped():
-                raise KeyboardInterrupt
         return _failed(manifest)
 
 
@@ -87,13 +84,6 @@ def distinct(rows: Iterator[Row]) -> Iterator[Row]:
             if first != row.number:
                 row = replace(row, fault=f"its name {row.name} is that of row {first}; give another")
         yield row
-
-
-def _told(stopped: bool, bar: tqdm) -> bool:
-    """Whether Ctrl-C was pressed, which is said in the place of what is drawn."""
-    if stopped:
-        bar.set_description("Stopping after the pictures in flight; Ctrl-C again stops at once")
-    return stopped
 
 
 def _claimed(place: Place, run: Run) -> AbstractContextManager[None]:

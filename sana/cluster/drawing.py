@@ -12,8 +12,9 @@ from ..images import read_picture
 from ..jobs import Record, png_record, save_png
 from ..pipeline import SanaPipeline
 from ..plan import Plan, Settings
+from .faults import fault, tried
 from .manifest import Entry, as_json
-from .places import PlaceError, open_place
+from .places import open_place
 from .rows import Row
 from .stores import Batch, Files, Shards
 
@@ -62,19 +63,12 @@ class Drawer:
         """
         with self.store.batch(rows, alone=alone) as batch:
             for lora, together in _grouped(rows, self.run.lora):
-                try:
-                    pipeline = self.pipeline(lora)
-                except (ValueError, OSError, RuntimeError) as error:
-                    yield from (self._fault(row, error) for row in together)
-                    continue
+                pipeline = tried(self.pipeline, lora)
                 for row in together:
-                    try:
-                        entry = self._draw(pipeline, row, batch)
-                    except PlaceError:
-                        raise
-                    except (ValueError, OSError, RuntimeError) as error:
-                        entry = self._fault(row, error)
-                    yield entry
+                    found = pipeline
+                    if not isinstance(pipeline, Exception):
+                        found = tried(self._draw, pipeline, row, batch)
+                    yield fault(row, found, self.name) if isinstance(found, Exception) else found
 
     def _draw(self, pipeline: SanaPipeline, row: Row, batch: Batch) -> Entry:
         """By itself, so that its numbers have nothing to do with those of other rows."""
@@ -114,17 +108,6 @@ class Drawer:
         given = {**self.run.settings, **row.settings, "lora": row.lora or self.run.lora}
         read = {name: given[name] for name in (*PICTURES, "lora") if given.get(name)}
         return {**plan.record(), **read, "files": self.run.files}
-
-    def _fault(self, row: Row, error: Exception) -> Entry:
-        return fault(row, str(error) or type(error).__name__, self.name)
-
-
-def fault(row: Row, error: str, worker: str | None = None) -> Entry:
-    """Of a row that cannot be drawn."""
-    first = error.strip().split("\n")[0]
-    return Entry(
-        row.number, row.key(), row.name, row.prompt, settings=as_json(row.settings), worker=worker, error=first
-    )
 
 
 def _grouped(rows: Sequence[Row], common: str | None) -> Iterator[tuple[str | None, list[Row]]]:

@@ -7,8 +7,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,11 +17,13 @@ import ray
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.exceptions import RayError, RayTaskError
 
-from .drawing import Drawer, Run, fault
+from .drawing import Drawer, Run
+from .faults import fault, sentence
 from .manifest import Entry
 from .places import PlaceError
 from .rows import Row
 from .stores import SHARD_SIZE
+from .workers import Workers
 
 AHEAD = 64  # rows a worker, among which those that go together are looked for
 ROWS = 4  # of a batch, unless it is a shard
@@ -34,24 +35,6 @@ PATIENCE = 10.0  # seconds for a cluster to answer
 LOGS = "/tmp/ray/session_latest/logs"
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Workers:
-    """How many, and what each has. cluster: address of a Ray cluster; None: this machine alone."""
-
-    count: int
-    cluster: str | None = None
-    devices: float = 0  # GPUs of each; 0: it computes on its share of the cores
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for numbers that cannot be."""
-        if self.count < 1:
-            raise ValueError(f"--workers is {self.count}; at least 1 is needed")
-        if not 0 <= self.devices < 1e6 or (self.devices > 1 and self.devices != int(self.devices)):
-            raise ValueError(
-                f"--devices-per-worker is {self.devices:g}; it must be 0 for none, a share such as 0.5, or a whole number"
-            )
 
 
 def _check_answer(address: str) -> None:
@@ -99,7 +82,7 @@ def connected(workers: Workers) -> Iterator[None]:
         if "Version mismatch" in str(error):
             versions = " ".join(str(error).split())
             raise ValueError(f"{where} is of another version ({versions}); install the same on all machines") from error
-        raise ValueError(f"{where} does not answer ({_first_line(error)}); start it by `ray start --head`") from error
+        raise ValueError(f"{where} does not answer ({sentence(error)}); start it by `ray start --head`") from error
     try:
         with redirect_stdout(sys.stderr):
             yield
@@ -113,17 +96,19 @@ def draw_rows(
     workers: Workers,
     *,
     drawer: type = Drawer,
+    shards: bool = False,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[list[Entry]]:
     """The entries of all rows, in the order in which they come. Ray is to be connected.
 
     A batch whose worker ends is given to others; the worker starts again where there is room for it. drawer: what draws, made
-    as a `Drawer` is. stopped: asked between batches; once it says so, only what is in flight is waited for.
+    as a `Drawer` is. shards: a batch has all rows of a shard. stopped: asked between batches; once it says so, only what is in
+    flight is waited for.
     Raises ValueError if no worker can load the model, or has the GPUs that it needs.
     """
     pool = [_Worker(f"worker-{k + 1}", options, drawer, run) for k, options in enumerate(_shares(workers))]
     try:
-        yield from _draw(pool, _Queue(rows, workers.count, shards=run.form == "webdataset"), stopped)
+        yield from _draw(pool, _Queue(rows, workers.count, shards=shards), stopped)
     finally:
         for worker in pool:
             worker.end()
@@ -194,7 +179,7 @@ class _Worker:
 
     def __init__(self, name: str, options: Mapping[str, object], drawer: type, run: Run) -> None:
         self.name = name
-        self.make = partial(ray.remote(_Actor).options(**options).remote, drawer, run, name)
+        self.make = partial(ray.remote(_Actor).options(**options).remote, drawer, run, name, os.getcwd())
         self.batches: dict[ray.ObjectRef, Batch] = {}  # the oldest first
         self.loading: ray.ObjectRef | None = None  # None: it has loaded
         self.failures = 0  # to load or to write, one after the other
@@ -220,7 +205,7 @@ class _Worker:
         try:
             ray.get(self.loading)
         except RayTaskError as error:
-            raise _UselessError(_first_line(error.cause)) from error
+            raise _UselessError(sentence(error.cause)) from error
         except RayError as error:
             self._fail(error)
             self.start()
@@ -254,26 +239,24 @@ class _Worker:
             entries = ray.get(ref)
             self.failures = 0
         except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, PlaceError):
-                raise cause from error
-            reason = (
-                _first_line(cause) if isinstance(cause, ValueError) else f"{type(cause).__name__}: {_first_line(cause)}"
-            )
-            entries = [fault(row, reason, self.name) for row in self.batches[ref].rows]
+            if isinstance(error.cause, PlaceError):
+                raise error.cause from error
+            entries = [fault(row, error.cause, self.name) for row in self.batches[ref].rows]
         del self.batches[ref]
         return entries
 
     def _fail(self, error: Exception) -> None:
         self.failures += 1
         if self.failures == MOST_ENDS:
-            raise _UselessError(_first_line(error)) from error
+            raise _UselessError(sentence(error)) from error
 
 
 class _Actor:
-    """What Ray runs in a process of its own."""
+    """What Ray runs in a process of its own. folder: of the command, from which relative paths begin."""
 
-    def __init__(self, drawer: type, run: Run, name: str) -> None:
+    def __init__(self, drawer: type, run: Run, name: str, folder: str) -> None:
+        with suppress(OSError):  # another machine may not have it
+            os.chdir(folder)
         self.make = partial(drawer, run, name)
         self.drawer: Drawer | None = None
 
@@ -342,7 +325,3 @@ class _Queue:
 
 def _group(row: Row) -> object:
     return row.lora, row.settings.get("height"), row.settings.get("width"), row.settings.get("steps")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]

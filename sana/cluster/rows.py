@@ -72,6 +72,7 @@ class Row:
         default_factory=dict
     )  # fields of `Settings` by name, of pictures their paths
     fault: str | None = None
+    given: object = None  # what else a worker needs to know, if no file asks for the row
 
     def key(self) -> int:
         """63 bits that change with all that it asks for."""

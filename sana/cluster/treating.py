@@ -1,53 +1,66 @@
-"""Pictures to workers that do the same with each, such as to write its caption: the engine of `generate --workers`."""
+"""Things to workers that do the same with each, such as to write the caption of a picture: the engine of `generate --workers`."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from tqdm import tqdm
 
-from ..interruption import postponed
-from .drawing import Run, fault
-from .engine import Workers, connected, draw_rows
+from .drawing import Run
+from .faults import fault, tried
 from .manifest import Entry
 from .rows import Row
+from .running import run_rows
+from .workers import Workers
 
-Treat = Callable[[Path], int]
+Thing = TypeVar("Thing")
+Treat = Callable[[Thing], int]
+TreatTogether = Callable[[Sequence[Thing]], Sequence[int | Exception]]
 
 
 class Treater:
-    """What a worker does. make, of the run's `model`: loads what is needed and gives a function of a picture, which counts."""
+    """What a worker does. make, of the run's `model`: loads what is needed and gives a Treat, or a TreatTogether if `together`."""
 
     def __init__(self, run: Run, name: str) -> None:
         self.name = name
-        self.treat: Treat = run.model["make"]()
+        self.treat = run.model["make"]()
+        self.together = run.model["together"]
 
     def draw(self, rows: Sequence[Row], *, alone: bool = False) -> Iterator[Entry]:
-        for row in rows:
-            try:
-                count = self.treat(Path(row.prompt))
-            except (ValueError, OSError, RuntimeError) as error:
-                yield fault(row, str(error) or type(error).__name__, self.name)
+        things = [row.given for row in rows]
+        found = self.treat(things) if self.together else (tried(self.treat, thing) for thing in things)
+        for row, count in zip(rows, found, strict=True):
+            if isinstance(count, Exception):
+                yield fault(row, count, self.name)
             else:
                 yield Entry(row.number, row.key(), prompt=row.prompt, settings=str(count), worker=self.name)
 
 
-def treat_all(pictures: Sequence[Path], make: Callable[[], Treat], workers: Workers, what: str) -> tuple[int, int]:
-    """The sum of what `make()(picture)` gives, and how many pictures failed, of which it tells. Ctrl-C ends it after what is in flight.
+def treat_all(
+    things: Sequence[tuple[Path, Thing]],
+    make: Callable[[], Treat | TreatTogether],
+    workers: Workers,
+    what: str,
+    *,
+    together: bool = False,
+) -> tuple[int, int]:
+    """The sum of what `make()` gives of each thing, and of how many it gives an error, of which it tells with the path.
 
-    make: can be sent to another process. what: is done, as the bar says it. Raises ValueError as `connected` and `draw_rows` do.
+    make: can be sent to another process. what: is done, as the bar says it. together: hundreds of things go to a worker at a
+    time, as one argument. Ctrl-C ends it after what is in flight. Raises ValueError as `connected` and `draw_rows` do.
     """
-    rows = (Row(number, str(path.absolute())) for number, path in enumerate(pictures))
+    rows = (Row(number, str(path), given=thing) for number, (path, thing) in enumerate(things))
     done = failed = 0
-    with connected(workers), postponed() as stopped, tqdm(total=len(pictures), desc=what, unit="picture") as bar:
-        for entries in draw_rows(rows, Run("", {"make": make}), workers, drawer=Treater, stopped=stopped):
-            for entry in entries:
-                if entry.error is None:
-                    done += int(entry.settings)
-                else:
-                    failed += 1
-                    bar.write(f"{entry.prompt}: {entry.error}", file=sys.stderr)
-            bar.update(len(entries))
-        if stopped():
-            raise KeyboardInterrupt
+
+    def note(entry: Entry) -> None:
+        nonlocal done, failed
+        if entry.error is None:
+            done += int(entry.settings)
+        else:
+            failed += 1
+        bar.update()
+
+    run = Run("", {"make": make, "together": together})
+    with tqdm(total=len(things), desc=what, unit="picture") as bar:
+        run_rows(rows, run, workers, bar, note, label=lambda entry: entry.prompt, drawer=Treater, shards=together)
     return done, failed

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from ..cluster import needing_packages
+from ..cluster.workers import Workers
 from ..config import VARIANTS
 from ..interruption import INTERRUPTED, begin, postponed
 from ..loading import model_path
@@ -17,7 +18,7 @@ try:
     from accelerate import PartialState
 
     from .adapters import TARGETS, AdapterConfig, Kind
-    from .captions import Choice, check_name
+    from .captions import Choice, check_name, read_captions
     from .demo import DemoConfig, train_demo
     from .finetune import FinetuneConfig, finetune
     from .loop import Schedule, Stopped, Watch
@@ -245,19 +246,37 @@ def add_captions(command: argparse.ArgumentParser) -> None:
         each.add_argument("--data", type=Path, required=True, help="folder of pictures")
         each.add_argument("--device", default="cpu", help="of the model, such as cuda (default: cpu)")
         each.add_argument("--download", action="store_true", help="fetch the model by its name if it is not here")
-        each.add_argument("--workers", type=int, metavar="N", help="in N processes of Ray, see docs/scale.md")
-        each.add_argument("--cluster", metavar="ADDRESS", help="of a Ray cluster to work on")
-        each.add_argument("--devices-per-worker", type=float, default=0, metavar="D", help="GPUs of each (default: 0)")
+        add_workers(each)
+
+
+def add_workers(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--workers", type=int, metavar="N", help="in N processes of Ray, see docs/scale.md")
+    command.add_argument("--cluster", metavar="ADDRESS", help="of a Ray cluster to work on")
+    command.add_argument("--devices-per-worker", type=float, default=0, metavar="D", help="GPUs of each (default: 0)")
+
+
+def read_workers(options: argparse.Namespace) -> Workers | None:
+    """None without --workers. Raises ValueError for what cannot be."""
+    if options.workers is None:
+        if options.cluster or options.devices_per_worker:
+            raise ValueError("--cluster and --devices-per-worker are of --workers; give that as well")
+        return None
+    if PartialState().num_processes > 1:
+        raise ValueError("--workers starts processes by itself; give the command without accelerate launch")
+    return Workers(options.workers, options.cluster, options.devices_per_worker)
 
 
 def run_score(options: argparse.Namespace) -> int:
     from .scoring import Scorer, score_captions, score_each
 
+    workers = read_workers(options)
     pictures = picture_files(options.data)
     given = {"device": options.device, "download": options.download}
-    if options.workers is not None:
-        make = partial(score_each, options.data.absolute(), options.clip, **given)
-        return on_workers(options, pictures, make, "scoring captions", "scores")
+    if workers:
+        captions = read_captions(options.data, pictures)
+        things = [(path, (path.absolute(), each)) for path, each in zip(pictures, captions, strict=True)]
+        make = partial(score_each, options.clip, **given)
+        return on_workers(workers, things, make, "scoring captions", "scores")
     scorer = Scorer(options.clip, **given)
     print(f"{score_captions(options.data, pictures, scorer)} scores written.")
     return 0
@@ -266,13 +285,14 @@ def run_score(options: argparse.Namespace) -> int:
 def run_write(options: argparse.Namespace) -> int:
     from .captioning import Captioner, write_captions, write_each
 
+    workers = read_workers(options)
     pictures = picture_files(options.data)
     name = options.name or Path(options.model).name
     check_name(name)
     given = {"question": options.question, "device": options.device, "download": options.download}
-    if options.workers is not None:
+    if workers:
         make = partial(write_each, name, options.model, **given)
-        return on_workers(options, pictures, make, "writing captions", "captions")
+        return on_workers(workers, [(path, path.absolute()) for path in pictures], make, "writing captions", "captions")
     captioner = Captioner(options.model, **given)
     print(f"{write_captions(pictures, name, captioner)} captions written.")
     return 0
@@ -288,18 +308,16 @@ def run_cache(options: argparse.Namespace) -> int:
 
 
 def on_workers(
-    options: argparse.Namespace,
-    pictures: Sequence[Path],
-    make: Callable[[], Callable[[Path], int]],
+    workers: Workers,
+    things: Sequence[tuple[Path, object]],
+    make: Callable[[], Callable[[object], int]],
     what: str,
     results: str,
 ) -> int:
-    """Do with each picture what `make()` gives, on Ray. Raises ValueError without its package, and as `treat_all` does."""
+    """Do with each thing what `make()` gives, as `treat_all` does, and say how much it was."""
     with needing_packages():
-        from ..cluster.engine import Workers
         from ..cluster.treating import treat_all
-    workers = Workers(options.workers, options.cluster, options.devices_per_worker)
-    written, failed = treat_all(pictures, make, workers, what)
+    written, failed = treat_all(things, make, workers, what)
     print(f"{written} {results} written.")
     return 1 if failed else 0
 

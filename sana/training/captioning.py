@@ -64,6 +64,6 @@ def write_captions(pictures: Sequence[Path], name: str, captioner: Captioner) ->
 
 
 def write_each(name: str, model: Path | str, *, question: str, device: str, download: bool) -> Callable[[Path], int]:
-    """`write_captions` for one picture after the other. Raises ValueError as `Captioner` does."""
+    """`write_captions` of one picture, in another process. Raises ValueError as `Captioner` does."""
     captioner = Captioner(model, question=question, device=device, download=download)
     return lambda picture: write_captions([picture], name, captioner)

@@ -49,8 +49,13 @@ def score_captions(folder: Path, pictures: Sequence[Path], scorer: Scorer) -> in
     A score is computed anew where the picture or the caption has changed. Stopped and started again, it goes on.
     Raises ValueError for captions and pictures that cannot be read, and OSError.
     """
+    return score_read([*zip(pictures, read_captions(folder, pictures), strict=True)], scorer)
+
+
+def score_read(read: Sequence[tuple[Path, Sequence[Caption]]], scorer: Scorer) -> int:
+    """`score_captions` of pictures whose captions have been read."""
     waiting: list[tuple[Path, str, list[Caption]]] = []
-    for path, captions in zip(pictures, read_captions(folder, pictures), strict=True):
+    for path, captions in read:
         of = made_from(path, scorer.name)
         missing = [caption for caption in captions if not has_score(path, caption, of)]
         if missing:
@@ -66,7 +71,7 @@ def score_captions(folder: Path, pictures: Sequence[Path], scorer: Scorer) -> in
     return sum(len(captions) for *_, captions in waiting)
 
 
-def score_each(folder: Path, model: Path | str, *, device: str, download: bool) -> Callable[[Path], int]:
-    """`score_captions` for one picture after the other. Raises ValueError as `Scorer` does."""
+def score_each(model: Path | str, *, device: str, download: bool) -> Callable[[tuple[Path, Sequence[Caption]]], int]:
+    """`score_read` of one picture, in another process. Raises ValueError as `Scorer` does."""
     scorer = Scorer(model, device=device, download=download)
-    return lambda picture: score_captions(folder, [picture], scorer)
+    return lambda picture: score_read([picture], scorer)

@@ -4,7 +4,8 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 
-from sana.cluster.drawing import Run, fault
+from sana.cluster.drawing import Run
+from sana.cluster.faults import fault
 from sana.cluster.manifest import Entry
 from sana.cluster.places import PlaceError
 from sana.cluster.rows import Row
