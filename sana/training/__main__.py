@@ -112,6 +112,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_material(cache, "it, for --cache of lora and finetune")
     add_choice(cache)
+    add_workers(cache)
     cache.set_defaults(run=run_cache)
     add_captions(commands.add_parser("captions", help="write captions beside pictures, or score how well captions fit"))
     return top
@@ -300,6 +301,13 @@ def run_write(options: argparse.Namespace) -> int:
 
 def run_cache(options: argparse.Namespace) -> int:
     files = ModelFiles(options.model, options.autoencoder, options.text_encoder, options.variant)
+    if workers := read_workers(options):
+        with needing_packages():
+            from .caching import fill_on_workers
+        found = fill_on_workers(options.out, options.data, files, read_choice(options), workers)
+        others = found.kept - found.used
+        print(f"{options.out}: {found.pictures} pictures, {found.used} states of them and {others} others")
+        return 1 if found.failed else 0
     states = fill_cache(options.out, options.data, files, read_choice(options))
     if PartialState().is_main_process:
         used, kept = states.used(), len(states.shards)

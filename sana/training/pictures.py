@@ -51,11 +51,18 @@ def picture_files(folder: Path, besides: Path | None = None) -> list[Path]:
     return paths
 
 
-def read_pictures(folder: Path, base_size: int, choice: Choice = TURN, besides: Path | None = None) -> list[Picture]:
+def read_pictures(
+    folder: Path,
+    base_size: int,
+    choice: Choice = TURN,
+    besides: Path | None = None,
+    on_broken: Callable[[ValueError], object] | None = None,
+) -> list[Picture]:
     """The pictures in a folder with the captions that may be taken, each with the bucket of base_size nearest to its shape.
 
-    besides: as for `picture_files`. Raises ValueError as it and `read_captions` do, for a file that is no picture, and if
-    captions cannot be chosen for want of scores.
+    besides: as for `picture_files`. on_broken: is told of each file that is no picture, which then does not count. Raises
+    ValueError as `picture_files` and `read_captions` do, for a file that is no picture, and if captions cannot be chosen for
+    want of scores.
     """
     paths = picture_files(folder, besides)
     pictures: list[Picture] = []
@@ -65,7 +72,13 @@ def read_pictures(folder: Path, base_size: int, choice: Choice = TURN, besides: 
             possible = choice.possible(captions)
         except ValueError as error:
             raise ValueError(f"{path.name}: {error}") from error
-        found = read_size(path)
+        try:
+            found = read_size(path)
+        except ValueError as error:
+            if on_broken is None:
+                raise
+            on_broken(error)
+            continue
         picture = Picture(path, possible, nearest_bucket(*found, base_size))
         pictures.append(picture)
         if min(found) * LARGEST_SCALE < min(picture.size):

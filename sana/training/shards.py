@@ -60,12 +60,14 @@ def write_shards(folder: Path, rows: Iterable[tuple[bytes, Tensor]]) -> None:
 class Shards:
     """All shards in a folder, as one list of rows. Of threads one at a time may read.
 
-    Raises ValueError for a file that is damaged or of another program.
+    known: the same folder at an earlier time, whose keys are not read again. Raises ValueError for a file that is damaged or of
+    another program.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, known: "Shards | None" = None) -> None:
         self.paths = sorted(folder.glob(NAME.format("*")))
-        keys = [_keys(path) for path in self.paths]
+        before = dict(zip(known.paths, known.keys.chunks, strict=True)) if known else {}
+        keys = [before[path] if path in before else _keys(path) for path in self.paths]
         self.keys = pa.chunked_array(keys, SCHEMA.field("key").type)
         self.ends = np.cumsum([len(part) for part in keys], dtype=np.int64)
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()

@@ -1,6 +1,6 @@
 """Latents and text states of pictures: computed once, kept in shards on the disk, and read from there batch by batch."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
@@ -46,6 +46,16 @@ class Example:
     path: Path
     size: tuple[int, int]
     text: Tensor
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """States of a picture that are to be computed, by their keys."""
+
+    picture: Picture
+    latent: bytes | None
+    texts: Mapping[bytes, str]  # captions
+    weight: bytes | None
 
 
 class PictureStates:
@@ -169,10 +179,10 @@ def cached(
     machine = process_state()
     with claim(folder, HOLDS):
         if machine.is_main_process:
-            digests = _digests(folder, chain.from_iterable(folders))
+            digests = read_digests(folder, chain.from_iterable(folders))
         machine.wait_for_everyone()
         if not machine.is_main_process:
-            digests = _digests(folder, ())
+            digests = read_digests(folder, ())
         found = [(picture, encoders.keys(picture, digests)) for pictures in folders for picture in pictures]
         write_states(folder, found, encoders, machine.process_index, machine.num_processes)
         machine.wait_for_everyone()
@@ -186,8 +196,8 @@ def cached(
     ]
 
 
-def _digests(folder: Path, pictures: Iterable[Picture]) -> Digests:
-    """With those of the pictures and their masks, which are kept in the folder."""
+def read_digests(folder: Path, pictures: Iterable[Picture]) -> Digests:
+    """With those of the pictures and their masks, which are kept in the folder of states."""
     digests = Digests(folder / DIGESTS)
     for picture in pictures:
         for path in (picture.path, mask_path(picture)):
@@ -197,7 +207,6 @@ def _digests(folder: Path, pictures: Iterable[Picture]) -> Digests:
     return digests
 
 
-@torch.no_grad()
 def write_states(
     folder: Path, pictures: Sequence[tuple[Picture, Keys]], encoders: Encoders, process: int = 0, processes: int = 1
 ) -> None:
@@ -205,33 +214,58 @@ def write_states(
 
     Raises ValueError for a broken picture or mask before any is encoded, and OSError. What came before an error is kept.
     """
-    shards = Shards(folder)
-    latents = {keys.latent: picture for picture, keys in pictures}
-    texts = {
-        key: caption.text
-        for picture, keys in pictures
-        for key, caption in zip(keys.texts, picture.captions, strict=True)
-    }
-    weights = {keys.weight: picture for picture, keys in pictures if keys.weight}
-    latents, texts, weights = (
-        {key: found[key] for key in _missing(shards, [*found])[process::processes]}
-        for found in (latents, texts, weights)
-    )
-    checked = {key: read_weight(mask_path(picture), picture.size) for key, picture in weights.items()}
+    share = wanted(Shards(folder), pictures)[process::processes]
+    latents = {each.latent: each.picture for each in share if each.latent}
+    texts = {key: text for each in share for key, text in each.texts.items()}
+    checked = {each.weight: encoded_mask(each.picture) for each in share if each.weight}
     for picture in tqdm(latents.values(), desc="checking pictures", disable=not latents):
         read_picture(picture.path)
 
     def made() -> Made:
         yield from checked.items()
-        device = next(encoders.autoencoder.parameters()).device
         for key, picture in tqdm(latents.items(), desc="encoding pictures", disable=not latents):
-            image = to_tensor(read_picture(picture.path), *picture.size).to(device)
-            latent = encode_within_memory(encoders.autoencoder, image)[0] * encoders.autoencoder.config.latent_scale
-            yield key, latent.half()
+            yield key, encoded_picture(encoders.autoencoder, picture)
         for key, text in tqdm(texts.items(), desc="encoding captions", disable=not texts):
             yield key, encoded(encoders.text_encoder, text).bfloat16()
 
     write_shards(folder, made())
+
+
+def wanted(shards: Shards, pictures: Sequence[tuple[Picture, Keys]]) -> list[Wanted]:
+    """What is not in the shards, each state once; a picture of which nothing is missing is left out."""
+    keys = dict.fromkeys(chain.from_iterable((each.latent, *each.texts, each.weight) for _, each in pictures))
+    keys.pop(None, None)
+    missing = {key for key, row in zip(keys, shards.find([*keys]), strict=True) if row < 0}
+
+    def take(key: bytes | None) -> bool:
+        """Whether nobody has taken it before."""
+        found = key in missing
+        missing.discard(key)
+        return found
+
+    found = [
+        Wanted(
+            picture,
+            each.latent if take(each.latent) else None,
+            {key: caption.text for key, caption in zip(each.texts, picture.captions, strict=True) if take(key)},
+            each.weight if take(each.weight) else None,
+        )
+        for picture, each in pictures
+    ]
+    return [each for each in found if each.latent or each.texts or each.weight]
+
+
+@torch.no_grad()
+def encoded_picture(autoencoder: DCAutoencoder, picture: Picture) -> Tensor:
+    """Its latent (32, H, W), as the transformer sees it, float16. Raises ValueError for a broken picture, and OSError."""
+    device = next(autoencoder.parameters()).device
+    image = to_tensor(read_picture(picture.path), *picture.size).to(device)
+    return (encode_within_memory(autoencoder, image)[0] * autoencoder.config.latent_scale).half()
+
+
+def encoded_mask(picture: Picture) -> Tensor:
+    """What counts in a picture, (1, H, W) float32, as `read_weight` gives and refuses it."""
+    return read_weight(mask_path(picture), picture.size)
 
 
 @torch.no_grad()
@@ -251,10 +285,6 @@ def pad_texts(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def spread(count: int) -> range:
     """Up to EXAMPLES places in a list of so many."""
     return range(0, count, -(-count // EXAMPLES))
-
-
-def _missing(shards: Shards, keys: Sequence[bytes]) -> list[bytes]:
-    return [key for key, row in zip(keys, shards.find(keys), strict=True) if row < 0]
 
 
 def _key(*parts: object) -> bytes:
