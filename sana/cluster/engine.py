@@ -31,6 +31,9 @@ IN_FLIGHT = 2  # batches of a worker, so that it need not wait for the next
 SLOW = 120.0  # seconds after which it is told that no worker has started
 MOST_ENDS = 3  # of workers at one row, after which it counts as the cause; or failures of one worker
 PATIENCE = 10.0  # seconds for a cluster to answer
+# Ray speaks gRPC, that is HTTP/2 (RFC 9113): both sides begin with a frame of this type, here with none of its settings.
+SETTINGS = b"\x04"
+GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + SETTINGS + bytes(5)
 
 LOGS = "/tmp/ray/session_latest/logs"
 
@@ -38,10 +41,16 @@ log = logging.getLogger(__name__)
 
 
 def _check_answer(address: str) -> None:
-    """Raises OSError where nobody listens, for which Ray would wait for minutes."""
+    """Raises OSError where nothing answers that speaks as Ray does, for which Ray itself would wait for minutes."""
     host, sign, port = address.rpartition(":")
+    if "://" in address:
+        raise ConnectionError("an address is HOST:PORT, such as 10.0.0.1:6379")
     if sign and port.isdecimal():
-        socket.create_connection((host, int(port)), timeout=PATIENCE).close()
+        with socket.create_connection((host, int(port)), timeout=PATIENCE) as found:
+            if os.environ.get("RAY_USE_TLS", "0") == "0":
+                found.sendall(GREETING)
+                if found.recv(4)[3:] != SETTINGS:
+                    raise ConnectionError("what answers there is no Ray")
 
 
 @contextmanager

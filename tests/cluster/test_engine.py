@@ -1,8 +1,11 @@
 """Workers of a real Ray, with a stand-in that draws nothing."""
 
+import socket
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import count, takewhile
+from threading import Thread
 
 import psutil
 import pytest
@@ -171,6 +174,29 @@ def test_an_address_where_no_ray_answers() -> None:
     address = f"127.0.0.1:{free_port()}"
     told = refusal(address)
     assert told.startswith(f"the Ray cluster at {address} does not answer (") and told.endswith("`ray start --head`")
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"], ids=["silent", "of another kind"])
+def test_a_port_where_something_else_listens(monkeypatch: pytest.MonkeyPatch, answer: bytes) -> None:
+    monkeypatch.setattr(engine, "PATIENCE", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+
+        def listen() -> None:
+            with suppress(OSError), server.accept()[0] as found:
+                found.recv(100)
+                found.sendall(answer)
+                found.recv(100)  # until the other side has gone
+
+        (thread := Thread(target=listen)).start()
+        told = refusal(address)
+        thread.join()
+    reason = "what answers there is no Ray" if answer else "timed out"
+    assert told == f"the Ray cluster at {address} does not answer ({reason}); start it by `ray start --head`"
+
+
+def test_an_address_of_another_kind() -> None:
+    assert "(an address is HOST:PORT, such as 10.0.0.1:6379)" in refusal("ray://127.0.0.1:10001")
 
 
 def test_another_version_of_ray(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
