@@ -15,7 +15,7 @@ from .manifest import Entry, Manifest
 from .places import Folder, Place, open_place
 from .rows import Row, read_rows
 from .running import run_rows
-from .stores import FOLDER_SIZE
+from .stores import FOLDER_SIZE, key_of
 from .workers import Workers
 
 log = logging.getLogger(__name__)
@@ -79,10 +79,10 @@ def distinct(rows: Iterator[Row]) -> Iterator[Row]:
     for row in rows:
         if row.number % FOLDER_SIZE == 0:
             names = {}
-        if row.name is not None and row.fault is None:
-            first = names.setdefault(row.name.casefold(), row.number)
+        if row.fault is None:
+            first = names.setdefault(key_of(row).casefold(), row.number)
             if first != row.number:
-                row = replace(row, fault=f"its name {row.name} is that of row {first}; give another")
+                row = replace(row, fault=f"its name {key_of(row)} is that of row {first}; give another")
         yield row
 
 

@@ -68,7 +68,10 @@ class Drawer:
                     found = pipeline
                     if not isinstance(pipeline, Exception):
                         found = tried(self._draw, pipeline, row, batch)
-                    yield fault(row, found, self.name) if isinstance(found, Exception) else found
+                    if isinstance(found, Exception):
+                        batch.drop(row)
+                        found = fault(row, found, self.name)
+                    yield found
 
     def _draw(self, pipeline: SanaPipeline, row: Row, batch: Batch) -> Entry:
         """By itself, so that its numbers have nothing to do with those of other rows."""

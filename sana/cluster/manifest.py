@@ -11,6 +11,7 @@ import pyarrow as arrow
 from pyarrow import parquet
 
 from .places import Place
+from .stores import FOLDER_SIZE, is_picture
 
 FOLDER = "manifest"
 ROWS, SECONDS = 1000, 60.0  # of a part; after so many or so long it is written
@@ -51,7 +52,8 @@ class Entry:
 class Manifest:
     """Of one run, which alone writes it. Raises ValueError for a part that is damaged, and OSError.
 
-    retry: forget the rows that could not be drawn.
+    retry: forget the rows that could not be drawn. A row that is drawn anew has two entries until `flush`, or until the next
+    start where a process was killed before.
     """
 
     def __init__(self, place: Place, *, retry: bool = False) -> None:
@@ -60,7 +62,7 @@ class Manifest:
         self.count = 0  # rows that have one
         self.failed: set[int] = set()  # rows whose entry is an error
         self._part_of = array("i")  # for each row the part that its entry is in
-        self._outdated: dict[int, set[int]] = {}  # by part, rows that have a later entry
+        self._outdated: set[int] = set()  # parts with rows that have a later entry
         self._waiting: list[Entry] = []
         self._since = time.monotonic()
         self._parts = 0
@@ -84,15 +86,19 @@ class Manifest:
         self._mark(entry.row, entry.key, entry.error)
         self._waiting.append(entry)
         if len(self._waiting) >= ROWS or time.monotonic() - self._since >= SECONDS:
-            self.flush()
+            self._write()
 
     def flush(self) -> None:
+        """Write what is waiting, and take out what is outdated, with its pictures. Nobody may be drawing."""
+        self._write()
+        self._drop_outdated()
+
+    def _write(self) -> None:
         if self._waiting:
             columns = {name: [getattr(entry, name) for entry in self._waiting] for name in SCHEMA.names}
             self.place.write(f"{FOLDER}/{_part(self._parts)}", _content(arrow.table(columns, schema=SCHEMA)))
             self._parts += 1
             self._waiting = []
-            self._drop_outdated()
         self._since = time.monotonic()
 
     def entries(self) -> Iterator[Mapping[str, object]]:
@@ -107,16 +113,37 @@ class Manifest:
         if self.done[row] == -1:
             self.count += 1
         elif self._part_of[row] != self._parts:
-            self._outdated.setdefault(self._part_of[row], set()).add(row)
+            self._outdated.add(self._part_of[row])
         self.done[row], self._part_of[row] = key, self._parts
 
     def _drop_outdated(self) -> None:
-        """After what replaces it is written, so that a row has an entry at any time."""
-        for part, rows in self._outdated.items():
+        """Entries, and before them the pictures that no other entry has, such as that of a row which has another name now.
+
+        After what replaces them is written, so that a row has an entry at any time.
+        """
+        for part in sorted(self._outdated):
             table = self._read(_part(part))
-            keep = [row not in rows for row in table["row"].to_pylist()]
+            rows, files = table["row"].to_pylist(), table["file"].to_pylist()
+            keep = [self._part_of[row] == part for row in rows]
+            held: dict[int, set[str]] = {}  # by the number of a folder
+            for row, file, is_kept in zip(rows, files, keep, strict=True):
+                folder = row // FOLDER_SIZE
+                if not is_kept and file is not None and is_picture(file):
+                    held[folder] = held[folder] if folder in held else self._files(folder)
+                    if file.casefold() not in held[folder]:
+                        self.place.remove(file)
             self.place.write(f"{FOLDER}/{_part(part)}", _content(table.filter(keep)))
-        self._outdated = {}
+        self._outdated = set()
+
+    def _files(self, folder: int) -> set[str]:
+        """All that are told of rows whose pictures lie in the same folder, as file systems compare that know no capitals."""
+        parts = {*self._part_of[folder * FOLDER_SIZE : (folder + 1) * FOLDER_SIZE]} - {-1}
+        found: set[str] = set()
+        for part in parts:
+            table = self._read(_part(part))
+            rows = zip(table["row"].to_pylist(), table["file"].to_pylist(), strict=True)
+            found.update(file.casefold() for row, file in rows if file is not None and self._part_of[row] == part)
+        return found
 
     def _read(self, name: str) -> arrow.Table:
         try:

@@ -26,6 +26,9 @@ class Place(Protocol):
     def write(self, name: str, content: bytes | Path) -> None:
         """A file, from memory or from another one, appears as a whole or not at all."""
 
+    def remove(self, name: str) -> None:
+        """A file, if it is there."""
+
     def names(self, folder: str) -> list[str]:
         """Of the files in a folder, in order; none if it does not exist."""
 
@@ -72,6 +75,10 @@ class Folder:
                 else:
                     shutil.copyfile(content, unfinished)
 
+    def remove(self, name: str) -> None:
+        with place_errors(OSError):
+            (self.root / name).unlink(missing_ok=True)
+
     def names(self, folder: str) -> list[str]:
         with place_errors(OSError):
             if not (self.root / folder).is_dir():
@@ -106,6 +113,11 @@ class Remote:
                 self.system.pipe_file(path, content)
             else:
                 self.system.put_file(str(content), path)
+
+    def remove(self, name: str) -> None:
+        if self.exists(name):
+            with place_errors(Exception):
+                self.system.rm_file(f"{self.root}/{name}")
 
     def names(self, folder: str) -> list[str]:
         path = f"{self.root}/{folder}"

@@ -29,6 +29,9 @@ class Batch(Protocol):
     def put(self, row: Row, picture: bytes, record: Record) -> None:
         """Keep a picture in the place of an older one."""
 
+    def drop(self, row: Row) -> None:
+        """The row cannot be drawn: what a file holds of it beside others is to go. A file of its own goes with its entry."""
+
 
 class Files:
     """pictures/000012/000012345.png, or of the row's own name; at most FOLDER_SIZE in a folder."""
@@ -41,13 +44,16 @@ class Files:
         yield self
 
     def file(self, row: Row) -> str:
-        return f"pictures/{row.number // FOLDER_SIZE:06d}/{_key(row)}.png"
+        return f"pictures/{row.number // FOLDER_SIZE:06d}/{key_of(row)}.png"
 
     def get(self, row: Row) -> bytes | None:
         return self.place.read(self.file(row)) if self.place.exists(self.file(row)) else None
 
     def put(self, row: Row, picture: bytes, record: Record) -> None:
         self.place.write(self.file(row), picture)
+
+    def drop(self, row: Row) -> None:
+        """Nothing lies beside others."""
 
 
 class Shards:
@@ -113,7 +119,7 @@ class _Shard:
         if row.name is not None and "." in row.name:
             raise ValueError(f"its name {row.name} has a dot, where a WebDataset takes it to end; give another")
         _, tar, members = self.old.get(row.number, (None, None, []))
-        found = [member for member in members if member.name == f"{_key(row)}.png"]
+        found = [member for member in members if member.name == f"{key_of(row)}.png"]
         return tar.extractfile(found[0]).read() if found else None
 
     def put(self, row: Row, picture: bytes, record: Record) -> None:
@@ -121,7 +127,11 @@ class _Shard:
         self.is_changed = True
         texts = {"txt": row.prompt, "json": json.dumps({"row": row.number, **record}, ensure_ascii=False)}
         for suffix, content in {"png": picture, **{name: text.encode() for name, text in texts.items()}}.items():
-            self._add(tarfile.TarInfo(f"{_key(row)}.{suffix}"), content)
+            self._add(tarfile.TarInfo(f"{key_of(row)}.{suffix}"), content)
+
+    def drop(self, row: Row) -> None:
+        name, *_ = self.old.pop(row.number, (None,))
+        self.is_changed |= name == self.target
 
     def keep_others(self) -> None:
         """What the target held and is not replaced."""
@@ -139,5 +149,12 @@ def _damaged(name: str, error: Exception) -> ValueError:
     return ValueError(f"{name} is damaged ({error}); delete it and manifest/, and what else is there is found again")
 
 
-def _key(row: Row) -> str:
+def key_of(row: Row) -> str:
+    """What the picture of a row is called in its folder."""
     return row.name or f"{row.number:09d}"
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file has such a name as stores give; a manifest may come from anybody."""
+    top, *rest = name.split("/")
+    return top == "pictures" and 0 < len(rest) < 3 and "\\" not in name and not {"", ".", ".."} & {*rest}

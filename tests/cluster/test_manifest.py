@@ -79,6 +79,60 @@ def test_a_row_has_one_entry(place: Place) -> None:
     assert list(third.entries()) == list(second.entries()) and third.count == 2 and third.failed == set()
 
 
+def picture(name: str) -> str:
+    return f"pictures/000000/{name}.png"
+
+
+def drawn(place: Place, rows: dict[int, str | None], key: int) -> Manifest:
+    """Rows drawn into files of these names, or that could not be drawn."""
+    found = Manifest(place)
+    for row, name in rows.items():
+        if name is not None:
+            place.write(picture(name), str(row).encode())
+        found.add(Entry(row, key, file=name and picture(name), error=None if name else "it is broken"))
+    return found
+
+
+def test_a_picture_goes_with_the_entry_that_nothing_holds_any_more(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rows that have other names now, or cannot be drawn any more; not while others are drawn, and not where a name is taken."""
+    monkeypatch.setattr(module, "ROWS", 2)
+    drawn(place, {0: "a", 1: "b", 2: "c", 3: "d", 4: "e", 1000: "f"}, 1).flush()
+    second = drawn(place, {0: "b", 1: "a", 2: "x", 3: None}, 2)
+    assert place.names("pictures/000000") == [f"{name}.png" for name in "abcdefx"]
+    second.flush()
+    assert place.names("pictures/000000") == [f"{name}.png" for name in "abefx"]
+    assert place.read(picture("a")) == b"1"
+    files = {entry["row"]: entry["file"] for entry in Manifest(place).entries()}
+    named = {0: "b", 1: "a", 2: "x", 4: "e", 1000: "f"}
+    assert files == {3: None, **{row: picture(name) for row, name in named.items()}}
+
+
+def test_a_picture_goes_at_the_next_start_after_a_kill(place: Place) -> None:
+    drawn(place, {0: "a", 1: "b"}, 1).flush()
+    drawn(place, {0: "x"}, 2)._write()
+    assert place.names("pictures/000000") == ["a.png", "b.png", "x.png"]
+    found = Manifest(place)
+    assert place.names("pictures/000000") == ["b.png", "x.png"]
+    assert [(entry["row"], entry["key"]) for entry in found.entries()] == [(1, 1), (0, 2)]
+
+
+@pytest.mark.parametrize("name", ["run.json", "pictures/../run.json", "../run.json", "pictures", "pictures/a/b/c.png"])
+def test_only_pictures_go(tmp_path: Path, name: str) -> None:
+    """Whatever a manifest says, which may come from anybody."""
+    root = tmp_path / "out"
+    for path in (tmp_path / "run.json", root / "run.json", root / "pictures" / "a" / "b" / "c.png"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    for key in (1, 2):
+        found = Manifest(Folder(root))
+        found.add(Entry(0, key, file=name if key == 1 else None))
+        found.flush()
+    assert before <= {*tmp_path.rglob("*")}
+
+
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     (tmp_path / FOLDER).mkdir()
     (tmp_path / FOLDER / "part-000000.parquet").write_bytes(b"PAR1")

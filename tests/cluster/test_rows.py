@@ -148,3 +148,5 @@ def test_a_name_is_there_once_in_a_folder() -> None:
     first, second, *others = distinct(iter(rows))
     assert first == rows[0] and others == rows[2:]
     assert second.fault == "its name X is that of row 0; give another"
+    named, numbered = distinct(iter([Row(0, "a", "000000001"), Row(1, "a")]))
+    assert named.fault is None and numbered.fault == "its name 000000001 is that of row 0; give another"

@@ -77,6 +77,18 @@ def test_a_row_that_was_drawn_alone_is_found_where_it_is(place: Place) -> None:
     assert place.names("pictures/000000") == ["000000001.tar"]
 
 
+def test_what_a_shard_holds_of_a_row_that_cannot_be_drawn_goes(place: Place) -> None:
+    keep(place, Row(0, "a cat"), Row(1, "a dog", "dog"))
+    with Shards(place).batch(rows := [Row(1), Row(2)]) as batch:
+        for row in rows:
+            batch.drop(row)
+    assert list(members(place, "pictures/000000.tar")) == [f"000000000.{kind}" for kind in ("png", "txt", "json")]
+    before = place.read("pictures/000000.tar")
+    with Shards(place).batch(rows) as batch:
+        batch.drop(rows[0])
+    assert place.read("pictures/000000.tar") == before
+
+
 def test_a_shard_appears_as_a_whole_or_not_at_all(place: Place) -> None:
     with pytest.raises(LookupError), Shards(place).batch([Row(0)]) as batch:
         batch.put(Row(0), b"picture", {})
