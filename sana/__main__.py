@@ -129,7 +129,7 @@ def run_cluster(options: argparse.Namespace) -> int:
     common_record(options, settings)  # refuses what no row could be drawn with
     paths = {name: str(getattr(options, name)) for name in PICTURES if name in settings.changed}
     run = Run(
-        out=options.out,
+        out=options.out if "://" in options.out else os.path.abspath(options.out),
         model=read_model(options),
         lora=";".join(options.lora) or None,
         settings={**settings.changed, **paths},

@@ -34,22 +34,25 @@ def claim_folder(folder: Path, run: Mapping[str, str], work: str) -> Iterator[No
         note = folder / NOTE
         if not note.exists():
             write_json(note, run)
-        known = _read_note(note, work)
-        if known != run:
-            told = ", ".join(f"{name} {value}" for name, value in known.items())
-            raise ValueError(f"{folder} holds another {work} ({told}); give another --out")
+        try:
+            content = read_bytes(note, LONGEST_NOTE)
+        except (ValueError, OSError):
+            content = b""
+        check_note(content, run, str(folder), work)
         yield
 
 
-def _read_note(note: Path, work: str) -> dict[str, str]:
+def check_note(content: bytes, run: Mapping[str, str], folder: str, work: str) -> None:
+    """Raises ValueError if the note of a folder, or of an address, says that it is for something else, or nothing."""
     try:
-        content = read_bytes(note, LONGEST_NOTE)
         known = parse_json(content) if len(content) <= LONGEST_NOTE else None
-    except (ValueError, OSError):
+    except ValueError:
         known = None
     if not isinstance(known, dict) or not all(isinstance(value, str) for value in known.values()):
         raise ValueError(
-            f"{note} does not tell what {note.parent} is for; if it is for this {work}, move that file away and "
+            f"{folder}/{NOTE} does not tell what {folder} is for; if it is for this {work}, move that file away and "
             "give the same command again, or else give another --out"
         )
-    return known
+    if known != run:
+        told = ", ".join(f"{name} {value}" for name, value in known.items())
+        raise ValueError(f"{folder} holds another {work} ({told}); give another --out")

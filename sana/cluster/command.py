@@ -1,15 +1,16 @@
 """`sana generate --workers`: a file of prompts on many devices, into a folder that tells what is done."""
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 
 from tqdm import tqdm
 
-from ..work_folder import claim_folder
+from ..work_folder import NOTE, check_note, claim_folder
 from .drawing import Run
 from .manifest import Entry, Manifest
 from .places import Folder, Place, open_place
@@ -17,6 +18,8 @@ from .rows import Row, read_rows
 from .running import run_rows
 from .stores import FOLDER_SIZE, key_of
 from .workers import Workers
+
+WORK = "drawing"  # what a place is for
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +53,15 @@ def generate(prompts: Path, run: Run, workers: Workers, *, batch_size: int = 1, 
 
             shards = run.form == "webdataset"
             try:
-                run_rows(left(), run, workers, bar, note, label=lambda entry: f"row {entry.row}", shards=shards)
+                run_rows(
+                    left(),
+                    replace(run, is_noted=True),
+                    workers,
+                    bar,
+                    note,
+                    label=lambda entry: f"row {entry.row}",
+                    shards=shards,
+                )
             finally:
                 manifest.flush()
         return _failed(manifest)
@@ -86,9 +97,18 @@ def distinct(rows: Iterator[Row]) -> Iterator[Row]:
         yield row
 
 
-def _claimed(place: Place, run: Run) -> AbstractContextManager[None]:
-    """A folder is for one run, in one process at a time. An address knows no locks."""
-    return claim_folder(place.root, _note(run), "drawing") if isinstance(place, Folder) else nullcontext()
+@contextmanager
+def _claimed(place: Place, run: Run) -> Iterator[None]:
+    """A place is for one run, in one process at a time as far as it knows locks, which an address does not."""
+    note = _note(run)
+    if isinstance(place, Folder):
+        with claim_folder(place.root, note, WORK):
+            yield
+    else:
+        if not place.exists(NOTE):
+            place.write(NOTE, json.dumps(note, indent=2).encode())
+        check_note(place.read(NOTE), note, run.out, WORK)
+        yield
 
 
 def _note(run: Run) -> Mapping[str, str]:

@@ -12,6 +12,7 @@ from ..images import read_picture
 from ..jobs import Record, png_record, save_png
 from ..pipeline import SanaPipeline
 from ..plan import Plan, Settings
+from ..work_folder import NOTE
 from .faults import fault, tried
 from .manifest import Entry, as_json
 from .places import open_place
@@ -33,15 +34,21 @@ class Run:
     settings: Mapping[str, object] = field(default_factory=dict)  # as in a row
     files: str = ""  # a fingerprint of all files that are read
     form: str = "png"  # of STORES
+    is_noted: bool = False  # whether the output has a note of what it is for, by which a worker knows the place
 
 
 class Drawer:
-    """One model on one device. name: of the worker. Raises what `SanaPipeline.load` does."""
+    """One model on one device. name: of the worker. Raises ValueError for another output than that of the command, and as
+    `SanaPipeline.load` does.
+    """
 
     def __init__(self, run: Run, name: str) -> None:
         self.run = run
         self.name = name
-        self.store = STORES[run.form](open_place(run.out))
+        place = open_place(run.out)
+        if run.is_noted and not place.exists(NOTE):
+            raise ValueError(f"{run.out} is another place for {name}; give a folder or an address that all share")
+        self.store = STORES[run.form](place)
         self._lora: str | None = None
         self._pipeline: SanaPipeline | None = None
         self.pipeline(run.lora)

@@ -89,6 +89,16 @@ def test_rows_that_cannot_be_drawn_stop_nothing(drawer: Drawer, tmp_path: Path) 
     assert found[7].error is None and (tmp_path / found[7].file).exists()
 
 
+def test_a_worker_knows_the_place_of_the_command(tmp_path: Path) -> None:
+    """By its note; in memory, as on the disk of one machine alone, each process has a place of its own."""
+    for out in (str(tmp_path), "memory://elsewhere"):
+        told = f"^{out} is another place for worker-1; give a folder or an address that all share$"
+        with pytest.raises(ValueError, match=told):
+            Drawer(Run(out, {"model": "demo"}, is_noted=True), "worker-1")
+    (tmp_path / "run.json").touch()
+    assert Drawer(Run(str(tmp_path), {"model": "demo"}, is_noted=True), "worker-1").name == "worker-1"
+
+
 def test_a_network_that_breaks_is_the_fault_of_its_row(drawer: Drawer, pipeline: SanaPipeline) -> None:
     weight = pipeline.transformer.proj_out.bias
     before = weight.detach().clone()
