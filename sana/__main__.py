@@ -66,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_generate(options: argparse.Namespace) -> int:
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size is {options.batch_size}; at least 1 is needed")
     if options.workers is not None:
         return run_cluster(options)
     if options.cluster or options.devices_per_worker or options.retry_failed or options.format != "png":
@@ -114,7 +116,7 @@ def run_cluster(options: argparse.Namespace) -> int:
         from .cluster.command import generate
         from .cluster.drawing import Run
         from .cluster.workers import Workers
-    if options.prompts is None or options.out is None:
+    if options.prompts is None or not options.out:
         raise ValueError("--workers draws a file of prompts into a folder; give --prompts FILE and --out FOLDER")
     if options.enhance:
         raise ValueError("--workers draws prompts as they stand; write better ones to a file by `sana enhance` first")
@@ -179,8 +181,6 @@ def run_enhance(options: argparse.Namespace) -> int:
 
 def read_jobs(options: argparse.Namespace) -> list[Job]:
     """Everything that is asked for. Raises ValueError unless that is one prompt or one file of prompts."""
-    if options.batch_size < 1:
-        raise ValueError(f"--batch-size is {options.batch_size}; at least 1 is needed")
     return [Job(prompt, options.seed, options.batch_size) for prompt in read_asked(options)]
 
 

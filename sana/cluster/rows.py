@@ -21,6 +21,7 @@ READ_TOGETHER = 1000  # rows of a Parquet file
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError
+    value.encode()  # what was no UTF-8, or half a pair of surrogates, cannot be written again
     return value
 
 
@@ -105,7 +106,7 @@ def read_rows(path: Path, on_unknown: Callable[[str], object] = lambda column: N
                     on_unknown(column)
                 yield _row(rows, values)
             rows += 1
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
         raise ValueError(f"{path} is not a text in UTF-8; write it anew") from error
     if not rows:
         raise ValueError(f"{path} holds no prompt; write one on each line")
@@ -118,6 +119,8 @@ def _row(number: int, values: Mapping[str, object]) -> Row:
             read, expected = COLUMNS[column]
             try:
                 found[column] = read(value)
+            except UnicodeEncodeError:
+                return Row(number, fault=f"its {column} is {_short(value)}, which is no text in UTF-8; write it anew")
             except (ValueError, OverflowError):
                 return Row(number, fault=f"its {column} is {_short(value)}; it must be {expected}")
     prompt, name, lora = (found.pop(column, None) for column in ("prompt", "name", "lora"))
@@ -136,7 +139,10 @@ def _short(value: object) -> str:
 
 
 def _bounded_lines(path: Path) -> Iterator[str | None]:
-    """Lines of a text in UTF-8, which end at a line feed and at no other character; None for one that is too long."""
+    """Lines of a text, which end at a line feed and at no other character; None for one that is too long.
+
+    What is no UTF-8 becomes surrogates. Raises UnicodeDecodeError for such a first line, by which a file is none at all.
+    """
     with path.open("rb") as file:
         for number in count():
             line = file.readline(MOST_ROW_BYTES + 1)
@@ -147,7 +153,8 @@ def _bounded_lines(path: Path) -> Iterator[str | None]:
                     line = file.readline(MOST_ROW_BYTES)
                 yield None
             else:
-                yield line.decode("utf-8-sig" if number == 0 else "utf-8").rstrip("\r\n")
+                text = line.decode("utf-8", "surrogateescape") if number else line.decode("utf-8-sig")
+                yield text.rstrip("\r\n")
 
 
 LONG = f"it has more than {MOST_ROW_BYTES:,} bytes; shorten it"
@@ -177,17 +184,21 @@ def _json_lines(path: Path) -> Iterator[Mapping[str, object] | str]:
 def _csv(path: Path) -> Iterator[Mapping[str, object] | str]:
     """A value in quotes may hold line feeds."""
     csv.field_size_limit(MOST_ROW_BYTES)
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         lines = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-        if "prompt" not in (lines.fieldnames or ()):
+        names = lines.fieldnames or ()
+        "".join(names).encode()  # raises UnicodeEncodeError for what was no UTF-8
+        if "prompt" not in names:
             raise ValueError(f"{path} has no column prompt in its first line; name its columns there")
+        if twice := [name for name in COLUMNS if names.count(name) > 1]:
+            raise ValueError(f"{path} has the column {twice[0]} twice; name each once")
         while True:
             try:
                 found = next(lines)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield f"it is no row of CSV ({error}); quote its values"
+                yield LONG if "field limit" in str(error) else f"it is no row of CSV ({error}); quote its values"
                 continue
             if None in found or None in found.values():
                 yield f"it has not the {len(lines.fieldnames)} values that the first line names; quote those with commas"
@@ -209,5 +220,8 @@ def _parquet(path: Path) -> Iterator[Mapping[str, object]]:
         raise ValueError(f"{path} is no Parquet file ({error}); write it anew") from error
     if "prompt" not in file.schema_arrow.names:
         raise ValueError(f"{path} has no column prompt; name the one with the prompts so")
-    for batch in file.iter_batches(READ_TOGETHER):
-        yield from batch.to_pylist()
+    try:
+        for batch in file.iter_batches(READ_TOGETHER):
+            yield from batch.to_pylist()
+    except (ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}); write it anew") from error

@@ -19,6 +19,7 @@ from pyarrow import parquet
 import sana
 from sana.__main__ import main
 from sana.jobs import read_record
+from sana.saving import lock
 from tests.cluster.nodes import wait_until
 
 ROOT = Path(sana.__file__).parents[1]
@@ -155,6 +156,8 @@ def test_rows_that_fail_are_told_and_tried_again(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (["--batch-size", "0"], "--batch-size is 0; at least 1 is needed"),
+        (["--out", ""], "give --prompts FILE and --out FOLDER"),
         (["--workers", "0"], "--workers is 0; at least 1 is needed"),
         (["--overwrite"], "--workers goes on in its folder and overwrites nothing"),
         (["--cluster", "127.0.0.1:1"], "the Ray cluster at 127.0.0.1:1 does not answer"),
@@ -169,6 +172,15 @@ def test_what_cannot_be_is_said_in_one_line(
     assert main(command(write(tmp_path, PROMPTS), tmp_path / "out", *change)) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0]
+
+
+def test_a_folder_is_of_one_command_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a folder \u00fc"
+    out.mkdir()
+    with (out / "drawing.lock").open("wb") as file:
+        assert lock(file)
+        assert main(command(write(tmp_path, PROMPTS), out)) == 1
+    assert f"error: another drawing is at work in {out}; wait until it ends" in capsys.readouterr().err
 
 
 def test_options_of_workers_need_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,6 +71,8 @@ def test_a_column_that_nobody_knows_is_told_once(tmp_path: Path) -> None:
         ({"prompt": "a", "name": "a/b"}, "its name is 'a/b', which cannot be that of a file"),
         ({"prompt": "a", "name": "../a"}, "its name is '../a', which cannot"),
         ({"prompt": "a", "name": "x" * 201}, "which cannot be that of a file"),
+        ({"prompt": "\ud800"}, "its prompt is '\\ud800', which is no text in UTF-8; write it anew"),
+        ({"prompt": "a", "negative": "\udc00"}, "its negative is '\\udc00', which is no text in UTF-8"),
     ],
 )
 def test_a_row_that_makes_no_sense_has_a_fault(tmp_path: Path, values: dict, message: str) -> None:
@@ -88,7 +90,31 @@ def test_a_row_of_a_megabyte(tmp_path: Path, suffix: str) -> None:
         long, short = json.dumps({"prompt": long}), json.dumps({"prompt": short})
     path.write_text(("prompt\n" if suffix == ".csv" else "") + f"{long}\n{short}\n")
     first, second = read_rows(path)
-    assert first.fault is not None and len(first.fault) < 200 and second == Row(1, "next")
+    assert first.fault.endswith("more than 1,048,576 bytes; shorten it") and second == Row(1, "next")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [
+        (".txt", b"a\ncaf\xe9\nb"),
+        (".csv", b"prompt,seed\na,1\ncaf\xe9,1\nb,1\n"),
+        (".jsonl", b'{"prompt": "a"}\n{"prompt": "caf\xe9"}\n{"prompt": "b"}\n'),
+    ],
+)
+def test_a_later_row_in_another_encoding(tmp_path: Path, suffix: str, content: bytes) -> None:
+    (path := tmp_path / f"a{suffix}").write_bytes(content)
+    first, second, third = read_rows(path)
+    assert (first.prompt, third.prompt) == ("a", "b") and first.fault is third.fault is None
+    assert second.fault == "its prompt is 'caf\\udce9', which is no text in UTF-8; write it anew"
+
+
+def test_a_parquet_file_that_is_damaged_in_the_middle(tmp_path: Path) -> None:
+    path = write(tmp_path, ".parquet")
+    content = bytearray(path.read_bytes())
+    content[4:40] = bytes(36)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="prompts.parquet is damaged .*; write it anew"):
+        list(read_rows(path))
 
 
 @pytest.mark.parametrize(
@@ -98,6 +124,8 @@ def test_a_row_of_a_megabyte(tmp_path: Path, suffix: str) -> None:
         ("a.txt", b"caf\xe9", "a.txt is not a text in UTF-8"),
         ("a.csv", b"text\na", "a.csv has no column prompt in its first line"),
         ("a.csv", b"", "a.csv has no column prompt"),
+        ("a.csv", b"prompt,caf\xe9\na,b", "a.csv is not a text in UTF-8"),
+        ("a.csv", b"prompt,seed,seed\na,1,2", "a.csv has the column seed twice; name each once"),
         ("a.parquet", b"PAR1", "a.parquet is no Parquet file"),
     ],
 )
