@@ -2,13 +2,15 @@
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from sana.cluster.drawing import Run
+from sana.cluster.engine import _Queue
 from sana.cluster.faults import fault
 from sana.cluster.manifest import Entry
 from sana.cluster.places import PlaceError
 from sana.cluster.rows import Row
+from sana.cluster.workers import Workers
 
 
 class Stamp:
@@ -33,3 +35,12 @@ class Stamp:
                 continue
             time.sleep(float(row.prompt))
             yield Entry(row.number, row.key(), prompt=row.prompt, settings=str(os.getpid()), worker=self.name)
+
+
+def draw_here(
+    rows: Iterable[Row], run: Run, workers: Workers, *, drawer: type, shards: bool, **_: object
+) -> Iterator[list[Entry]]:
+    """What `draw_rows` gives, by one worker in this process."""
+    worker, queue = drawer(run, "worker-1"), _Queue(rows, workers.count, shards=shards)
+    while not queue.is_empty():
+        yield list(worker.draw(queue.next().rows))

@@ -1,6 +1,5 @@
 """Pictures and captions for training, encoded by workers of a real Ray."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,15 +17,6 @@ from sana.training.shards import Shards
 from tests.training.drawn import draw_pictures
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As each worker has, since sums depend on it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def states(folder: Path) -> dict[bytes, tuple[object, ...]]:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -55,35 +55,40 @@ def check_all(out: Path, count: int) -> dict[int, dict]:
     return {entry["row"]: entry for entry in entries}
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_pictures_are_those_of_one_process(
-    tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    cluster: str,
+    without_ray: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Drawn by two workers of a Ray of their own; then what has changed, and all in a tar, by one of a cluster."""
+    """Drawn by two workers, in a folder that is told from here; then what has changed, and all in a tar."""
     prompts, out = write(tmp_path, PROMPTS[:8]), tmp_path / "out"
-    one = ["--cluster", cluster, "--workers", "1"]
-    assert main(command(prompts, out)) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(command(prompts, out.name, "--cluster", cluster)) == 0
     entries = check_all(out, 8)
-    alone = ["generate", "--prompts", str(prompts), "--out", str(tmp_path / "one.png"), *SMALL]
-    subprocess.run(
-        [sys.executable, "-m", "sana", *alone], check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    without_ray()
+    assert main(["generate", "--prompts", str(prompts), "--out", str(tmp_path / "one.png"), *SMALL]) == 0
     expected = [(tmp_path / f"one-{row + 1:04d}.png").read_bytes() for row in range(8)]
     assert [(out / entries[row]["file"]).read_bytes() for row in range(8)] == expected
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
     assert main(command(prompts, out)) == 0 and caplog.messages == ["Nothing is left to draw."]
     prompts.write_text("\n".join([*PROMPTS[:3], "a white star", *PROMPTS[4:9]]))
-    assert main(command(prompts, out, *one)) == 0
+    assert main(command(prompts, out)) == 0
     changed = {path.name for path in out.rglob("*.png") if path.stat().st_mtime_ns != before.get(path)}
     assert changed == {"000000003.png", "000000008.png"}
     check_all(out, 9)
     for more in (["--seed", "1"], ["--format", "webdataset"]):
-        assert main(command(prompts, out, *more)) == 1
-        assert "holds another drawing" in capsys.readouterr().err
+        for place in (out, out.as_uri()):
+            assert main(command(prompts, place, *more)) == 1
+            assert f"{place} holds another drawing" in capsys.readouterr().err
 
     shards = tmp_path / "shards"
     prompts.write_text("\n".join(PROMPTS[:8]))
-    assert main(command(prompts, shards.as_uri(), *one, "--format", "webdataset")) == 0
+    assert main(command(prompts, shards.as_uri(), "--format", "webdataset")) == 0
     with tarfile.open(shards / "pictures" / "000000.tar") as tar:
         assert [tar.extractfile(f"{row:09d}.png").read() for row in range(8)] == expected
     assert [path.name for path in (shards / "pictures").iterdir()] == ["000000.tar"]
@@ -102,7 +107,7 @@ def pictures(out: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in found}
 
 
-def test_what_is_killed_goes_on(tmp_path: Path, cluster: str) -> None:
+def test_what_is_killed_goes_on(tmp_path: Path, cluster: str, without_ray: Callable[[], None]) -> None:
     """A worker, and then the driver."""
     prompts, out = write(tmp_path, PROMPTS), tmp_path / "out"
     process = start(prompts, out, "--cluster", cluster)
@@ -114,7 +119,8 @@ def test_what_is_killed_goes_on(tmp_path: Path, cluster: str) -> None:
     process.kill()
     process.communicate()
     kept = pictures(out)
-    assert main(command(prompts, out, "--cluster", cluster, "--workers", "1")) == 0
+    without_ray()
+    assert main(command(prompts, out)) == 0
     assert all(path.stat().st_mtime_ns == time_of for path, time_of in kept.items())
     check_all(out, len(PROMPTS))
 
@@ -135,21 +141,24 @@ def test_an_interrupted_run_ends_after_what_is_in_flight(tmp_path: Path) -> None
 
 
 def test_rows_that_fail_are_told_and_tried_again(
-    tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    without_ray: Callable[[], None],
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    prompts, out = tmp_path / "prompts.csv", tmp_path / "out"
-    picture, one = tmp_path / "picture.png", ["--cluster", cluster, "--workers", "1"]
+    without_ray()
+    prompts, out, picture = tmp_path / "prompts.csv", tmp_path / "out", tmp_path / "picture.png"
     prompts.write_text(f"prompt,image,colour\na red circle,,x\na blue circle,{picture},\n")
-    assert main(command(prompts, out, *one)) == 1
+    assert main(command(prompts, out)) == 1
     assert f"row 1: {picture}" in capsys.readouterr().err
     assert "The column 'colour' is not known and does not count." in caplog.messages
-    assert main(command(prompts, out, *one)) == 1
+    assert main(command(prompts, out)) == 1
     assert caplog.messages[-2:] == [
         "Nothing is left to draw.",
         "Could not be drawn, as manifest/ tells: 1; --retry-failed tries them again.",
     ]
     Image.new("RGB", (64, 64)).save(picture)
-    assert main(command(prompts, out, *one, "--retry-failed")) == 0
+    assert main(command(prompts, out, "--retry-failed")) == 0
     check_all(out, 2)
 
 

@@ -14,7 +14,7 @@ from ray._private.worker import print_to_stdstream
 
 from sana.cluster import engine
 from sana.cluster.drawing import Run
-from sana.cluster.engine import AHEAD, MOST_ENDS, ROWS, Workers, _Queue, connected, draw_rows
+from sana.cluster.engine import AHEAD, ROWS, Workers, _Queue, connected, draw_rows
 from sana.cluster.manifest import Entry
 from sana.cluster.rows import Row
 from sana.cluster.stores import SHARD_SIZE
@@ -65,8 +65,11 @@ def test_rows_are_read_as_they_are_needed_and_drawn_once_by_both_workers_until_a
     assert [text for text in caplog.messages if text.startswith("No worker has started in 0 s; Ray's logs in")]
 
 
-def test_killed_workers_are_replaced_and_a_row_that_ends_them_is_told(joined: str) -> None:
+def test_killed_workers_are_replaced_and_a_row_that_ends_them_is_told(
+    joined: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The process that has just drawn is killed from without, once; one row ends its process, and one raises."""
+    monkeypatch.setattr(engine, "MOST_ENDS", 2)  # each costs the start of a worker
     given = [*rows(*["0.005"] * 60, "end", *["0.005"] * 60), Row(121, "raise", settings={"height": 64})]
     found: dict[int, Entry] = {}
     killed = None
@@ -79,23 +82,22 @@ def test_killed_workers_are_replaced_and_a_row_that_ends_them_is_told(joined: st
             psutil.Process(killed).kill()
     assert sorted(found) == list(range(122)) and killed is not None
     errors = {row: entry.error for row, entry in found.items() if entry.error is not None}
-    assert errors.pop(60) == f"{MOST_ENDS} workers ended while they drew it; try it alone, in less memory"
+    assert errors.pop(60) == "2 workers ended while they drew it; try it alone, in less memory"
     assert errors.pop(121) == "LookupError: as it was told"
     assert not errors
 
 
 def test_workers_that_are_of_no_use_leave_the_rest_to_others(joined: str, caplog: pytest.LogCaptureFixture) -> None:
     """One without the model, and one that cannot write what it has drawn. There are rows until it has been told."""
-    for model, reason in (
-        ({"broken": "worker-1"}, "worker-1 has no model; copy it there"),
-        ({"full": "worker-1"}, "No space left on device"),
-    ):
-        caplog.clear()
-        given = (Row(number, "0.002") for number in takewhile(lambda _: not caplog.messages, count()))
-        found = [entry for entries in draw_rows(given, Run("", model), TWO, drawer=Stamp) for entry in entries]
-        assert sorted(entry.row for entry in found) == list(range(len(found)))
-        assert {(entry.worker, entry.error) for entry in found} == {("worker-2", None)}
-        assert caplog.messages == [f"worker-1 is of no use ({reason}); its rows are given to others."]
+    model = {"broken": "worker-1", "full": "worker-2"}
+    given = (Row(number, "0.002") for number in takewhile(lambda _: len(caplog.messages) < 2, count()))
+    found = [entry for entries in draw_rows(given, Run("", model), Workers(3), drawer=Stamp) for entry in entries]
+    assert sorted(entry.row for entry in found) == list(range(len(found)))
+    assert {(entry.worker, entry.error) for entry in found} == {("worker-3", None)}
+    assert sorted(caplog.messages) == [
+        "worker-1 is of no use (worker-1 has no model; copy it there); its rows are given to others.",
+        "worker-2 is of no use (No space left on device); its rows are given to others.",
+    ]
     with pytest.raises(ValueError, match="^no worker can draw: worker-1 has no model; copy it there$"):
         list(draw_rows(rows("0"), Run("", {"broken": "all"}), Workers(1), drawer=Stamp))
 
