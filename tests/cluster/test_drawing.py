@@ -5,6 +5,7 @@ from dataclasses import replace
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -108,6 +109,22 @@ def test_a_network_that_breaks_is_the_fault_of_its_row(drawer: Drawer, pipeline:
         weight.copy_(before)
     assert "not finite" in entry.error
     assert next(drawer.draw([Row(0, "a")])).error is None
+
+
+@pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="an older PyTorch does not tell")
+def test_a_worker_ends_where_its_gpu_breaks_down(drawer: Drawer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed afterwards would fail row by row."""
+
+    def broken(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    def end(code: int) -> NoReturn:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(SanaPipeline, "draw", broken)
+    monkeypatch.setattr("os._exit", end)
+    with pytest.raises(SystemExit):
+        list(drawer.draw([Row(0, "a"), Row(1, "a")]))
 
 
 def test_a_disk_that_is_full_is_no_fault_of_a_row(drawer: Drawer, monkeypatch: pytest.MonkeyPatch) -> None:
