@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from sana.config import TransformerConfig
 from sana.training.__main__ import main
@@ -28,6 +29,11 @@ def random_batches(config: TransformerConfig) -> Callable[[int, int], FlowBatch]
         return FlowBatch(latents, text=text, text_mask=mask, seed=number)
 
     return batch
+
+
+def as_convolutions(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Weights with the axes that diffusers' network has them with."""
+    return {name: state[name].view(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
 def same(one: Path, two: Path) -> bool:
