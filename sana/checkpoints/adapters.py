@@ -29,11 +29,12 @@ log = logging.getLogger(__name__)
 DOTTED = ("transformer.base_model.model.", "transformer.", "base_model.model.", "diffusion_model.", "")
 # The same where _ stands for every dot: LyCORIS, OneTrainer and kohya.
 UNDERSCORED = ("lycoris_", "lora_transformer_", "lora_unet_")
+TEXT_COMPONENT = "text_encoder."  # what diffusers puts before the path of a layer of the text encoder
 # Before the path of a layer of the text encoder, such as layers.0.mlp.up_proj. The last two are the host's.
 TEXT_DOTTED = (
     *(
         whole + part
-        for whole in ("text_encoder.", "text_encoder.base_model.model.", "base_model.model.", "")
+        for whole in (TEXT_COMPONENT, f"{TEXT_COMPONENT}base_model.model.", "base_model.model.", "")
         for part in ("", "model.")
     ),
     *("text_encoders.gemma2_2b.transformer.model.", "text_encoders.transformer.model."),
@@ -190,7 +191,7 @@ def strength_of(settings: Settings, layer: str) -> float | None:
 
     layer: what the file calls it. Sources: PEFT, tuners/lora/layer.py `update_layer` and utils/other.py `get_pattern_key`.
     """
-    component = "text_encoder." if layer.startswith("text_encoder.") else "transformer."
+    component = TEXT_COMPONENT if layer.startswith(TEXT_COMPONENT) else "transformer."
     own = {key.removeprefix(component): value for key, value in settings.items() if key.startswith(component)}
     fields = own or settings
     path = _path(layer)
@@ -255,8 +256,11 @@ def _tries(pattern: str) -> int:
 
 def _with_alphas(lora: Lora) -> Lora:
     """Alphas that stand under another name of a layer moved to it, as in our own files, since diffusers refuses them there."""
-    dotted = [layer for layer in layers_of(lora) if layer.startswith(DOTTED[:-1])]
-    flat = {prefix + _path(layer).replace(".", "_"): layer for layer in dotted for prefix in UNDERSCORED}
+    flat = {}
+    for layer in layers_of(lora):
+        if layer.startswith((*DOTTED[:-1], TEXT_COMPONENT)):
+            prefixes = TEXT_UNDERSCORED if layer.startswith(TEXT_COMPONENT) else UNDERSCORED
+            flat |= {prefix + _path(layer).replace(".", "_"): layer for prefix in prefixes}
     renamed = {f"{name}.alpha": f"{layer}.alpha" for name, layer in flat.items()}
     return {renamed.get(name, name): tensor for name, tensor in lora.items()}
 

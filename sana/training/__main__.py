@@ -155,6 +155,7 @@ def add_lora(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     add("dropout", "share of a layer's inputs that the adapter does not see")
     add("rslora", "strength alpha / sqrt(rank) instead of alpha / rank", action="store_true")
     add("targets", f"layers that get one: {', '.join(TARGETS)}, or a regular expression of whole paths")
+    add("train_text_encoder", "its attention, too, by an adapter of the same kind and rank", action="store_true")
     add("start", "a LoRA to go on from, of the same kind, rank and layers", type=Path)
     add("steps", "updates of the adapter")
     add("batch_size", "pictures of a batch and process, all of one size")

@@ -1,4 +1,4 @@
-"""Adapters by PEFT in a frozen transformer: which layers get one, its weights as one module, and the file they become.
+"""Adapters by PEFT in frozen networks: which layers get one, its weights as one module, and the file they become.
 
 PEFT is imported when an adapter is made, as it takes seconds and fine-tuning needs none.
 """
@@ -8,19 +8,19 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.adapters import HEADER
+from ..checkpoints.adapters import HEADER, TEXT_COMPONENT
 from ..checkpoints.lora import Part, read_lora, tell_fit
 from ..checkpoints.names import POINTWISE
-from ..config import TransformerConfig
+from ..config import GemmaConfig, TransformerConfig
 from ..networks.packed import PackedLinear
-from ..networks.transformer import SanaTransformer
+from ..text.gemma import Gemma2
 
 Kind = Literal["lora", "dora", "loha", "lokr"]
 
@@ -31,10 +31,12 @@ TARGETS = {
     "attention": ATTENTION,
     "all": rf"{ATTENTION}|transformer_blocks\.\d+\.(attn2\.to_(k|v)|ff\.conv_(inverted|point))",
 }
+ATTENTION_OF_TEXTS = r"layers\.\d+\.self_attn\.(q|k|v|o)_proj"
 PRODUCTS = ("loha", "lokr")  # kinds of LyCORIS, which diffusers' names have no room for
 LAYER = re.compile(r"(.+?)\.((?:lora|hada|lokr)_.+)")  # a name of a weight: its layer, and which of the adapter's it is
 COMPONENT, LYCORIS = "transformer.", "lycoris_"  # before names in diffusers, and in LyCORIS
 ALPHA_PREFIX = "lora_unet_"  # of kohya: diffusers refuses names without "lora", and leaves these alone
+TEXT_FLAT = "lora_te1_"  # before a layer of the text encoder, in both of the latter
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,9 @@ class AdapterConfig:
         return f"{told}, rank-stabilised" if self.rslora else told
 
 
-def target_layers(transformer: SanaTransformer, config: AdapterConfig) -> list[str]:
+def target_layers(network: nn.Module, config: AdapterConfig) -> list[str]:
     """Paths of the linear layers that get an adapter, 1x1 convolutions among them. Raises ValueError if there are none."""
-    linear = [path for path, layer in transformer.named_modules() if isinstance(layer, nn.Linear)]
+    linear = [path for path, layer in network.named_modules() if isinstance(layer, nn.Linear)]
     found = [path for path in linear if re.fullmatch(config.pattern, path)]
     if not found:
         raise ValueError(
@@ -97,14 +99,14 @@ def target_layers(transformer: SanaTransformer, config: AdapterConfig) -> list[s
     return found
 
 
-def add_adapter(transformer: SanaTransformer, config: AdapterConfig, seed: int = 0) -> nn.ParameterDict:
-    """Freeze a transformer and put an adapter into it, which changes nothing yet. Returns the adapter's weights, float32.
+def add_adapter(network: nn.Module, config: AdapterConfig, seed: int = 0) -> nn.ParameterDict:
+    """Freeze a network and put an adapter into it, which changes nothing yet. Returns the adapter's weights, float32.
 
     seed: of its first weights. Raises ValueError without PEFT, for targets that match nothing, and for a DoRA on packed
     weights, whose lengths it would need.
     """
-    paths = target_layers(transformer, config)
-    packed = [path for path in paths if isinstance(transformer.get_submodule(path), PackedLinear)]
+    paths = target_layers(network, config)
+    packed = [path for path in paths if isinstance(network.get_submodule(path), PackedLinear)]
     if packed and config.kind == "dora":
         raise ValueError(
             f"a DoRA needs the lengths of weights, and {packed[0]} is quantised; train a LoRA on it, or take a model in 16 bits"
@@ -115,7 +117,7 @@ def add_adapter(transformer: SanaTransformer, config: AdapterConfig, seed: int =
         raise ValueError(
             f'training a LoRA needs the package {error.name}; run pip install ".[training]" in the folder of this project'
         ) from error
-    transformer.requires_grad_(False)
+    network.requires_grad_(False)
     if config.kind in PRODUCTS:
         product = LoHaConfig if config.kind == "loha" else LoKrConfig
         made = product(r=config.rank, alpha=config.full_alpha, rank_dropout=config.dropout, target_modules=paths)
@@ -130,11 +132,17 @@ def add_adapter(transformer: SanaTransformer, config: AdapterConfig, seed: int =
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(made, transformer, NAME)
-    found = {name: weight for name, weight in transformer.named_parameters() if weight.requires_grad}
+        inject_adapter_in_model(made, network, NAME)
+    found = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
     for weight in found.values():
         weight.data = weight.data.float()
     return nn.ParameterDict({_key(name): weight for name, weight in found.items()})
+
+
+def add_text_adapter(model: Gemma2, config: AdapterConfig, seed: int = 0) -> nn.ParameterDict:
+    """The same in the attention of a text encoder, whatever the targets. Names of its weights begin with TEXT_COMPONENT."""
+    weights = add_adapter(model, replace(config, targets=ATTENTION_OF_TEXTS), seed)
+    return nn.ParameterDict({_key(TEXT_COMPONENT) + key: weight for key, weight in weights.items()})
 
 
 def _key(name: str) -> str:
@@ -143,32 +151,45 @@ def _key(name: str) -> str:
 
 
 def named(weights: nn.Module) -> dict[str, Tensor]:
-    """Weights of an adapter by names such as transformer_blocks.0.attn1.to_q.lora_A.weight."""
+    """Weights of an adapter by names such as transformer_blocks.0.attn1.to_q.lora_A.weight, see `add_text_adapter`."""
     return {key.replace("/", "."): weight.detach() for key, weight in weights.items()}
 
 
-def begin_with(weights: nn.ParameterDict, path: Path, config: AdapterConfig, network: TransformerConfig) -> None:
+def begin_with(
+    weights: nn.ParameterDict,
+    path: Path,
+    config: AdapterConfig,
+    transformer: TransformerConfig,
+    text_encoder: GemmaConfig | None = None,
+) -> None:
     """Give a new adapter the weights of a LoRA file, in any trainer's names.
 
-    Raises CheckpointError for a file that is no LoRA or was made for another model, and ValueError for one of another kind,
-    rank or layers than the adapter.
+    text_encoder: where the adapter is in this, too. Raises CheckpointError for a file that is no LoRA or was made for another
+    model, and ValueError for one of another kind, rank or layers than the adapter.
     """
     if config.kind in PRODUCTS:
         raise ValueError(f"to go on is for lora and dora, and this is a {config.kind}; leave --start out")
     lora = read_lora(path)
-    changes = {
-        name: change for by_name in lora.changes(Part.transformer(network)).values() for name, change in by_name.items()
+    parts = {"": Part.transformer(transformer)}
+    if text_encoder is not None:
+        parts[TEXT_COMPONENT] = Part.text_encoder(text_encoder)
+    fitting = {before: lora.changes(part) for before, part in parts.items()}
+    tell_fit(lora, set().union(*fitting.values()))
+    found = {
+        before + name.removesuffix(".weight"): change
+        for before, layers in fitting.items()
+        for changes in layers.values()
+        for name, change in changes.items()
     }
-    tell_fit(lora, {*changes})
-    found = {name.removesuffix(".weight"): change for name, change in changes.items()}
     paths = _layers(weights)
     kinds = {"dora" if change.lengths is not None else change.kind.lower() for change in found.values()}
     ranks = {change.rank for change in found.values()}
-    if found.keys() != paths or kinds != {config.kind} or ranks != {config.rank}:
-        told = f"{' and '.join(sorted(kinds))} of rank {', '.join(map(str, sorted(ranks, key=str)))} on {len(found)} layers"
+    others = lora.layers.keys() - set().union(*fitting.values())  # such as those of a text encoder that is not trained
+    if found.keys() != paths or others or kinds != {config.kind} or ranks != {config.rank}:
+        told = f"{' and '.join(sorted(kinds))} of rank {', '.join(map(str, sorted(ranks, key=str)))}"
         raise ValueError(
-            f"{path.name} is a {told}, and this adapter a {config.kind} of rank {config.rank} on {len(paths)}; give the --kind, "
-            "--rank and --targets that it was trained with"
+            f"{path.name} is a {told} on {len(found) + len(others)} layers, and this adapter a {config.kind} of rank "
+            f"{config.rank} on {len(paths)}; give the --kind, --rank, --targets and --train-text-encoder that it was trained with"
         )
     for layer, change in found.items():
         (factors,) = change.parts
@@ -222,8 +243,9 @@ def lora_tensors(weights: nn.Module, config: AdapterConfig) -> dict[str, Tensor]
             end, tensor = "lora_magnitude_vector", tensor.reshape(1, -1, 1, 1) if pointwise else tensor
         elif pointwise:
             tensor = tensor[..., None, None]
-        found[f"{COMPONENT}{path}.{end}"] = tensor.float().cpu().clone(memory_format=torch.contiguous_format)
-        alphas[f"{ALPHA_PREFIX}{path.replace('.', '_')}.alpha"] = torch.tensor(config.strength * config.rank)
+        dotted, _, flat = _names(path)
+        found[f"{dotted}.{end}"] = tensor.float().cpu().clone(memory_format=torch.contiguous_format)
+        alphas[f"{flat}.alpha"] = torch.tensor(config.strength * config.rank)
     return found | alphas
 
 
@@ -232,13 +254,21 @@ def _product_tensors(weights: nn.Module, config: AdapterConfig) -> dict[str, Ten
     found = {}
     for name, tensor in named(weights).items():
         path, end = LAYER.fullmatch(name).groups()
-        found[f"{LYCORIS}{path.replace('.', '_')}.{end}"] = tensor.float().cpu().clone()
+        found[f"{_names(path)[1]}.{end}"] = tensor.float().cpu().clone()
     for path in _layers(weights):
-        layer = f"{LYCORIS}{path.replace('.', '_')}"
+        layer = _names(path)[1]
         if f"{layer}.lokr_w1" in found and f"{layer}.lokr_w2" in found:
             found[f"{layer}.lokr_w1"] *= config.strength
         found[f"{layer}.alpha"] = torch.tensor(config.full_alpha)
     return found
+
+
+def _names(path: str) -> tuple[str, str, str]:
+    """What diffusers, LyCORIS and kohya's trainers call a layer."""
+    flat = path.removeprefix(TEXT_COMPONENT).replace(".", "_")
+    if path.startswith(TEXT_COMPONENT):
+        return path, TEXT_FLAT + flat, TEXT_FLAT + flat
+    return COMPONENT + path, LYCORIS + flat, ALPHA_PREFIX + flat
 
 
 def _layers(weights: nn.Module) -> set[str]:
@@ -255,7 +285,11 @@ def lora_header(weights: nn.Module, config: AdapterConfig, told: Mapping[str, st
         "lora_alpha": config.full_alpha,
         "use_rslora": config.rslora,
         "use_dora": config.kind == "dora",
-        "target_modules": sorted(_layers(weights)),
     }
-    prefixed = {f"{COMPONENT}{key}": value for key, value in settings.items()}
+    names = [_names(path)[0] for path in _layers(weights)]
+    prefixed: dict[str, object] = {}
+    for component in (COMPONENT, TEXT_COMPONENT):
+        paths = sorted(name.removeprefix(component) for name in names if name.startswith(component))
+        told_of = {**settings, "target_modules": paths} if paths else {}
+        prefixed |= {f"{component}{key}": value for key, value in told_of.items()}
     return {HEADER: json.dumps(prefixed, indent=2, sort_keys=True), **told}

@@ -1,4 +1,7 @@
-"""A LoRA of a SANA transformer on a folder of pictures with captions: an adapter is trained, all other weights are frozen."""
+"""A LoRA of a SANA on a folder of pictures with captions: an adapter is trained, and all other weights are frozen.
+
+It is in the transformer, and in the text encoder if that is wanted.
+"""
 
 import json
 import math
@@ -13,7 +16,16 @@ from torch import nn
 
 from ..networks.devices import computes_bfloat16
 from ..saving import replacing
-from .adapters import AdapterConfig, Seeded, add_adapter, begin_with, holding, lora_header, lora_tensors
+from .adapters import (
+    AdapterConfig,
+    Seeded,
+    add_adapter,
+    add_text_adapter,
+    begin_with,
+    holding,
+    lora_header,
+    lora_tensors,
+)
 from .ahead import reading_ahead
 from .captions import TURN, Choice
 from .curve import event_writer, write_curve
@@ -34,6 +46,7 @@ from .loop import (
 from .material import Material, ModelFiles, Source, gathered
 from .optimizers import OptimizerName, check_optimizer, checked_rate
 from .sheets import COLUMNS, draw, in_rows
+from .states import empty_text, encoded
 
 USUAL_RATE = 1e-4
 DTYPES = ("float32", "bfloat16")  # of the frozen weights; float16 would need its gradients scaled
@@ -44,7 +57,8 @@ TOLD = "sana_training"  # entry of the header: JSON of how it was trained
 class LoraConfig:
     """What to train, on what, and how long. Intervals are in steps."""
 
-    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)  # of the transformer
+    train_text_encoder: bool = False  # its attention, by an adapter of the same kind and rank
     start: Path | None = None  # a LoRA to go on from, of the same kind, rank and layers
     steps: int = 1000
     batch_size: int = 1  # pictures of one size
@@ -117,31 +131,37 @@ def train_lora(
     machine = process_state()
     dtype = _dtype(config.dtype, machine.device)
     watch = _with_events(watch, folder / "events")
-    run = {"adapter": str(config.adapter), "seed": str(config.seed)}
+    trained = f"{config.adapter}, and on the text encoder" if config.train_text_encoder else str(config.adapter)
+    run = {"adapter": trained, "seed": str(config.seed)}
     run |= {name: str(path.resolve()) for name in ("start", "prior") if (path := getattr(config, name))}
     more = {"choice": config.choice, "prompts": config.prompts, "prior": config.prior, "trigger": config.trigger}
-    more |= {"cache": config.cache, "run": run}
+    more |= {"cache": config.cache, "trains_texts": config.train_text_encoder, "run": run}
     with gathered(folder, data, source or ModelFiles(), dtype=dtype, **more) as material:
-        transformer = material.pipeline.transformer
+        transformer, text_encoder = material.pipeline.transformer, material.pipeline.text_encoder
         before = _drawn(material) if config.sheet_every and machine.is_main_process else []
         weights = add_adapter(transformer, config.adapter, config.seed)
+        if text_encoder is not None:
+            weights.update(add_text_adapter(text_encoder.model, config.adapter, config.seed))
         if config.start:
-            begin_with(weights, config.start, config.adapter, transformer.config)
-        transformer.train().recompute = config.recompute
+            networks = transformer.config, text_encoder and text_encoder.model.config
+            begin_with(weights, config.start, config.adapter, *networks)
+        transformer.recompute = config.recompute
         objective: nn.Module = FlowObjective(
             transformer,
+            text_encoder,
             flow_shift=material.identity.flow_shift,
             dropout=config.caption_dropout,
             null=material.states.null,
         )
         if config.adapter.dropout:
             objective = Seeded(objective)
+        objective.train()
 
         def sheet(averaged: nn.ParameterDict) -> Image.Image:
-            transformer.eval()
+            objective.eval()
             with holding(weights, averaged):
                 after = _drawn(material)
-            transformer.train()
+            objective.train()
             write_curve(folder / "log.csv", folder / "loss.png")
             return in_rows(before, after)
 
@@ -208,12 +228,17 @@ def _with_events(watch: Watch, folder: Path) -> Watch:
 
 def _drawn(material: Material) -> list[Image.Image]:
     """What the weights at hand make of the prompts, as squares, or of up to six captions, at the sizes of their pictures."""
-    states, side = material.states, material.identity.base_size
+    states, side, text_encoder = material.states, material.identity.base_size, material.pipeline.text_encoder
     if material.prompts:
         chosen = [((side, side), text) for text in material.prompts[:COLUMNS]]
     else:
         chosen = [(example.size, example.text) for example in states.examples]
-    return [draw(material.pipeline, size, text, states.null, seed=i) for i, (size, text) in enumerate(chosen)]
+    null = states.null
+    if text_encoder is not None:  # what is trained makes other texts of the same prompts
+        text_encoder.forget()
+        chosen = [(size, encoded(text_encoder, prompt)) for size, prompt in chosen]
+        null = empty_text(text_encoder)
+    return [draw(material.pipeline, size, text, null, seed=i) for i, (size, text) in enumerate(chosen)]
 
 
 def describe(config: LoraConfig, material: Material, steps: int, title: str) -> dict[str, str]:

@@ -80,11 +80,11 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class Material:
-    """A model without its text encoder, and what it is trained on."""
+    """A model, and what it is trained on. It has its text encoder only where that is trained; else all texts are encoded."""
 
     pipeline: SanaPipeline
     states: PictureStates
-    prompts: Sequence[Tensor]  # texts of prompts to draw, each (tokens, C)
+    prompts: Sequence[Tensor] | Sequence[str]  # to draw: their texts, each (tokens, C), or prompts that are not encoded
     prior: PictureStates | None = None  # of pictures that show what is to stay as it is
 
     @property
@@ -102,6 +102,7 @@ def gathered(
     choice: Choice = TURN,
     every_weight: bool = False,
     place: bool = True,
+    trains_texts: bool = False,
     prompts: Sequence[str] = (),
     prior: Path | None = None,
     trigger: str = "",
@@ -111,22 +112,32 @@ def gathered(
     """Check and encode everything, once, and hold the work folder until the end.
 
     choice: between several captions of a picture. every_weight: whether all are trained, which quantised ones cannot be.
-    place: whether the transformer goes to the device, or stays on the CPU. prompts: to draw, encoded like captions. prior: a
-    second folder of pictures. trigger: words that some caption should have. cache: where states are kept; None: in the work
-    folder. run: what the work folder is for beside model and data. Raises ValueError for Sprint, for pictures that cannot be
-    read or have no caption, and for a folder of another model or other data, and CheckpointError for parts that cannot be
-    trained with, before any picture is encoded.
+    place: whether the transformer goes to the device, or stays on the CPU. trains_texts: whether the text encoder is trained,
+    too, so that it stays, and no text is encoded. prompts: to draw, encoded like captions. prior: a second folder of pictures.
+    trigger: words that some caption should have. cache: where states are kept; None: in the work folder. run: what the work
+    folder is for beside model and data. Raises ValueError for Sprint, for pictures that cannot be read or have no caption, for
+    a folder of another model or other data, and for a text encoder to train that a host has, and CheckpointError for parts that
+    cannot be trained with, before any picture is encoded.
     """
     identity = _trainable(source.find(), every_weight)
     pictures = read_pictures(data, identity.base_size, choice, besides=folder)
     _check_trigger(trigger, pictures)
     folders = [pictures, *([read_pictures(prior, identity.base_size, choice, besides=folder)] if prior else [])]
     pipeline = source.load(dtype)
+    if trains_texts and pipeline.text_encoder is None:
+        raise ValueError(
+            "this model has its text encoder in a host, where it cannot be trained; leave train_text_encoder out, or train in "
+            "the shell"
+        )
     with claim(folder, {**source.told(), "data": str(data.resolve()), **(run or {})}):
-        (states, *others), texts = _encode(cache or folder / "states", folders, choice, prompts, source, pipeline)
+        (states, *others), texts = _encode(
+            cache or folder / "states", folders, choice, prompts, source, pipeline, trains_texts
+        )
         del pictures, folders  # they grow with the data
         if place:
             pipeline.transformer.to(process_state().device)
+        if trains_texts:
+            pipeline.text_encoder.to(process_state().device)
         yield Material(pipeline, states, texts, others[0] if others else None)
 
 
@@ -161,13 +172,16 @@ def _encode(
     prompts: Sequence[str],
     source: Source,
     pipeline: SanaPipeline,
-) -> tuple[list[PictureStates], list[Tensor]]:
+    trains_texts: bool = False,
+) -> tuple[list[PictureStates], Sequence[Tensor] | Sequence[str]]:
     """The states of the pictures of each of several folders, and the texts of the prompts.
 
-    folder: where states are kept. Nothing of the text encoder is left behind.
+    folder: where states are kept. Nothing of the text encoder is left behind, unless it is trained and texts stay as they are.
     """
     device = process_state().device
     autoencoder = pipeline.autoencoder.to(device)
+    if trains_texts:
+        return cached(folder, folders, Encoders.of(autoencoder), choice), prompts
     known = source.texts(pipeline)
     with source.reading(pipeline, device) as text_encoder:
         states = cached(folder, folders, Encoders.of(autoencoder, text_encoder, known), choice)

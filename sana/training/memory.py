@@ -1,23 +1,31 @@
 """What training an adapter takes on a device, told from the network without running it: by what autograd would keep.
 
-Not in it: the encoders, which have left by then, what libraries take for themselves, and gaps between allocations.
+Not in it: encoders that have left by then, what libraries take for themselves, and gaps between allocations.
 """
 
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..config import TEXT_TOKENS, TransformerConfig
+from ..config import TEXT_TOKENS, GemmaConfig, TransformerConfig
 from ..networks.transformer import BlockInputs, SanaTransformer
-from .adapters import AdapterConfig, add_adapter
+from ..text.gemma import Gemma2
+from ..text.prompt import INSTRUCTION
+from .adapters import AdapterConfig, add_adapter, add_text_adapter
 
 STATES = 5 * torch.float32.itemsize  # of a number of the adapter: itself, its gradient, two moments, its average
+INSTRUCTION_TOKENS = len(re.findall(r"\w+|[^\w\s]|\n", INSTRUCTION))  # words and marks, each about a token of Gemma's
 
 
 @dataclass(frozen=True)
 class TrainingNeed:
-    """Bytes of a step. blocks: what blocks keep for the backward pass; passing: what the last of them works with then."""
+    """Bytes of a step. adapter: with what training it takes. text: of the captions, with
+    what a text encoder in training keeps for the backward pass. blocks: what blocks keep for it; passing: what the last of them
+    works with then.
+    """
 
     weights: int
     adapter: int
@@ -39,11 +47,15 @@ def training_need(
     dtype: torch.dtype = torch.bfloat16,
     recompute: bool = True,
     tokens: int = TEXT_TOKENS,
+    text_encoder: GemmaConfig | None = None,
+    instruction: int = INSTRUCTION_TOKENS,
 ) -> TrainingNeed:
-    """Of a step with latents of so many rows and columns. tokens: of the longest caption. Needs PEFT, as `add_adapter`."""
+    """Of a step with latents of so many rows and columns. tokens: of the longest caption. text_encoder: one that is trained, too,
+    with so many tokens of the instruction before captions. Needs PEFT, as `add_adapter`.
+    """
     network = SanaTransformer(config, dtype=dtype, device="meta")
-    frozen = sum(weight.nbytes for weight in network.parameters())
-    numbers = sum(weight.numel() for weight in add_adapter(network, adapter).values())
+    frozen = _bytes(network.parameters())
+    trained = [*add_adapter(network, adapter).values()]
     rows, columns = latent
     x = torch.empty(batch, rows * columns, config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
     text = torch.empty(
@@ -51,20 +63,38 @@ def training_need(
     )
     modulation = torch.empty(batch, 6, config.hidden_size, dtype=dtype, device="meta")
     mask = None if batch == 1 else torch.empty(batch, 1, 1, tokens, dtype=torch.bool, device="meta")
-    kept = _kept_bytes(network, x, BlockInputs(columns, modulation, (text, text), mask))
+    inputs = BlockInputs(columns, modulation, (text, text), mask)
+    kept = _kept_bytes(network, lambda: network.transformer_blocks[0](x, *inputs), (text, modulation))
+    texts = 2 * config.depth * text.nbytes
+    if text_encoder is not None:
+        model = Gemma2(text_encoder, dtype=dtype, device="meta")
+        frozen += _bytes(model.parameters())
+        trained += add_text_adapter(model, adapter).values()
+        texts += _kept_bytes(model, lambda: _read(model, batch, tokens, instruction))
     # The backward pass of the Mix-FFN has the gradients of its two widest activations beside what was kept.
     passing = 2 * 2 * config.ff_width * batch * rows * columns * dtype.itemsize
     return TrainingNeed(
         frozen,
-        STATES * numbers,
-        2 * config.depth * text.nbytes,
+        STATES * sum(weight.numel() for weight in trained),
+        texts,
         (config.depth - 1) * x.nbytes + kept if recompute else config.depth * kept,
         passing,
     )
 
 
-def _kept_bytes(network: SanaTransformer, x: Tensor, inputs: BlockInputs) -> int:
-    """What autograd keeps of a block, beside weights and what the block was given. Of a view that is all of its storage."""
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _read(model: Gemma2, batch: int, tokens: int, instruction: int) -> None:
+    """Run the instruction, and captions after it."""
+    _, past = model(torch.zeros(1, instruction, dtype=torch.long, device="meta"))
+    lengths = torch.full((batch,), tokens, device="meta")
+    model(torch.zeros(batch, tokens, dtype=torch.long, device="meta"), lengths, past)
+
+
+def _kept_bytes(network: nn.Module, run: Callable[[], object], given: Iterable[Tensor] = ()) -> int:
+    """What autograd keeps of a run, beside weights and what was given. Of a view that is all of its storage."""
     found: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -72,11 +102,9 @@ def _kept_bytes(network: SanaTransformer, x: Tensor, inputs: BlockInputs) -> int
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        network.transformer_blocks[0](x, *inputs)
-    given = {
-        _storage(tensor) for tensor in (*network.parameters(), *network.buffers(), *inputs.text, inputs.modulation)
-    }
-    return sum(tensor.untyped_storage().nbytes() for storage, tensor in found.items() if storage not in given)
+        run()
+    others = {_storage(tensor) for tensor in (*network.parameters(), *network.buffers(), *given)}
+    return sum(tensor.untyped_storage().nbytes() for storage, tensor in found.items() if storage not in others)
 
 
 def _storage(tensor: Tensor) -> int:

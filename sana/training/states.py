@@ -1,7 +1,7 @@
 """Latents and text states of pictures: computed once, kept in shards on the disk, and read from there batch by batch."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
@@ -35,17 +35,22 @@ class Keys:
     """Under which keys the states of a picture are kept. They change with everything that the states depend on."""
 
     latent: bytes
-    texts: tuple[bytes, ...]  # of each caption
+    texts: tuple[bytes, ...]  # of each caption; (): captions are not encoded
     weight: bytes | None  # of its mask
+
+    def captions(self, picture: Picture) -> Iterator[tuple[bytes, str]]:
+        """The captions that are encoded, by their keys."""
+        if self.texts:
+            yield from zip(self.texts, (caption.text for caption in picture.captions), strict=True)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A picture to look at, with the size it is trained at, (height, width) px, and the text of its first caption, (tokens, C)."""
+    """A picture to look at, with the size it is trained at, (height, width) px, and its first caption, see `PictureStates.text`."""
 
     path: Path
     size: tuple[int, int]
-    text: Tensor
+    text: Tensor | str
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,8 @@ class Wanted:
 class PictureStates:
     """The states of a folder of pictures, which stay on the disk. In memory are a few numbers of each picture.
 
-    null: text of the empty prompt, (300, C). choice: between several captions of a picture. processes: that train together.
+    null: text of the empty prompt, (300, C); None: captions are not encoded, and are in memory, too. choice: between several
+    captions of a picture. processes: that train together.
     """
 
     def __init__(
@@ -69,15 +75,16 @@ class PictureStates:
         shards: Shards,
         pictures: Sequence[Picture],
         keys: Sequence[Keys],
-        null: Tensor,
+        null: Tensor | None,
         choice: Choice,
         processes: int = 1,
     ) -> None:
         self.shards, self.null, self.choice = shards, null, choice
         self.latents = shards.find([each.latent for each in keys])
         self.texts = shards.find([*chain.from_iterable(each.texts for each in keys)])
-        self.starts = np.cumsum([0, *(len(each.texts) for each in keys)])  # of the texts of each picture
-        captions = chain.from_iterable(picture.captions for picture in pictures)
+        self.starts = np.cumsum([0, *(len(picture.captions) for picture in pictures)])  # of the texts of each picture
+        captions = [*chain.from_iterable(picture.captions for picture in pictures)]
+        self.captions = [caption.text for caption in captions] if null is None else None
         self.scores = np.array([np.nan if caption.score is None else caption.score for caption in captions])
         self.weights = None  # rows of weights; -1: a picture without a mask
         if any(each.weight for each in keys):
@@ -104,13 +111,19 @@ class PictureStates:
         rng = np.random.default_rng([seed, step, process])
         latents = torch.stack([self._cells(self.latents[i], i, LATENT_CHANNELS) for i in chosen])
         texts = [self.text(i, self._caption(i, int(turn), rng)) for i, turn in zip(chosen, turns, strict=True)]
-        text, text_mask = pad_texts(texts)
         weight = None if self.weights is None else torch.stack([self._weight(i) for i in chosen])
-        return FlowBatch(latents, text=text, text_mask=text_mask, weight=weight, seed=int(rng.integers(2**31)))
+        batch = FlowBatch(latents, weight=weight, seed=int(rng.integers(2**31)))
+        if self.captions is not None:
+            return replace(batch, captions=texts)
+        text, text_mask = pad_texts(texts)
+        return replace(batch, text=text, text_mask=text_mask)
 
-    def text(self, picture: int, caption: int) -> Tensor:
-        """The text (tokens, C) of a caption of a picture, float32."""
-        return self.shards.read(self.texts[self.starts[picture] + caption], (None, self.null.shape[-1])).float()
+    def text(self, picture: int, caption: int) -> Tensor | str:
+        """The text (tokens, C) of a caption of a picture, float32; the caption itself where these are not encoded."""
+        row = self.starts[picture] + caption
+        if self.captions is not None:
+            return self.captions[row]
+        return self.shards.read(self.texts[row], (None, self.null.shape[-1])).float()
 
     def _caption(self, picture: int, turn: int, rng: np.random.Generator) -> int:
         scores = self.scores[self.starts[picture] : self.starts[picture + 1]]
@@ -134,15 +147,18 @@ class PictureStates:
 
 @dataclass(frozen=True)
 class Encoders:
-    """The networks that make states. latents, texts: what tells them from others, by their weights, see `fingerprint`."""
+    """The networks that make states. latents, texts: what tells them from others, by their weights, see `fingerprint`.
+
+    text_encoder: None where it is trained, so that what it makes of captions is another at each step.
+    """
 
     autoencoder: DCAutoencoder
-    text_encoder: TextEncoder
+    text_encoder: TextEncoder | None
     latents: bytes
     texts: bytes
 
     @classmethod
-    def of(cls, autoencoder: DCAutoencoder, text_encoder: TextEncoder, texts: bytes) -> "Encoders":
+    def of(cls, autoencoder: DCAutoencoder, text_encoder: TextEncoder | None = None, texts: bytes = b"") -> "Encoders":
         """texts: what tells the weights of the text encoder from others."""
         scale = repr(autoencoder.config.latent_scale).encode()
         return cls(autoencoder, text_encoder, scale + fingerprint(autoencoder.encoder), INSTRUCTION.encode() + texts)
@@ -150,9 +166,10 @@ class Encoders:
     def keys(self, picture: Picture, digests: Digests) -> Keys:
         """Raises OSError for a picture that is gone."""
         mask = mask_path(picture)
+        captions = () if self.text_encoder is None else picture.captions
         return Keys(
             _key("latent", digests.of(picture.path), picture.size, self.latents),
-            tuple(_key("text", caption.text, self.texts) for caption in picture.captions),
+            tuple(_key("text", caption.text, self.texts) for caption in captions),
             None if mask is None else _key("weight", digests.of(mask), picture.size),
         )
 
@@ -187,8 +204,7 @@ def cached(
         write_states(folder, found, encoders, machine.process_index, machine.num_processes)
         machine.wait_for_everyone()
     shards = Shards(folder)
-    with torch.no_grad():
-        null = encoders.text_encoder([""], None)[0][0].float().cpu()
+    null = None if encoders.text_encoder is None else empty_text(encoders.text_encoder)
     keys = iter([each for _, each in found])
     return [
         PictureStates(shards, pictures, [next(keys) for _ in pictures], null, choice, machine.num_processes)
@@ -247,7 +263,7 @@ def wanted(shards: Shards, pictures: Sequence[tuple[Picture, Keys]]) -> list[Wan
         Wanted(
             picture,
             each.latent if take(each.latent) else None,
-            {key: caption.text for key, caption in zip(each.texts, picture.captions, strict=True) if take(key)},
+            {key: text for key, text in each.captions(picture) if take(key)},
             each.weight if take(each.weight) else None,
         )
         for picture, each in pictures
@@ -273,6 +289,12 @@ def encoded(text_encoder: TextEncoder, prompt: str) -> Tensor:
     """The text (tokens, C) of a prompt with NVIDIA's instruction, float32 on the CPU."""
     text, text_mask = text_encoder([prompt], INSTRUCTION)
     return text[0][text_mask[0]].float().cpu()
+
+
+@torch.no_grad()
+def empty_text(text_encoder: TextEncoder) -> Tensor:
+    """The text (300, C) of the empty prompt, which guidance leads away from, float32 on the CPU."""
+    return text_encoder([""], None)[0][0].float().cpu()
 
 
 def pad_texts(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -172,7 +172,6 @@ def reference_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-@torch.no_grad()
 def reference_text(
     model: Gemma2Model, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], instruction: str | None
 ) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,12 @@ import torch
 from bench.weights import randomise
 from sana.config import VARIANTS
 from sana.networks.transformer import SanaTransformer
-from sana.training.adapters import AdapterConfig, add_adapter
+from sana.text.prompt import INSTRUCTION
+from sana.training.adapters import AdapterConfig, add_adapter, add_text_adapter
 from sana.training.flow import FlowBatch, FlowObjective
 from sana.training.memory import training_need
 from tests.sana.measures import peak_bytes
+from tests.sana.models import GEMMA, text_encoder
 
 SMALL = replace(
     VARIANTS["sana-0.6b-1024px"].transformer, hidden_size=288, depth=6, cross_heads=4, text_width=64, ff_width=720
@@ -42,6 +44,32 @@ def test_what_is_told_is_near_what_is_taken(targets: str, recompute: bool) -> No
     update.zero_grad()
     _, taken = peak_bytes(step)
     need = training_need(SMALL, adapter, (16, 16), dtype=torch.float32, recompute=recompute)
+    told = need.total - need.weights - need.adapter + sum(weight.nbytes for weight in weights.values())
+    assert 0.75 * told < taken < told
+
+
+def test_a_text_encoder_in_training_takes_what_is_told() -> None:
+    """Beside a small transformer, in float32, of a caption of 300 tokens after the instruction: measured 0.98 of what is told."""
+    network, encoder = randomise(SanaTransformer(SMALL)).train(), text_encoder()
+    network.recompute = True
+    adapter = AdapterConfig()
+    weights = add_adapter(network, adapter)
+    weights.update(add_text_adapter(encoder.model, adapter))
+    objective = FlowObjective(network, encoder)
+    update = torch.optim.AdamW(weights.values())
+    batch = FlowBatch(torch.randn(1, 32, 8, 8), captions=[" ".join(["red"] * 1000)])
+
+    def step() -> torch.Tensor:
+        loss = objective(batch)
+        loss.backward()
+        update.step()
+        return loss.detach()
+
+    step()
+    update.zero_grad()
+    _, taken = peak_bytes(step)
+    instruction = len(encoder.tokenizer.encode(INSTRUCTION))
+    need = training_need(SMALL, adapter, (8, 8), dtype=torch.float32, text_encoder=GEMMA, instruction=instruction)
     told = need.total - need.weights - need.adapter + sum(weight.nbytes for weight in weights.values())
     assert 0.75 * told < taken < told
 

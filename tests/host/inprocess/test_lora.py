@@ -18,7 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sana
-from sana.training.adapters import PRODUCTS, AdapterConfig, add_adapter, lora_header, lora_tensors
+from sana.training.adapters import (
+    PRODUCTS,
+    AdapterConfig,
+    add_adapter,
+    add_text_adapter,
+    lora_header,
+    lora_tensors,
+)
 from tests.host.inprocess.small import (
     DEMO,
     EQUAL,
@@ -488,3 +495,32 @@ def test_a_lora_of_our_own_training_draws_as_in_the_pipeline(small: Small, kind:
         return
     strength = config.strength * config.rank
     assert [*{change.weights[2] for change in bare.values()}] == [pytest.approx(strength)]
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "lokr"])
+def test_a_lora_of_our_own_training_in_the_text_encoder_draws_as_in_the_pipeline(small: Small, kind: str) -> None:
+    """Core Load LoRA has a strength for each of the two networks; at 0 its part changes nothing."""
+    network, encoder = sana.load_transformer(small.path), sana.load_text_encoder(DEMO)
+    config = AdapterConfig(kind, RANK, ALPHA)
+    weights = add_adapter(network, config)
+    weights.update(add_text_adapter(encoder.model, config))
+    torch.manual_seed(6)
+    for weight in weights.values():
+        weight.data += torch.rand_like(weight) / 10
+    name = f"ours-texts-{kind}.safetensors"
+    path = small.host.base / "models" / "loras" / name
+    path.parent.mkdir(exist_ok=True)
+    save_file(lora_tensors(weights, config), path, lora_header(weights, config, {}))
+    inputs = {"model": small.model, "clip": small.clip, "lora_name": name, "strength_model": 1.0}
+    latents = []
+    for strength in (0.0, 1.0):
+        model, clip = small.host.call("LoraLoader", **inputs, strength_clip=strength)
+        changed = replace(small, model=model, clip=clip)
+        latents.append(changed.sample(positive=changed.encode(PROMPT), negative=changed.encode(OTHER_PROMPT, "none")))
+    pipeline = sana.SanaPipeline.load(small.path, autoencoder=DEMO, text_encoder=DEMO, loras=[(path, 1.0)])
+    assert difference(pipeline_latent(pipeline, PROMPT, negative=OTHER_PROMPT), latents[1]) <= EQUAL
+    trained = sana.SanaPipeline(network, pipeline.autoencoder, encoder, pipeline.identity)
+    assert difference(pipeline_latent(trained, PROMPT, negative=OTHER_PROMPT), latents[1]) <= EQUAL
+    plain = sana.SanaPipeline(network, pipeline.autoencoder, sana.load_text_encoder(DEMO), pipeline.identity)
+    assert difference(pipeline_latent(plain, PROMPT, negative=OTHER_PROMPT), latents[0]) <= EQUAL
+    assert difference(*latents) > CHANGED
