@@ -15,19 +15,20 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def claim_folder(folder: Path, run: Mapping[str, str], work: str) -> Iterator[None]:
+def claim_folder(folder: Path, run: Mapping[str, str], work: str, option: str = "--out") -> Iterator[None]:
     """Make a folder, note what it is for, remove what killed processes have left in it, and hold it until the end.
 
-    run: what must be the same whenever the work goes on. work: what it is called, such as "training". Raises ValueError if the
-    folder is for something else, if another process holds it, or if it is no folder.
+    run: what must be the same whenever the work goes on. work: what it is called, such as "training". option: of the shell, by
+    which the folder is given. Raises ValueError if the folder is for something else, if another process holds it, or if it is
+    no folder.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; give another --out, a folder")
+        raise ValueError(f"{folder} is a file; give another {option}, a folder")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{work}.lock").open("wb") as file:
         try:
             if not lock(file):
-                raise ValueError(f"another {work} is at work in {folder}; wait until it ends, or give another --out")
+                raise ValueError(f"another {work} is at work in {folder}; wait until it ends, or give another {option}")
         except OSError:
             log.warning("%s is on a disk without locks; do not start a second %s in it.", folder, work)
         remove_leftovers(folder, everywhere=True)
@@ -38,11 +39,11 @@ def claim_folder(folder: Path, run: Mapping[str, str], work: str) -> Iterator[No
             content = read_bytes(note, LONGEST_NOTE)
         except (ValueError, OSError):
             content = b""
-        check_note(content, run, str(folder), work)
+        check_note(content, run, str(folder), work, option)
         yield
 
 
-def check_note(content: bytes, run: Mapping[str, str], folder: str, work: str) -> None:
+def check_note(content: bytes, run: Mapping[str, str], folder: str, work: str, option: str = "--out") -> None:
     """Raises ValueError if the note of a folder, or of an address, says that it is for something else, or nothing."""
     try:
         known = parse_json(content) if len(content) <= LONGEST_NOTE else None
@@ -51,8 +52,8 @@ def check_note(content: bytes, run: Mapping[str, str], folder: str, work: str) -
     if not isinstance(known, dict) or not all(isinstance(value, str) for value in known.values()):
         raise ValueError(
             f"{folder}/{NOTE} does not tell what {folder} is for; if it is for this {work}, move that file away and "
-            "give the same command again, or else give another --out"
+            f"give the same command again, or else give another {option}"
         )
     if known != run:
         told = ", ".join(f"{name} {value}" for name, value in known.items())
-        raise ValueError(f"{folder} holds another {work} ({told}); give another --out")
+        raise ValueError(f"{folder} holds another {work} ({told}); give another {option}")

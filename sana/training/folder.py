@@ -13,17 +13,17 @@ from .loop import process_state
 
 
 @contextmanager
-def claim(folder: Path, run: Mapping[str, str]) -> Iterator[None]:
+def claim(folder: Path, run: Mapping[str, str], option: str = "--out") -> Iterator[None]:
     """Make a work folder, note what it is for, remove what killed processes have left in it, and hold it until the end.
 
-    Of several processes of one training the main one does so for all. Raises ValueError if the folder is for something else,
-    if another training holds it, or if it is no folder.
+    option: of the shell, by which the folder is given. Of several processes of one training the main one does so for all.
+    Raises ValueError if the folder is for something else, if another training holds it, or if it is no folder.
     """
     with ExitStack() as held:
         refusal: list[str | None] = [None]
         if process_state().is_main_process:
             try:
-                held.enter_context(claim_folder(folder, run, "training"))
+                held.enter_context(claim_folder(folder, run, "training", option))
             except (ValueError, OSError) as error:
                 refusal = [str(error)]
         broadcast_object_list(refusal)  # the others would wait for a main process that has given up

@@ -131,7 +131,7 @@ def gathered(
         )
     with claim(folder, {**source.told(), "data": str(data.resolve()), **(run or {})}):
         (states, *others), texts = _encode(
-            cache or folder / "states", folders, choice, prompts, source, pipeline, trains_texts
+            cache or folder / "states", folders, choice, prompts, source, pipeline, trains_texts=trains_texts
         )
         del pictures, folders  # they grow with the data
         if place:
@@ -146,7 +146,7 @@ def fill_cache(folder: Path, data: Path, source: Source, choice: Choice = TURN) 
     identity = source.find().identity
     pictures = read_pictures(data, identity.base_size, choice, besides=folder)
     dtype = torch.bfloat16 if computes_bfloat16(process_state().device) else torch.float32
-    return _encode(folder, [pictures], choice, (), source, source.load(dtype))[0][0]
+    return _encode(folder, [pictures], choice, (), source, source.load(dtype), option="--out")[0][0]
 
 
 def _check_trigger(trigger: str, pictures: Sequence[Picture]) -> None:
@@ -172,17 +172,20 @@ def _encode(
     prompts: Sequence[str],
     source: Source,
     pipeline: SanaPipeline,
+    *,
     trains_texts: bool = False,
+    option: str = "--cache",
 ) -> tuple[list[PictureStates], Sequence[Tensor] | Sequence[str]]:
     """The states of the pictures of each of several folders, and the texts of the prompts.
 
-    folder: where states are kept. Nothing of the text encoder is left behind, unless it is trained and texts stay as they are.
+    folder: where states are kept. option: of the shell, by which it is given. Nothing of the text encoder is left behind, unless
+    it is trained and texts stay as they are.
     """
     device = process_state().device
     autoencoder = pipeline.autoencoder.to(device)
     if trains_texts:
-        return cached(folder, folders, Encoders.of(autoencoder), choice), prompts
+        return cached(folder, folders, Encoders.of(autoencoder), choice, option), prompts
     known = source.texts(pipeline)
     with source.reading(pipeline, device) as text_encoder:
-        states = cached(folder, folders, Encoders.of(autoencoder, text_encoder, known), choice)
+        states = cached(folder, folders, Encoders.of(autoencoder, text_encoder, known), choice, option)
         return states, [encoded(text_encoder, prompt) for prompt in prompts]

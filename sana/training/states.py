@@ -185,16 +185,20 @@ def fingerprint(network: nn.Module) -> bytes:
 
 
 def cached(
-    folder: Path, folders: Sequence[Sequence[Picture]], encoders: Encoders, choice: Choice
+    folder: Path,
+    folders: Sequence[Sequence[Picture]],
+    encoders: Encoders,
+    choice: Choice,
+    option: str = "--cache",
 ) -> list[PictureStates]:
     """The states of the pictures of each of several folders. Those that are missing are computed, and no others.
 
-    folder: where states are kept, of any pictures and any encoders. Of several processes each computes its part. Raises ValueError
-    for a broken picture before any is encoded, for a shard that is damaged, and for a folder in which another process computes
-    states, and OSError.
+    folder: where states are kept, of any pictures and any encoders. option: of the shell, by which it is given. Of several
+    processes each computes its part. Raises ValueError for a broken picture before any is encoded, for a shard that is damaged,
+    and for a folder in which another process computes states or that is for something else, and OSError.
     """
     machine = process_state()
-    with claim(folder, HOLDS):
+    with claim(folder, HOLDS, option):
         if machine.is_main_process:
             digests = read_digests(folder, chain.from_iterable(folders))
         machine.wait_for_everyone()

@@ -344,3 +344,7 @@ def test_a_folder_of_a_training_is_no_cache(pictures: Path, tmp_path: Path, caps
     (folder / "run.json").write_text('{"data": "elsewhere"}')
     assert cache(pictures, folder, "--model", str(MODELS["demo"])) == 1
     assert f"{folder} holds another training (data elsewhere); give another --out" in capsys.readouterr().err
+    for command in ("lora", "finetune"):
+        train = ["--data", str(pictures), "--out", str(tmp_path / command), "--cache", str(folder)]
+        assert main([command, *train]) == 1
+        assert f"{folder} holds another training (data elsewhere); give another --cache" in capsys.readouterr().err
