@@ -1,6 +1,7 @@
 """Latents and text states of pictures: computed once, kept in shards on the disk, and read from there batch by batch."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import chain
@@ -27,7 +28,7 @@ from .shards import KEY_BYTES, Shards, write_shards
 EXAMPLES = 6
 DIGESTS = "digests.parquet"
 HOLDS = {"holds": "latents and text states of pictures"}  # what a folder of states is for
-Made = Iterator[tuple[bytes, Tensor]]  # keys with what they stand for
+Made = Generator[tuple[bytes, Tensor], None, None]  # keys with what they stand for
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,8 @@ def write_states(
 ) -> None:
     """Latents as float16, text states as bfloat16 and weights as float32, as far as they are missing; one process' share of them.
 
-    Raises ValueError for a broken picture or mask before any is encoded, and OSError. What came before an error is kept.
+    Raises ValueError for a broken picture or mask before any is encoded, and OSError if the disk is full or a picture is gone,
+    with what is to be done. What came before an error is kept.
     """
     share = wanted(Shards(folder), pictures)[process::processes]
     latents = {each.latent: each.picture for each in share if each.latent}
@@ -248,7 +250,11 @@ def write_states(
         for key, text in tqdm(texts.items(), desc="encoding captions", disable=not texts):
             yield key, encoded(encoders.text_encoder, text).bfloat16()
 
-    write_shards(folder, made())
+    try:
+        with closing(made()) as rows:  # with the bars, above an error that is told below them
+            write_shards(folder, rows)
+    except OSError as error:
+        raise OSError(f"{error}; the same command then goes on with what is not encoded yet") from error
 
 
 def wanted(shards: Shards, pictures: Sequence[tuple[Picture, Keys]]) -> list[Wanted]:

@@ -1,5 +1,6 @@
 """What a training of a LoRA refuses, and what breaks it on its way."""
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from sana.checkpoints.writing import write_transformer
 from sana.networks.transformer import SanaTransformer
@@ -17,6 +19,7 @@ from sana.training.adapters import (
 from sana.training.demo import IDENTITY, TRANSFORMER
 from sana.training.flow import FlowBatch, FlowObjective
 from sana.training.loop import DivergedError, TrainingConfig, train
+from sana.training.shards import Shards
 from tests.sana.mishaps import no_file_above
 from tests.sana.twins import randomise
 from tests.training.drawn import draw_pictures
@@ -121,6 +124,45 @@ def test_a_picture_that_is_too_large_or_broken_is_named(tmp_path: Path, capsys: 
     (data / "giant.png").write_bytes(broken[: len(broken) // 2])
     assert lora(data, tmp_path / "out") == 1
     assert "giant.png cannot be read as a picture" in capsys.readouterr().err
+
+
+def test_a_full_disk_while_encoding_keeps_what_is_encoded(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each state is a shard here; the latents, which come first, have room, and the texts, which are larger, do not."""
+    monkeypatch.setattr("sana.training.shards.SHARD_ROWS", 1)
+    with no_file_above(5150):
+        assert lora(pictures, tmp_path) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(
+        rf"error: {tmp_path}/states/states-\w+\.parquet cannot be written \(.+\); make room, or give a place that is yours to "
+        "write; the same command then goes on with what is not encoded yet",
+        told,
+    )
+    kept = {path: path.read_bytes() for path in (tmp_path / "states").glob("*.parquet")}
+    assert len(Shards(tmp_path / "states")) == 4 and not (tmp_path / "lora.safetensors").exists()
+    assert lora(pictures, tmp_path) == 0
+    assert len(Shards(tmp_path / "states")) == 8
+    assert all(path.read_bytes() == before for path, before in kept.items() if path.name != "digests.parquet")
+
+
+def test_a_full_disk_at_the_end_keeps_the_training(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The state, which comes first, found room; the same command then writes the file without a step."""
+    assert lora(pictures, tmp_path) == 0
+    result = tmp_path / "lora.safetensors"
+    before, state = load_file(result), (tmp_path / "state.pt").read_bytes()
+    result.unlink()
+    with no_file_above(10_000):
+        assert lora(pictures, tmp_path) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(f"error: {result} cannot be written (")
+    assert told.endswith("); make room, or give a place that is yours to write")
+    assert not result.exists() and (tmp_path / "state.pt").read_bytes() == state
+    assert lora(pictures, tmp_path) == 0
+    after = load_file(result)
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_a_full_disk_keeps_the_last_state(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
