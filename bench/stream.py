@@ -22,13 +22,13 @@ from sana.config import DOWNSAMPLE, LATENT_CHANNELS
 from sana.pipeline import SanaPipeline
 from sana.training.ahead import reading_ahead
 from sana.training.captions import TURN, Caption
-from sana.training.digests import Digests
+from sana.training.digests import Digests, fingerprint
 from sana.training.flow import FlowObjective
 from sana.training.loop import Report, TrainingConfig, Watch, train
 from sana.training.material import ModelFiles, gathered
 from sana.training.pictures import Picture, read_pictures
 from sana.training.shards import Shards, write_shards
-from sana.training.states import DIGESTS, Encoders, Keys, PictureStates, fingerprint
+from sana.training.states import DIGESTS, Encoders, Keys, PictureStates
 
 from .machine import write_result
 
@@ -113,7 +113,7 @@ def prepare(work: Path, count: int) -> None:
     if not folder.exists():
         pipeline = SanaPipeline.load("demo")
         source = pipeline.text_encoder
-        encoders = Encoders.of(pipeline.autoencoder, source, fingerprint(source.model))
+        encoders = Encoders.of(pipeline.autoencoder, source, fingerprint(source.model.state_dict()))
         pictures = read_pictures(data, pipeline.identity.base_size)
         folder.mkdir()
         digests = Digests(folder / DIGESTS)

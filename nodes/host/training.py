@@ -6,9 +6,8 @@ trains, when it runs.
 
 import gc
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from hashlib import sha256
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,6 +29,7 @@ from ...sana.checkpoints.text_encoder import check_text_encoder
 from ...sana.checkpoints.transformer import FoundTransformer, build_transformer, find_transformer
 from ...sana.networks.autoencoder import DCAutoencoder
 from ...sana.pipeline import SanaPipeline
+from ...sana.training.digests import fingerprint
 from ...sana.training.loop import Stopped, Watch
 from ...sana.training.lora import LoraConfig, train_lora
 from ...sana.training.pictures import TextEncoder
@@ -39,7 +39,7 @@ from .model import SanaModel
 from .vae import SanaVAE
 
 PREFIX = "diffusion_model."  # of the transformer among the tensors of a MODEL
-SAMPLE = 64  # numbers at the beginning of a tensor that tell it from others
+SHOWN = 16  # digits of what tells a MODEL, which a message may show
 
 
 class HostSource:
@@ -69,7 +69,7 @@ class HostSource:
         return find_transformer(TensorFile(name, self.tensors, transformer_header(self.model.model.identity)))
 
     def told(self) -> dict[str, str]:
-        return {"weights": fingerprint(self.tensors)}
+        return {"weights": fingerprint(self.tensors).hex()[:SHOWN]}
 
     def load(self, dtype: torch.dtype) -> SanaPipeline:
         config, tensors = self.vae.config, self.vae.first_stage_model.state_dict()
@@ -79,7 +79,7 @@ class HostSource:
 
     def texts(self, pipeline: SanaPipeline) -> bytes:
         clip = self.clip.patcher
-        return ", ".join(map(fingerprint, (clip.model_state_dict(), changes(clip)))).encode()
+        return fingerprint(clip.model_state_dict()) + fingerprint(changes(clip))
 
     @contextmanager
     def reading(self, pipeline: SanaPipeline, device: torch.device) -> Iterator[TextEncoder]:
@@ -125,16 +125,6 @@ def changes(patcher: ModelPatcher) -> dict[str, Tensor]:
             tensors = [part for part in (parts[1] if isinstance(parts[0], str) else parts) if isinstance(part, Tensor)]
             found |= {f"{key} {i} {strength} {k}": tensor for k, tensor in enumerate(tensors)}
     return found
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Tells weights from others by how each tensor begins."""
-    digest = sha256()
-    for name, tensor in sorted(tensors.items()):
-        start = tensor.reshape(-1)[:SAMPLE].cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(start.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def filled(sheet: Image.Image) -> Image.Image:

@@ -1,11 +1,14 @@
-"""Hashes of files, remembered for as long as the files do not change."""
+"""Hashes of weights, and of files, which are remembered for as long as the files do not change."""
 
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
 from ..saving import replacing
 
@@ -47,6 +50,16 @@ class Digests:
         with replacing(self.path) as unfinished:
             pq.write_table(pa.table(columns, SCHEMA), unfinished)
         self.is_new = False
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> bytes:
+    """The SHA-256 of all numbers of some weights, as bfloat16 has them, with their names, whatever they are computed in."""
+    found = sha256()
+    for name, tensor in sorted(tensors.items()):
+        rounded = (tensor.bfloat16() if tensor.is_floating_point() else tensor).cpu().contiguous()
+        found.update(f"{name} {tuple(tensor.shape)}".encode())
+        found.update(memoryview(rounded.flatten().view(torch.uint8).numpy()))
+    return found.digest()
 
 
 def _digest(file: BinaryIO) -> bytes:

@@ -18,10 +18,11 @@ from ..networks.devices import computes_bfloat16
 from ..networks.packed import PackedWeight
 from ..pipeline import SanaPipeline
 from .captions import TURN, Choice
+from .digests import fingerprint
 from .folder import claim
 from .loop import process_state
 from .pictures import Picture, TextEncoder, read_pictures
-from .states import Encoders, PictureStates, cached, encoded, fingerprint
+from .states import Encoders, PictureStates, cached, encoded
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class ModelFiles:
         return SanaPipeline.load(**self.parts(), variant=self.variant, dtype=dtype)
 
     def texts(self, pipeline: SanaPipeline) -> bytes:
-        return fingerprint(pipeline.text_encoder.model)
+        return fingerprint(pipeline.text_encoder.model.state_dict())
 
     @contextmanager
     def reading(self, pipeline: SanaPipeline, device: torch.device) -> Iterator[TextEncoder]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ..config import DOWNSAMPLE, LATENT_CHANNELS
@@ -17,7 +17,7 @@ from ..images import read_picture, to_tensor
 from ..networks.autoencoder import DCAutoencoder, encode_within_memory
 from ..text.prompt import INSTRUCTION
 from .captions import Caption, Choice
-from .digests import Digests
+from .digests import Digests, fingerprint
 from .flow import FlowBatch
 from .folder import claim
 from .loop import process_state
@@ -162,7 +162,12 @@ class Encoders:
     def of(cls, autoencoder: DCAutoencoder, text_encoder: TextEncoder | None = None, texts: bytes = b"") -> "Encoders":
         """texts: what tells the weights of the text encoder from others."""
         scale = repr(autoencoder.config.latent_scale).encode()
-        return cls(autoencoder, text_encoder, scale + fingerprint(autoencoder.encoder), INSTRUCTION.encode() + texts)
+        return cls(
+            autoencoder,
+            text_encoder,
+            scale + fingerprint(autoencoder.encoder.state_dict()),
+            INSTRUCTION.encode() + texts,
+        )
 
     def keys(self, picture: Picture, digests: Digests) -> Keys:
         """Raises OSError for a picture that is gone."""
@@ -173,16 +178,6 @@ class Encoders:
             tuple(_key("text", caption.text, self.texts) for caption in captions),
             None if mask is None else _key("weight", digests.of(mask), picture.size),
         )
-
-
-def fingerprint(network: nn.Module) -> bytes:
-    """The SHA-256 of all numbers of a network, as bfloat16 has them, with their names, whatever it computes in."""
-    found = sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        rounded = (tensor.bfloat16() if tensor.is_floating_point() else tensor).cpu().contiguous()
-        found.update(f"{name} {tuple(tensor.shape)}".encode())
-        found.update(memoryview(rounded.flatten().view(torch.uint8).numpy()))
-    return found.digest()
 
 
 def cached(

@@ -19,10 +19,10 @@ from sana.saving import lock
 from sana.training import states as module
 from sana.training.__main__ import main
 from sana.training.captions import Caption, Choice
-from sana.training.digests import Digests
+from sana.training.digests import Digests, fingerprint
 from sana.training.pictures import Picture, read_pictures
 from sana.training.shards import Shards, write_shards
-from sana.training.states import Encoders, PictureStates, cached, fingerprint, write_states
+from sana.training.states import Encoders, PictureStates, cached, write_states
 from tests.sana.mishaps import no_file_above
 from tests.sana.models import autoencoder, text_encoder
 from tests.training.drawn import draw_pictures
@@ -34,7 +34,7 @@ CAPTIONS = (Caption("prompt", "a", 30.0), Caption("VILA", "b", 15.0), Caption("x
 @pytest.fixture(scope="module")
 def encoders() -> Encoders:
     encoder = text_encoder()
-    return Encoders.of(autoencoder(), encoder, fingerprint(encoder.model))
+    return Encoders.of(autoencoder(), encoder, fingerprint(encoder.model.state_dict()))
 
 
 @pytest.fixture
@@ -208,7 +208,7 @@ def test_states_of_other_encoders_and_sizes_are_not_used(pictures: Path, tmp_pat
     weight = next(iter(other.model.parameters()))
     weight.data = weight.data.clone()
     weight.data.flatten()[0] += 1
-    changed = Encoders.of(encoders.autoencoder, other, fingerprint(other.model))
+    changed = Encoders.of(encoders.autoencoder, other, fingerprint(other.model.state_dict()))
     assert changed.latents == encoders.latents and changed.texts != encoders.texts
     (states,) = cached(folder, [read_pictures(pictures, 256)], changed, Choice())
     assert (len(states.shards), states.used()) == (12, 8)
@@ -219,12 +219,12 @@ def test_states_of_other_encoders_and_sizes_are_not_used(pictures: Path, tmp_pat
 def test_the_print_of_a_network_tells_its_numbers_and_not_its_format() -> None:
     torch.manual_seed(0)
     network = nn.Linear(3, 4)
-    first = fingerprint(network)
+    first = fingerprint(network.state_dict())
     network.weight.data = network.weight.data.bfloat16().float()
-    assert fingerprint(network) == fingerprint(network.bfloat16()) == first
+    assert fingerprint(network.state_dict()) == fingerprint(network.bfloat16().state_dict()) == first
     network.weight.data[3, 2] *= 1.01
-    assert fingerprint(network) != first
-    assert fingerprint(nn.Sequential(network)) != fingerprint(network)
+    assert fingerprint(network.state_dict()) != first
+    assert fingerprint(nn.Sequential(network).state_dict()) != fingerprint(network.state_dict())
 
 
 def test_several_processes_encode_everything_once(pictures: Path, tmp_path: Path, encoders: Encoders) -> None:

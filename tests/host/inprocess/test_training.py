@@ -136,6 +136,22 @@ def test_texts_are_those_of_the_shell(demo: Small) -> None:
         assert not found.is_inference()
 
 
+def test_every_number_tells_a_model_from_another(demo: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the MODEL, and of the LoRAs that a CLIP has."""
+    source = demo.host.pack("nodes.host.training").HostSource(demo.model, demo.clip, demo.vae)
+    before = source.told()
+    source.tensors["proj_out.weight"] = changed = source.tensors["proj_out.weight"].clone()
+    assert source.told() == before
+    changed.flatten()[-1] += 1
+    assert source.told() != before
+    texts = source.texts(None)
+    for last in (1.0, 2.0):
+        difference = torch.tensor([0.0] * 99 + [last])
+        monkeypatch.setattr(demo.clip.patcher, "patches", {"layer": [(1.0, ("diff", (difference,)))]})
+        before, texts = texts, source.texts(None)
+        assert texts != before
+
+
 def test_the_file_is_that_of_the_shell(
     demo: Small, pictures: Path, tmp_path: Path, as_in_the_shell: None, progress: list[tuple]
 ) -> None:
