@@ -15,14 +15,14 @@ from ..networks.transformer import BlockInputs, SanaTransformer
 from ..text.gemma import Gemma2
 from ..text.prompt import INSTRUCTION
 from .adapters import AdapterConfig, add_adapter, add_text_adapter
+from .optimizers import OptimizerName, remembered_bytes
 
-STATES = 5 * torch.float32.itemsize  # of a number of the adapter: itself, its gradient, two moments, its average
 INSTRUCTION_TOKENS = len(re.findall(r"\w+|[^\w\s]|\n", INSTRUCTION))  # words and marks, each about a token of Gemma's
 
 
 @dataclass(frozen=True)
 class TrainingNeed:
-    """Bytes of a step. adapter: with what training it takes. text: of the captions, with
+    """Bytes of a step. adapter: with its gradient, its average and what the optimizer remembers. text: of the captions, with
     what a text encoder in training keeps for the backward pass. blocks: what blocks keep for it; passing: what the last of them
     works with then.
     """
@@ -47,6 +47,7 @@ def training_need(
     dtype: torch.dtype = torch.bfloat16,
     recompute: bool = True,
     tokens: int = TEXT_TOKENS,
+    optimizer: OptimizerName = "adamw",
     text_encoder: GemmaConfig | None = None,
     instruction: int = INSTRUCTION_TOKENS,
 ) -> TrainingNeed:
@@ -75,7 +76,7 @@ def training_need(
     passing = 2 * 2 * config.ff_width * batch * rows * columns * dtype.itemsize
     return TrainingNeed(
         frozen,
-        STATES * sum(weight.numel() for weight in trained),
+        3 * _bytes(trained) + sum(remembered_bytes(optimizer, weight.shape) for weight in trained),
         texts,
         (config.depth - 1) * x.nbytes + kept if recompute else config.depth * kept,
         passing,

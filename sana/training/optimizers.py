@@ -55,8 +55,20 @@ MEMORY = {
 }
 
 
+# The class of each optimizer.
+CLASSES = {"adamw": "AdamW", "adamw8bit": "AdamW8bit", "prodigy": "Prodigy", "came": "CAME"}
+
+
 def memory_of(update: torch.optim.Optimizer) -> Memory:
     return MEMORY[type(update).__name__]
+
+
+def remembered_bytes(name: OptimizerName, shape: Size) -> int:
+    """What an optimizer remembers of a weight in float32, but for single numbers and for what all weights share."""
+    forms = MEMORY[CLASSES[name]].weight(shape)
+    own = {key: form for key, form in forms.items() if isinstance(form, Size) and form and not key.startswith("qmap")}
+    bytes_each = {"state1": 1, "state2": 1} if "absmax1" in forms else {}
+    return sum(bytes_each.get(key, torch.float32.itemsize) * form.numel() for key, form in own.items())
 
 
 def check_optimizer(name: str) -> None:

@@ -78,7 +78,9 @@ def test_weights_and_adapter_are_those_of_the_network() -> None:
     need = training_need(SMALL, AdapterConfig(rank=4), (16, 16))
     network = SanaTransformer(SMALL, dtype=torch.bfloat16)
     assert need.weights == sum(weight.nbytes for weight in network.parameters())
-    assert need.adapter == 20 * sum(weight.numel() for weight in add_adapter(network, AdapterConfig(rank=4)).values())
+    numbers = sum(weight.numel() for weight in add_adapter(network, AdapterConfig(rank=4)).values())
+    assert need.adapter == 20 * numbers
+    assert training_need(SMALL, AdapterConfig(rank=4), (16, 16), optimizer="prodigy").adapter == 28 * numbers
 
 
 @pytest.mark.parametrize(("variant", "most"), [("sana-0.6b-1024px", 6 * GIB), ("sana-1.6b-1024px", 10 * GIB)])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sana.training import optimizers as module
 from sana.training.loop import TrainingConfig, train
 from sana.training.lora import LoraConfig
-from sana.training.optimizers import check_optimizer, checked_rate
+from sana.training.optimizers import check_optimizer, checked_rate, remembered_bytes
 
 NAMES = ("adamw", "adamw8bit", "prodigy", "came")
 STEPS = 6
@@ -68,6 +68,21 @@ def test_a_training_equals_one_by_the_library_alone(tmp_path: Path, name: str) -
     start = Wide().state_dict()
     for key, tensor in objective.state_dict().items():
         assert torch.equal(found[key], tensor) and not torch.equal(tensor, start[key]), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_remembered_of_a_weight_is_counted(name: str) -> None:
+    """Of one that bitsandbytes keeps in 8 bits, of one that is too small for that, and of one that CAME has no factors of."""
+    weights = [nn.Parameter(torch.randn(shape)) for shape in ((65, 64), (64, 63), (100,))]
+    update = plain(name, weights)
+    sum(weight.square().sum() for weight in weights).backward()
+    update.step()
+    for weight in weights:
+        memory = update.state[weight].items()
+        own = [
+            value for key, value in memory if isinstance(value, Tensor) and value.ndim and not key.startswith("qmap")
+        ]
+        assert sum(tensor.nbytes for tensor in own) == remembered_bytes(name, weight.shape) > 0
 
 
 @pytest.mark.parametrize("name", NAMES)
