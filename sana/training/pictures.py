@@ -37,13 +37,15 @@ class Picture:
 def picture_files(folder: Path, besides: Path | None = None) -> list[Path]:
     """All pictures in a folder, at any depth, in order of their paths.
 
-    besides: a folder whose pictures do not count, wherever it is. Raises ValueError if there are none.
+    besides: a work folder, whose pictures do not count, wherever it is. Raises ValueError if there are none.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give one with pictures, each with a .txt file of its name")
     files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("._"))  # of macOS
-    found = (path for path in files if path.suffix.lower() in SUFFIXES and not path.name.endswith(MASK))
+    found = [path for path in files if path.suffix.lower() in SUFFIXES and not path.name.endswith(MASK)]
     paths = sorted(path for path in found if besides is None or besides.resolve() not in path.resolve().parents)
+    if found and not paths:
+        raise ValueError(f"the pictures in {folder} lie in the work folder {besides}; give them a folder outside of it")
     if not paths:
         raise ValueError(
             f"{folder} holds no pictures; put {', '.join(SUFFIXES)} files there, each with a .txt file of its name"

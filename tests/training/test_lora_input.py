@@ -54,6 +54,17 @@ def test_what_cannot_be_is_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+def test_pictures_in_the_work_folder_are_told_to_be_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are not learnt, since sheets lie there, too."""
+    draw_pictures(data := tmp_path / "pictures", 1)
+    assert lora(data, tmp_path) == 1
+    assert capsys.readouterr().err == (
+        f"error: the pictures in {data} lie in the work folder {tmp_path}; give them a folder outside of it\n"
+    )
+
+
 def test_targets_that_match_nothing_name_a_layer(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
