@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from statistics import fmean
 
 from .machine import RESULTS
 from .race import counterpart
@@ -13,6 +14,17 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PLACE = re.compile(r"(?<=<!-- bench: )(?P<kind>\S+) (?P<file>\S+) -->\n.*?(?=<!-- end -->)", re.DOTALL)
 ERRORS = ("text_error", "step_error", "latent_error")
+CHOICES = {  # by the names of bench/captions.py: what a step takes, by which scores
+    "right": ("the only caption, which is right", ""),
+    "first": ("the only caption, the first of the four", ""),
+    "turn": ("all in turn", ""),
+    "best-clear": ("the best", "clear"),
+    "score-clear": ("by score", "clear"),
+    "best-noisy": ("the best", "noisy"),
+    "score-noisy": ("by score", "noisy"),
+    "best-useless": ("the best", "useless"),
+    "score-useless": ("by score", "useless"),
+}
 Result = dict[str, object]
 
 
@@ -105,6 +117,22 @@ def quantised_layers(result: Result) -> Iterator[str]:
         yield line(f"{kind}, {variant}", found[0]["width"], *(errors[form] for form in forms))
 
 
+def choices(result: Result) -> Iterator[str]:
+    """Which captions a training took, and how many held-out ones it then draws right, over seeds."""
+    seeds = len(result["seeds"])
+    over = "one seed" if seeds == 1 else f"{seeds} seeds: the mean, from the lowest to the highest"
+    yield f"Percent of {result['captions']} held-out captions that are right in everything, of {over}, {result['date']}:\n"
+    yield from header("a step takes", "scores", "right ones", *(f"after {number} steps" for number in result["steps"]))
+    for name, (taken, scores) in CHOICES.items():
+        found = [row for row in result["rows"] if row["trial"] == name]
+        cells = []
+        for number in result["steps"]:
+            shares = [row["accuracy"][str(number)]["everything"] for row in found]
+            spread = f", {min(shares):.0f} to {max(shares):.0f}" if seeds > 1 else ""
+            cells.append(f"{fmean(shares):.0f}{spread}")
+        yield line(taken, scores, f"{fmean(row['taken'] for row in found):.0f} %", *cells)
+
+
 def stream(result: Result) -> Iterator[str]:
     """Training on more and more pictures, and how fast those of the released models are read."""
     yield from header("pictures", "on disk", "memory after 20 steps", f"after {result['steps']}", "waits for batches")
@@ -177,6 +205,7 @@ KINDS: dict[str, Callable[[Result], Iterator[str]]] = {
     "quantised": quantised,
     "quantised_sizes": quantised_sizes,
     "quantised_layers": quantised_layers,
+    "choices": choices,
     "stream": stream,
     "preemption": preemption,
     "workers": workers,
