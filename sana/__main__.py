@@ -35,6 +35,7 @@ from .jobs import (
     write_png,
 )
 from .loading import load_writer, model_path
+from .networks.devices import checked_device
 from .options import parser
 from .pipeline import SanaPipeline, check_control
 from .plan import Plan, Settings, make_plan
@@ -218,17 +219,6 @@ def read_settings(options: argparse.Namespace) -> Settings:
     given["instruction"] = options.instruction or None
     given.update((name, read_picture(given[name])) for name in PICTURES if given[name])
     return Settings(**given)
-
-
-def checked_device(name: str | None) -> str:
-    """A device, or the best one. Raises ValueError for one that PyTorch does not know, was not built for, or does not find."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.ones(1, device=name).add(1).item()
-    except Exception as error:  # each kind of device fails in its own way
-        reason = str(error).split("\n")[0].split(". ")[0]
-        raise ValueError(f"device {name} cannot be used ({reason}); give another, such as cpu") from error
-    return name
 
 
 def check_output(path: Path) -> None:

@@ -5,6 +5,17 @@ import torch
 FREE_SHARE = 0.8  # of the free memory of a GPU, to take at most
 
 
+def checked_device(name: str | None) -> str:
+    """A device, or the best one. Raises ValueError for one that PyTorch does not know, was not built for, or does not find."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.ones(1, device=name).add(1).item()
+    except Exception as error:  # each kind of device fails in its own way
+        reason = str(error).split("\n")[0].split(". ")[0]
+        raise ValueError(f"device {name} cannot be used ({reason}); give another, such as cpu") from error
+    return name
+
+
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether a device has arithmetic in bfloat16: GPUs before NVIDIA's Ampere emulate it, slowly and in more memory."""
     return device.type != "cuda" or bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
 from ..images import on_white, read_picture
+from ..networks.devices import checked_device
 from .captions import caption_path, write_caption
 from .pretrained import QUESTION, load_model, load_part
 
@@ -24,6 +25,7 @@ class Captioner:
     def __init__(
         self, model: Path | str, *, question: str = QUESTION, device: str = "cpu", download: bool = False
     ) -> None:
+        device = checked_device(device)
         self.model = load_model(AutoModelForImageTextToText, model, download).to(device)
         self.processor = load_part(AutoProcessor, model, download)
         self.question = question

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from transformers import AutoProcessor, CLIPModel
 
 from ..images import on_white, read_picture
+from ..networks.devices import checked_device
 from .captions import Caption, has_score, made_from, read_captions, write_score
 from .pretrained import CLIP, load_model, load_part
 
@@ -20,6 +21,7 @@ class Scorer:
 
     def __init__(self, model: Path | str = CLIP, *, device: str = "cpu", download: bool = False) -> None:
         self.name = str(model)
+        device = checked_device(device)
         self.model = load_model(CLIPModel, model, download).to(device)
         self.processor = load_part(AutoProcessor, model, download)
 

@@ -58,6 +58,15 @@ def test_no_score_is_below_zero(clip: Path, pictures: Path) -> None:
     assert scorer([pictures / "1.png"], [["a red circle"]])[0].tolist() == [0]
 
 
+@pytest.mark.parametrize("command", [["score", "--clip"], ["write", "--model"]], ids=lambda command: command[0])
+def test_a_device_that_cannot_be_used_is_refused_before_a_model_is_loaded(
+    pictures: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    assert main(["captions", *command, "nowhere", "--data", str(pictures), "--device=meta"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: device meta cannot be used (") and error.endswith("); give another, such as cpu\n")
+
+
 def test_the_shell_goes_on_where_it_was(clip: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["captions", "score", "--data", str(pictures), "--clip", str(clip)]
     assert main(command) == 0 and capsys.readouterr().out == f"{TOGETHER + 3} scores written.\n"
