@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import answers, autoencoder, controlnet, enhancement, latent, loaders, sampling, text, training
 from .host.breakdown import contained
+from .host.other_packs import refuse_old_prompts, tell_of_other_packs
 from .host.register import register
 from .host.routes import serve
 
@@ -19,6 +20,8 @@ class SanaExtension(ComfyExtension):
 async def comfy_entrypoint() -> SanaExtension:
     """Called by the host once, when it loads the pack."""
     register()
+    refuse_old_prompts()
+    tell_of_other_packs([node.__name__ for node in NODES])
     serve("/sana/tokens", answers.tokens)
     serve("/sana/sizes", answers.sizes)
     return SanaExtension()

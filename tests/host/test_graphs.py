@@ -139,6 +139,17 @@ def test_interrupt_acts_within_a_step(host: Server) -> None:
     assert np.array_equal(pixels(host, host.queue(prompt)), before)
 
 
+def test_prompt_of_another_pack_is_refused_in_one_sentence(host: Server) -> None:
+    """Before the host speaks of the nodes that it does not have."""
+    theirs = {"ckpt_name": "Sana_1600M_1024px.pth", "model": "SanaMS_1600M_P1_D20", "dtype": "BF16"}
+    run = host.queue({**text_to_image(), "load": node("SanaCheckpointLoader", **theirs), "gemma": node("GemmaLoader")})
+    assert run.failure is not None
+    assert run.failure.message == (
+        "node load, SanaCheckpointLoader, has the input ckpt_name of ComfyUI_ExtraModels, where that of ComfyUI-Sana has model: "
+        "open the workflow in ComfyUI, which translates it, and export it for the API again"
+    )
+
+
 def test_server_goes_on_after_bad_input(host: Server) -> None:
     """The last test here. What else is refused, and with what words, the tests inside the host say."""
     host.free()

@@ -142,7 +142,7 @@ def test_only_packages_of_the_host_are_needed(host: Host) -> None:
         required
         | {"PIL"}
         | {"comfy_kitchen", "gguf"}  # asked for only by what needs them, with a sentence where they are missing
-        | {"comfy", "comfy_api", "folder_paths", "latent_preview", "server"}
+        | {"comfy", "comfy_api", "execution", "folder_paths", "latent_preview", "nodes", "server"}
         | sys.stdlib_module_names
     )
     pack = host.base / "custom_nodes" / PACK
