@@ -7,6 +7,7 @@ from .host.breakdown import contained
 from .host.other_packs import refuse_old_prompts, tell_of_other_packs
 from .host.register import register
 from .host.routes import serve
+from .model_files import adopt_downloads
 
 TOPICS = (loaders, text, enhancement, latent, sampling, autoencoder, controlnet, training)
 NODES = tuple(node for topic in TOPICS for node in topic.NODES)
@@ -20,6 +21,7 @@ class SanaExtension(ComfyExtension):
 async def comfy_entrypoint() -> SanaExtension:
     """Called by the host once, when it loads the pack."""
     register()
+    adopt_downloads()
     refuse_old_prompts()
     tell_of_other_packs([node.__name__ for node in NODES])
     serve("/sana/tokens", answers.tokens)

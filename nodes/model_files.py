@@ -18,6 +18,7 @@ from ..sana.loading import MODELS
 AUTO = "auto"
 MODEL_FOLDERS = ("diffusion_models", "checkpoints")
 PIPELINE_FOLDERS = ("diffusers", *MODEL_FOLDERS)
+DOWNLOADS = ("sana", "Sana")  # below models/, of another pack
 PIPELINE = "model_index.json"  # in the folder of a whole pipeline of diffusers
 GGUF = ".gguf"
 MOST_REASONS = 6  # of a message that nothing fits
@@ -38,6 +39,16 @@ class Part:
 
 TEXT_ENCODER = Part("text_encoders", "text_encoder", "a Gemma-2-2b-it text encoder", TEXT_ENCODER_SOURCE, is_gemma)
 AUTOENCODER = Part("vae", "vae", "a DC-AE f32c32 autoencoder", AUTOENCODER_SOURCE, is_autoencoder)
+
+
+def adopt_downloads() -> None:
+    """Have the lists show the models that ComfyUI_ExtraModels downloaded, which has a folder of its own for them."""
+    known = {os.path.realpath(path) for path in folder_paths.get_folder_paths(MODEL_FOLDERS[0])}
+    for name in DOWNLOADS:
+        path = os.path.join(folder_paths.models_dir, name)
+        if os.path.isdir(path) and os.path.realpath(path) not in known:
+            known.add(os.path.realpath(path))
+            folder_paths.add_model_folder_path(MODEL_FOLDERS[0], path)
 
 
 def model_names() -> list[str]:

@@ -3,8 +3,10 @@
 import asyncio
 import copy
 import logging
+import shutil
 
 import execution
+import folder_paths
 import pytest
 from aiohttp import web
 from server import PromptServer
@@ -106,3 +108,23 @@ def test_log_tells_whose_nodes_are_in_use(
                 monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, after[name])
             asyncio.run(app.on_startup[-1](app))
             assert messages() == at_start
+
+
+def test_models_that_the_other_pack_downloaded_are_in_the_list(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, behind the host's own folders, and only where there are any."""
+    files = host.pack("nodes.model_files")
+    paths, suffixes = folder_paths.folder_names_and_paths["diffusion_models"]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", (paths[:], suffixes))
+    files.adopt_downloads()
+    assert folder_paths.get_folder_paths("diffusion_models") == paths
+    name = "models--sana--sana-1600m-1024px/checkpoints/Sana_1600M_1024px.pth"
+    path = host.base / "models" / "sana" / name
+    path.parent.mkdir(parents=True)
+    path.touch()
+    try:
+        for _ in range(2):
+            files.adopt_downloads()
+            assert folder_paths.get_folder_paths("diffusion_models") == [*paths, str(host.base / "models" / "sana")]
+        assert name in files.model_names() and files.model_path(name) == path
+    finally:
+        shutil.rmtree(host.base / "models" / "sana")
