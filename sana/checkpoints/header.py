@@ -11,6 +11,7 @@ from torch import Tensor
 from ..config import AutoencoderConfig, TransformerConfig, TransformerIdentity
 from ..reading import parse_json
 from .files import CheckpointError, TensorFile
+from .modelspec import AUTOENCODER, modelspec, transformer_modelspec
 from .names import HEADER_TENSOR, dialect_prefix
 
 HEADER = "sana"  # key of our entry in a safetensors header: JSON of what the tensors cannot tell
@@ -19,13 +20,13 @@ Filled = TypeVar("Filled")
 
 
 def transformer_header(identity: TransformerIdentity) -> dict[str, str]:
-    """The entry for a safetensors header that makes a transformer tell what its tensors cannot."""
+    """The entries for a safetensors header that make a transformer tell what its tensors cannot, and programs list it."""
     told = {name: value for name, value in asdict(identity).items() if name != "origin"}
-    return {HEADER: json.dumps(told)}
+    return {HEADER: json.dumps(told), **transformer_modelspec(identity)}
 
 
-def autoencoder_header(config: AutoencoderConfig) -> dict[str, str]:
-    return {HEADER: json.dumps({"latent_scale": config.latent_scale})}
+def autoencoder_header(config: AutoencoderConfig, title: str) -> dict[str, str]:
+    return {HEADER: json.dumps({"latent_scale": config.latent_scale}), **modelspec(AUTOENCODER, title)}
 
 
 def header_tensor(identity: TransformerIdentity) -> Tensor:

@@ -12,6 +12,7 @@ from ..networks.adapters import Change, as_product
 from .adapters import HEADER
 from .files import CheckpointError
 from .lora import Lora, Part, read_lora, tell_fit
+from .modelspec import LORA, modelspec
 from .names import POINTWISE
 
 COMPONENTS = ("transformer", "text_encoder")  # what names in diffusers begin with, in the order of `Part.known`
@@ -59,7 +60,8 @@ def lora_in_diffusers_layout(
         ranks |= {*rank_of.values()}
     several = f"{min(ranks)} to {max(ranks)}" if len(ranks) > 1 else f"{min(ranks)}"
     words = f"a LoRA in diffusers' layout, of rank {several} on {sum(map(len, found))} layers"
-    return tensors, {HEADER: json.dumps(header, indent=2, sort_keys=True)}, words
+    settings = json.dumps(header, indent=2, sort_keys=True)
+    return tensors, {HEADER: settings, **modelspec(LORA, Path(lora.name).stem)}, words
 
 
 def _tensors(lora: Lora, name: str, change: Change, part: Part) -> Tensors:

@@ -21,6 +21,7 @@ from .filling import FLOAT_DTYPES, check_tensors
 from .formats import COMFY_LAYER
 from .header import transformer_header
 from .kinds import describe
+from .modelspec import TEXT_ENCODER, modelspec
 from .names import control_blocks, is_transformer
 from .packing import HEADER_ENTRY
 from .tensor_writer import ALIGNMENT, DTYPES, TensorWriter
@@ -127,7 +128,8 @@ def _plan(file: TensorFile, variant: str | None) -> _Plan:
         dtype = stored if stored in SIXTEEN_BITS else torch.bfloat16
         companions = stored_companions(find_tokenizer(file, config), config)
         network = Gemma2(config, device="meta")
-        return _Plan(file.path.name, network, tensors, dtype, "Gemma-2", GEMMA_PREFIX, companions=companions)
+        told = modelspec(TEXT_ENCODER, "Gemma-2")
+        return _Plan(file.path.name, network, tensors, dtype, "Gemma-2", GEMMA_PREFIX, told, companions)
     raise CheckpointError(
         f"{file.path.name} is {describe(file.tensors)}; what can be quantised are a SANA transformer and a Gemma-2 text encoder"
     )

@@ -32,6 +32,7 @@ from .header import autoencoder_header, transformer_header
 from .kinds import describe
 from .lora import Merges, read_merges
 from .lora_writing import lora_in_diffusers_layout
+from .modelspec import TEXT_ENCODER, modelspec
 from .names import control_blocks, is_autoencoder, is_transformer, with_convolutions
 from .packing import FP8_DTYPES
 from .text_encoder import gemma_json
@@ -75,7 +76,8 @@ def convert(
         tensors = autoencoder_tensors(file)
         config = detect_autoencoder(tensors, file)
         network = DCAutoencoder(config, device="meta")
-        header, what = autoencoder_header(config), autoencoder_name(config)
+        what = autoencoder_name(config)
+        header = autoencoder_header(config, what)
     elif is_lora(file.tensors):
         tensors, header, what = lora_in_diffusers_layout(source, dtype, variant)
         _save(tensors, target, header)
@@ -119,9 +121,12 @@ def write_pipeline(
     """Write a whole model. The transformer and the autoencoder are stored as float16, the text encoder as float32."""
     write_transformer(folder / "transformer", transformer, identity, torch.float16)
     vae = {"_class_name": "AutoencoderDC", **autoencoder_json(autoencoder.config)}
-    _write(folder / "vae", WEIGHTS, autoencoder.state_dict(), vae, torch.float16)
+    vae_header = autoencoder_header(autoencoder.config, autoencoder_name(autoencoder.config))
+    _write(folder / "vae", WEIGHTS, autoencoder.state_dict(), vae, torch.float16, vae_header)
     gemma = text_encoder.model
-    _write(folder / "text_encoder", "model.safetensors", gemma.state_dict(), gemma_json(gemma.config), torch.float32)
+    gemma_header = modelspec(TEXT_ENCODER, "Gemma-2")
+    settings = gemma_json(gemma.config)
+    _write(folder / "text_encoder", "model.safetensors", gemma.state_dict(), settings, torch.float32, gemma_header)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(identity.flow_shift))
     write_json(folder / "tokenizer" / "tokenizer_config.json", TOKENIZER)
     with replacing(folder / "tokenizer" / "tokenizer.json") as unfinished:
@@ -224,12 +229,12 @@ def _write(
     tensors: dict[str, Tensor],
     config: dict[str, object],
     dtype: torch.dtype,
-    header: dict[str, str] | None = None,  # None: nothing to tell
+    header: dict[str, str],
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     stored = {key: tensor.detach().cpu().to(dtype).contiguous() for key, tensor in tensors.items()}
     with replacing(folder / name) as unfinished:
-        save_file(stored, unfinished, {"format": "pt", **(header or {})})
+        save_file(stored, unfinished, {"format": "pt", **header})
     write_json(folder / "config.json", config)
 
 

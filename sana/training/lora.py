@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from ..checkpoints.modelspec import LORA, modelspec, square
 from ..networks.devices import computes_bfloat16
 from ..saving import replacing
 from .adapters import (
@@ -242,10 +243,7 @@ def _drawn(material: Material) -> list[Image.Image]:
 
 
 def describe(config: LoraConfig, material: Material, steps: int, title: str) -> dict[str, str]:
-    """What the header of a LoRA tells: the keys of modelspec, and how it was trained.
-
-    Source: github.com/Stability-AI/ModelSpec; the architecture as OneTrainer names it.
-    """
+    """What the header of a LoRA tells: the keys of modelspec, and how it was trained."""
     identity = material.identity
     settings = {
         name: value for name, value in asdict(config).items() if name not in ("prompts", "prior", "start", "cache")
@@ -257,12 +255,5 @@ def describe(config: LoraConfig, material: Material, steps: int, title: str) -> 
         "pictures": len(material.states),
         "variant": identity.variant,
     }
-    spec = {
-        "sai_model_spec": "1.0.0",
-        "architecture": "sana/lora",
-        "implementation": "https://github.com/NVlabs/Sana",
-        "title": title,
-        "resolution": f"{identity.base_size}x{identity.base_size}",
-        "trigger_phrase": config.trigger,
-    }
-    return {**{f"modelspec.{key}": value for key, value in spec.items() if value}, TOLD: json.dumps(told)}
+    spec = modelspec(LORA, title, resolution=square(identity.base_size), trigger_phrase=config.trigger)
+    return {**spec, TOLD: json.dumps(told)}
