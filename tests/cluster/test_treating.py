@@ -1,5 +1,6 @@
 """Captions and their scores by workers of a real Ray."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,12 +19,16 @@ def scores(folder: Path) -> dict[str, str]:
 def test_scores_are_those_of_one_process(
     tmp_path: Path, cluster: str, without_ray: Callable[[], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A picture that is broken is told of, and the others are scored."""
+    """A picture that is broken is told of, and the others are scored. A list of captions is of several pictures."""
     clip = write_clip(tmp_path / "clip")
     one, many = tmp_path / "one", tmp_path / "many"
     command = ["captions", "score", "--clip", str(clip), "--data"]
     for folder in (one, many):
         draw_pictures(folder, 6)
+        listed = [
+            {"picture": path.name, "text": "a drawing", "name": "mine"} for path in sorted(folder.glob("*.png"))[1:3]
+        ]
+        (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, listed)))
     assert main([*command, str(one)]) == 0
     broken = sorted(many.glob("*.png"))[0]
     content = broken.read_bytes()
@@ -34,9 +39,9 @@ def test_scores_are_those_of_one_process(
     finally:
         ray.shutdown()
     found = capsys.readouterr()
-    assert found.out.splitlines()[-1] == "5 scores written." and str(broken) in found.err
+    assert found.out == "7 scores written.\n" and str(broken) in found.err
     broken.write_bytes(content)
     without_ray()
     assert main([*command, str(many), "--workers", "1"]) == 0
     assert capsys.readouterr().out == "1 scores written.\n"
-    assert scores(many).keys() == scores(one).keys() and len(scores(one)) == 6
+    assert scores(many).keys() == scores(one).keys() and len(scores(one)) == 8
