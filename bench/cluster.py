@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
-from statistics import median
 
 import psutil
 import torch
@@ -99,15 +98,10 @@ def measure_scaling(options: argparse.Namespace) -> dict[str, object]:
     for _ in range(options.rounds):
         loop = float(call("bare", options.prompts // 4))
         with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
-            rounds.append([loop, drawn(1, options.prompts // 2, Path(one)), drawn(2, options.prompts, Path(two))])
+            rounds.append({"loop": loop, "one": drawn(1, options.prompts // 2, Path(one))})
+            rounds[-1]["two"] = drawn(2, options.prompts, Path(two))
         print(rounds[-1], flush=True)
-    loop, one, two = (median(rate) for rate in zip(*([a, b["rate"], c["rate"]] for a, b, c in rounds), strict=True))
-    starts = [b["first"] for _, b, _ in rounds]
-    return {
-        **{"prompts": options.prompts, "rounds": options.rounds, "loop": loop, "one": one, "two": two},
-        **{"scaling": two / one, "overhead": loop / one - 1, "start": median(starts)},
-        "ray": median(b["ray"] for _, b, _ in rounds),
-    }
+    return {"prompts": options.prompts, "rounds": rounds}
 
 
 def call(what: str, *arguments: object) -> str:

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 from .machine import RESULTS
 from .race import counterpart
@@ -162,16 +162,23 @@ def launches(result: Result) -> Iterator[str]:
 def workers(result: Result) -> Iterator[str]:
     """One worker and two against a bare loop, the start, a long file, and kills."""
     scaling, stream, kills = (result[name] for name in ("scaling", "stream", "kills"))
-    yield f"{result['device']}, torch {result['torch']}, {result['date']}; one thread for the loop and for each worker:\n"
+    rounds = scaling["rounds"]
+    rates = {name: [each[name]["rate"] for each in rounds] for name in ("one", "two")} | {
+        "loop": [each["loop"] for each in rounds]
+    }
+    scales = [two / one for one, two in zip(rates["one"], rates["two"], strict=True)]
+    overheads = [100 * (loop / one - 1) for loop, one in zip(rates["loop"], rates["one"], strict=True)]
+    yield f"{result['device']}, torch {result['torch']}, {result['date']}; one thread for the loop and for each worker; medians"
+    yield f"of {len(rounds)} rounds of {scaling['prompts']} prompts, lowest and highest in brackets:\n"
     yield from header("", "")
     for title, value in (
-        ("a bare loop, pictures a second", f"{scaling['loop']:.2f}"),
-        ("one worker", f"{scaling['one']:.2f}, {100 * scaling['overhead']:.1f} % slower"),
-        ("two workers", f"{scaling['two']:.2f}, {scaling['two'] / scaling['one']:.2f} x"),
-        (
-            "start of Ray, and then of a worker until its first pictures",
-            f"{scaling['ray']:.1f} s, {scaling['start']:.1f} s",
-        ),
+        ("pictures a second: a bare loop", ranged(rates["loop"], ".2f")),
+        ("one worker", ranged(rates["one"], ".2f")),
+        ("two workers", ranged(rates["two"], ".2f")),
+        ("two workers against one", f"{ranged(scales, '.2f')} x"),
+        ("one worker against the bare loop takes longer by", f"{ranged(overheads, '.1f')} %"),
+        ("start of Ray", f"{median(each['one']['ray'] for each in rounds):.1f} s"),
+        ("then of a worker, until its first pictures", f"{median(each['one']['first'] for each in rounds):.1f} s"),
         (
             f"{stream['rows']:,} rows, with a stand-in that draws nothing: the first is done after",
             f"{stream['first']:.1f} s",
@@ -187,6 +194,11 @@ def workers(result: Result) -> Iterator[str]:
         ),
     ):
         yield line(title, value)
+
+
+def ranged(values: list[float], form: str) -> str:
+    """Median, lowest and highest."""
+    return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def header(*columns: object) -> Iterable[str]:
