@@ -52,7 +52,7 @@ def test_half_of_a_character_in_the_name_of_a_file_is_printed_too(monkeypatch: p
     assert out.written() == rb"a\udcff.png"
 
 
-@pytest.mark.parametrize("out", [None, io.StringIO()], ids=str)
+@pytest.mark.parametrize("out", [None, io.StringIO()], ids=["nothing", "memory"])
 def test_an_output_of_another_kind_stays_as_it_is(out: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", out)
     print_every_letter()
