@@ -143,6 +143,14 @@ def stream(result: Result) -> Iterator[str]:
     yield f"\nPictures that one process reads per second, with nothing else to do: {speeds}. {result['device']}, {result['date']}."
 
 
+def previews(result: Result) -> Iterator[str]:
+    """How near small pictures come to the decoded one at their size."""
+    yield from header(f"PSNR of {result['captions']} pictures", "mean", "worst")
+    titles = {"linear": "linear previews", "one_colour": "one colour a cell of the latent, the best there can be"}
+    for name, title in titles.items():
+        yield line(title, *(f"{result[name][each]:.1f} dB" for each in ("mean", "worst")))
+
+
 def preemption(result: Result) -> Iterator[str]:
     """Share of time that lost workers and the end cost, by the size of a shard."""
     hours = list(result["rows"][0]["overhead"])
@@ -219,6 +227,7 @@ KINDS: dict[str, Callable[[Result], Iterator[str]]] = {
     "quantised_layers": quantised_layers,
     "choices": choices,
     "stream": stream,
+    "previews": previews,
     "preemption": preemption,
     "workers": workers,
     "launches": launches,

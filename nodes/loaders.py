@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from ..sana.config import DEFAULT_GUIDANCE_SCALE, VARIANTS
 from .host.checkpoint import load_model
 from .host.clip import load_clip
-from .host.preview import fit_preview, show_previews
+from .host.preview import fitted_preview, show_previews
 from .host.report import reported
 from .host.vae import load_vae
 from .model_files import AUTO, AUTOENCODER, TEXT_ENCODER, load_part, model_names, model_path, part_names, part_path
@@ -75,7 +75,7 @@ class SanaCheckpointLoader(io.ComfyNode):
         autoencoder_path, autoencoder = load_part(
             AUTOENCODER, path, vae, lambda found: load_vae(found, transformer=identity.config)
         )
-        show_previews(patcher, fit_preview(autoencoder))
+        show_previews(patcher, fitted_preview(autoencoder))
         parts = (("text encoder", encoder_path), ("autoencoder", autoencoder_path))
         origins = [f"its own {part}" if found == path else f"{part} {found.name}" for part, found in parts]
         usual = identity.guidance_scale == DEFAULT_GUIDANCE_SCALE

@@ -1,59 +1,117 @@
-"""Previews: a linear map from latents to small pictures, fitted to the autoencoder at hand.
+"""Previews: TAESANA where the person chose TAESD and has its file, else a linear map fitted to the autoencoder at hand."""
 
-A latent cell covers 32x32 px, so one colour for each would be a mosaic. Its 32 channels know more: the map gives 4x4 colours.
-"""
+import logging
+from collections.abc import Callable
+from pathlib import Path
 
+import comfy.model_management as management
 import comfy.patcher_extension
+import folder_paths
+import latent_preview
 import torch
+from comfy.cli_args import LatentPreviewMethod
 from comfy.latent_formats import LatentFormat
 from comfy.model_patcher import ModelPatcher
-from einops import rearrange
+from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
+from ...sana.checkpoints.files import CheckpointError
+from ...sana.checkpoints.tiny_decoder import SOURCE, load_tiny_decoder
+from ...sana.networks.previews import LinearPreview, fit_preview
+from ...sana.networks.tiny_decoder import TinyDecoder
+from .extension import extend
+from .model import SanaLatentFormat
 from .vae import SanaVAE
 
-SIDE = 4  # preview pixels for a latent cell, along each axis
-FIT_PIXELS = 384  # side of the picture the map is fitted to: 144 cells for 33 unknowns
+log = logging.getLogger(__name__)
+
+FOLDER, DECODER = "vae_approx", "taesana_decoder"
+MOST_CELLS = 64 * 64  # of a latent that TAESANA draws, 2048 x 2048 px: some 2 GB of working memory in 16 bits
 
 
-class Preview:
-    """Latents (B, 32, H, W), scaled as in sampling, to pictures (B, 3, 4H, 4W) in [-1, 1]."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight  # (33, 3 * SIDE * SIDE)
-
-    def __call__(self, latent: Tensor) -> Tensor:
-        ones = torch.ones_like(latent[:, :1])
-        colours = torch.cat([latent, ones], dim=1).movedim(1, -1) @ self.weight.to(latent)
-        return rearrange(colours, "b h w (c y x) -> b c (h y) (w x)", y=SIDE, x=SIDE).clamp(-1, 1)
+def fitted_preview(vae: SanaVAE) -> LinearPreview:
+    return fit_preview(lambda image: vae.encode((image.movedim(1, -1) + 1) / 2) * vae.config.latent_scale)
 
 
-def fit_preview(vae: SanaVAE) -> Preview:
-    """Least squares between the latents of a picture of soft random colours and that picture made small."""
-    generator = torch.Generator().manual_seed(0)
-    picture = torch.zeros(1, 3, FIT_PIXELS, FIT_PIXELS)
-    for cells in (6, 12, 24, 48):
-        colours = torch.rand(1, 3, cells, cells, generator=generator) - 0.5
-        picture += F.interpolate(colours, size=(FIT_PIXELS, FIT_PIXELS), mode="bicubic")
-    picture = (picture + 0.5).clamp(0, 1)
-    latent = vae.encode(picture.movedim(1, -1)).float().cpu() * vae.config.latent_scale
-    known = torch.cat([latent, torch.ones_like(latent[:, :1])], dim=1).movedim(1, -1).flatten(0, 2)
-    small = F.avg_pool2d(picture * 2 - 1, FIT_PIXELS // (latent.shape[-1] * SIDE))
-    wanted = rearrange(small, "b c (h y) (w x) -> (b h w) (c y x)", y=SIDE, x=SIDE)
-    # A little ridge: some channels may hardly vary in one picture.
-    ridge = 1e-3 * len(known) * torch.eye(known.shape[1])
-    return Preview(torch.linalg.solve(known.T @ known + ridge, known.T @ wanted))
-
-
-def show_previews(patcher: ModelPatcher, preview: Preview) -> None:
+def show_previews(patcher: ModelPatcher, preview: LinearPreview) -> None:
     """Let the host draw previews of latents of a MODEL with this map, also where it loads it anew to compile it."""
     _set_factors(patcher.model.latent_format, preview)
     on_clone = comfy.patcher_extension.CallbacksMP.ON_CLONE
     patcher.add_callback(on_clone, lambda original, clone: _set_factors(clone.model.latent_format, preview))
 
 
-def _set_factors(latent_format: LatentFormat, preview: Preview) -> None:
+def _set_factors(latent_format: LatentFormat, preview: LinearPreview) -> None:
     latent_format.latent_rgb_factors = torch.eye(3).tolist()
     latent_format.latent_rgb_factors_bias = [0.0, 0.0, 0.0]
     latent_format.latent_rgb_factors_reshape = preview
+
+
+def extend_previews() -> None:
+    """The host's own network for TAESD previews gives 8x8 px a cell; TAESANA is another, with 32x32."""
+    extend(latent_preview, "get_previewer", _get_previewer)
+
+
+class TinyPreviewer(latent_preview.LatentPreviewer):
+    """The first latent of a batch by TAESANA. linear: the previewer for latents beyond MOST_CELLS, if there is one."""
+
+    def __init__(self, decoder: TinyDecoder, linear: latent_preview.LatentPreviewer | None) -> None:
+        self.decoder, self.linear = decoder, linear
+
+    def decode_latent_to_preview(self, x0: Tensor) -> Image.Image:
+        return latent_preview.preview_to_image(_drawn(self.decoder, x0[:1])[0].movedim(0, -1))
+
+    def decode_latent_to_preview_image(self, preview_format: str, x0: Tensor) -> tuple[str, Image.Image, int] | None:
+        if not _is_large(x0):
+            return super().decode_latent_to_preview_image(preview_format, x0)
+        return self.linear and self.linear.decode_latent_to_preview_image(preview_format, x0)
+
+
+def _get_previewer(
+    original: Callable[..., latent_preview.LatentPreviewer | None],
+    device: torch.device,
+    latent_format: LatentFormat,
+    *others: object,
+    **named: object,
+) -> latent_preview.LatentPreviewer | None:
+    chosen = latent_preview.args.preview_method == LatentPreviewMethod.TAESD
+    if not chosen or not isinstance(latent_format, SanaLatentFormat):
+        return original(device, latent_format, *others, **named)
+    linear = _linear(latent_format)
+    decoder = _decoder(device)
+    return linear if decoder is None else TinyPreviewer(decoder, linear)
+
+
+def _linear(latent_format: SanaLatentFormat) -> latent_preview.LatentPreviewer | None:
+    """None for a transformer that was loaded without its autoencoder."""
+    if latent_format.latent_rgb_factors is None:
+        return None
+    return latent_preview.Latent2RGBPreviewer(
+        latent_format.latent_rgb_factors,
+        latent_format.latent_rgb_factors_bias,
+        latent_format.latent_rgb_factors_reshape,
+    )
+
+
+def _decoder(device: torch.device) -> TinyDecoder | None:
+    """None without a file that holds it, and the log says why: no run should end for its previews."""
+    names = folder_paths.get_filename_list(FOLDER)
+    path = next(filter(None, (folder_paths.get_full_path(FOLDER, n) for n in names if n.startswith(DECODER))), None)
+    if path is None:
+        log.info(f"models/{FOLDER} holds no {DECODER}, so previews of SANA are linear ones; put {SOURCE} there")
+        return None
+    dtype = torch.float16 if management.should_use_fp16(device) else torch.float32
+    try:
+        return load_tiny_decoder(Path(path), dtype, device)
+    except CheckpointError as error:
+        log.warning(f"previews of SANA are linear ones: {error}")
+        return None
+
+
+def _is_large(latent: Tensor) -> bool:
+    return latent.shape[-2] * latent.shape[-1] > MOST_CELLS
+
+
+@torch.no_grad()
+def _drawn(decoder: TinyDecoder, latent: Tensor) -> Tensor:
+    """Pictures (B, 3, height, width) in [-1, 1], of the dtype of the latents."""
+    return decoder(latent.to(decoder[1].weight)).to(latent.dtype)

@@ -15,15 +15,17 @@ from .extension import extend
 from .lora import extend_loras
 from .masks import extend_masks
 from .model import SanaConfig, detect
+from .preview import extend_previews
 from .sampler import SAMPLER_FUNCTIONS
 
 
 def register() -> None:
-    """Detection and loading of SANA transformers, LoRA files, masks, and our solvers in the list of KSampler."""
+    """Detection and loading of SANA transformers, LoRA files, masks, previews, and our solvers in the list of KSampler."""
     _extend_detection()
     extend_loading()
     extend_loras()
     extend_masks()
+    extend_previews()
     for name, sample in SAMPLER_FUNCTIONS.items():
         if name not in comfy.samplers.SAMPLER_NAMES:
             setattr(comfy.k_diffusion.sampling, f"sample_{name}", sample)

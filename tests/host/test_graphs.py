@@ -1,22 +1,34 @@
 """Pictures through the running server, with the nodes of the host around ours: what is drawn, reported, stopped and refused."""
 
 import io
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from sana.checkpoints.writing import write_transformer
+from sana.config import TransformerIdentity
+from sana.loading import MODELS
+from sana.networks.controlnet import SanaControlNet
+from sana.networks.transformer import SanaTransformer
 from sana.training.scenes import BACKGROUNDS, COLOURS
 from tests.host import stand_ins
 from tests.host.client import Event, Run
 from tests.host.graphs import Prompt, changed, node, text_to_image
 from tests.host.hosts import NEWEST, OLDEST
 from tests.host.server import Server, Servers
+from tests.sana.models import tiny_decoder
+from tests.sana.twins import randomise
 
 STEPS = 4
 FLUX = "flux.safetensors"
+SMALL, SPRINT, CONTROL = "small", "sprint", "control.safetensors"
+TEXT_WIDTH = 192  # of the demo's text encoder
 
 
 @pytest.fixture(scope="module", params=[NEWEST, OLDEST])
@@ -25,8 +37,29 @@ def host(servers: Servers, request: pytest.FixtureRequest) -> Iterator[Server]:
     server = servers(request.param)
     server.upload("picture.png", picture())
     other = {"double_blocks.0.img_attn.qkv.weight": torch.zeros(1)}
-    with stand_ins.placed(server, {f"diffusion_models/{FLUX}": other}):
+    with stand_ins.placed(server, {f"diffusion_models/{FLUX}": other}), small_networks(server):
         yield server
+
+
+@contextmanager
+def small_networks(server: Server) -> Iterator[None]:
+    """A SANA and a Sprint with the demo's texts and autoencoder, a ControlNet for the first, and TAESANA, all random."""
+    decoder = tiny_decoder()
+    decoder[-1].bias[0] += 10  # all its pictures are as red as can be
+    tensors = {"vae_approx/taesana_decoder.pth": decoder.state_dict()}
+    folders = [server.base / "models" / "diffusers" / name for name in (SMALL, SPRINT)]
+    for folder, variant in zip(folders, ("sana-0.6b-1024px", "sana-sprint-0.6b-1024px"), strict=True):
+        config = replace(stand_ins.transformer_config(variant), text_width=TEXT_WIDTH)
+        shutil.copytree(MODELS["demo"], folder, ignore=shutil.ignore_patterns("transformer"))
+        identity = TransformerIdentity(config, variant, 1024, 3.0, "float16", "its header")
+        write_transformer(folder / "transformer", randomise(SanaTransformer(config), seed=6), identity, torch.float16)
+        if folder.name == SMALL:
+            control = SanaControlNet(replace(config, control_blocks=2))
+            tensors[f"controlnet/{CONTROL}"] = randomise(control, seed=5).state_dict()
+    with stand_ins.placed(server, tensors):
+        yield
+    for folder in folders:
+        shutil.rmtree(folder)
 
 
 def picture(height: int = 100, width: int = 150) -> bytes:
@@ -51,6 +84,50 @@ def test_every_step_has_progress_and_a_preview(host: Server, sampler: str) -> No
     assert {data["node"] for data in run.data("progress")} == {"sample"}
     assert len(run.previews) == STEPS
     assert all(preview.width * 128 == preview.height * 96 for preview in run.previews)
+
+
+def loader(model: str) -> dict[str, object]:
+    """With the demo's text encoder and autoencoder."""
+    return node("SanaCheckpointLoader", model=model, text_encoder="auto", vae="auto", dtype="auto")
+
+
+def inpainting() -> Prompt:
+    prompt = image_to_image(0.8)
+    prompt["mask"] = node("SolidMask", value=1.0, width=128, height=96)
+    prompt["masked"] = node("SetLatentNoiseMask", samples=("latent", 0), mask=("mask", 0))
+    return changed(prompt, sample={"latent_image": ("masked", 0)})
+
+
+def controlled() -> Prompt:
+    prompt = text_to_image("FlowDPMSampler", size=(96, 128))
+    prompt["drawer"] = loader(SMALL)
+    prompt["image"] = node("LoadImage", image="picture.png")
+    prompt["net"] = node("SanaControlNetLoader", control_net=CONTROL)
+    ends = {"positive": ("positive", 0), "negative": ("negative", 0), "image": ("image", 0), "vae": ("load", 2)}
+    settings = {"start_percent": 0.0, "end_percent": 1.0, "strength": 1.0}
+    prompt["control"] = node("ControlNetApplyAdvanced", control_net=("net", 0), **ends, **settings)
+    return changed(prompt, sample={"model": ("drawer", 0), "positive": ("control", 0), "negative": ("control", 1)})
+
+
+def sprint() -> Prompt:
+    """Another model with the demo's texts and autoencoder."""
+    prompt = text_to_image(size=(96, 128))
+    prompt["drawer"] = loader(SPRINT)
+    prompt["schedule"] = node("SCMScheduler", steps=STEPS, max_angle=1.57, intermediate_angle=1.3, paper_angles=False)
+    links = {"model": ("drawer", 0), "positive": ("positive", 0), "sigmas": ("schedule", 0), "latent": ("latent", 0)}
+    prompt["sample"] = node("SCMSampler", seed=1, guidance=4.5, **links)
+    return prompt
+
+
+@pytest.mark.parametrize("kind", [inpainting, controlled, sprint], ids=lambda kind: kind.__name__)
+def test_other_runs_have_previews_by_either_method(host: Server, kind: Callable[[], Prompt]) -> None:
+    """That of the host's choice: TAESANA, whose pictures are red here, or the linear map."""
+    for method, seed in (("latent2rgb", 1), ("taesd", 2)):
+        run = host.queue(changed(kind(), sample={"seed": seed}), preview_method=method)
+        assert run.failure is None and len(run.previews) == len(run.data("progress")) > 0
+        for preview in run.previews:
+            assert preview.width * 96 == preview.height * 128
+            assert (np.asarray(preview.convert("RGB"))[..., 0].mean() > 235) == (method == "taesd")
 
 
 def test_nodes_say_what_they_found(host: Server) -> None:

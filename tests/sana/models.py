@@ -19,6 +19,7 @@ from sana.checkpoints.text_encoder import gemma_json
 from sana.checkpoints.writing import scheduler_json, write_pipeline
 from sana.config import GemmaConfig, TransformerConfig, TransformerIdentity
 from sana.networks.autoencoder import DCAutoencoder
+from sana.networks.tiny_decoder import TinyDecoder
 from sana.networks.transformer import SanaTransformer
 from sana.saving import write_json
 from sana.text.gemma import Gemma2
@@ -189,3 +190,13 @@ def reference_text(
 
 def _corpus() -> list[str]:
     return [line for text in (INSTRUCTION, *PROMPTS) for line in text.splitlines()] * 2
+
+
+def tiny_decoder() -> TinyDecoder:
+    """A random TAESANA, most of whose pixels are neither black nor white."""
+    network = randomise(TinyDecoder(), seed=0).eval().requires_grad_(False)
+    raw = nn.Sequential.forward(network, 2 * torch.randn(1, 32, 3, 3, generator=torch.Generator().manual_seed(0)))
+    last = network[-1]
+    last.weight /= 4 * raw.std()
+    last.bias.copy_((last.bias - raw.mean()) / (4 * raw.std()) + 0.5)
+    return network
