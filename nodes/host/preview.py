@@ -21,6 +21,7 @@ from ...sana.networks.previews import LinearPreview, fit_preview
 from ...sana.networks.tiny_decoder import TinyDecoder
 from .extension import extend
 from .model import SanaLatentFormat
+from .sampler import sana_model
 from .vae import SanaVAE
 
 log = logging.getLogger(__name__)
@@ -109,6 +110,27 @@ def _decoder(device: torch.device) -> TinyDecoder | None:
 
 def _is_large(latent: Tensor) -> bool:
     return latent.shape[-2] * latent.shape[-1] > MOST_CELLS
+
+
+def preview_pictures(patcher: ModelPatcher, latent: Tensor) -> Tensor:
+    """IMAGE (B, h, w, 3) of a LATENT (B, 32, H, W): 32 px a cell by TAESANA if its file is there, else 4 by the linear map.
+
+    Raises ValueError for latents of another model, and where neither is there.
+    """
+    latent_format = sana_model(patcher).latent_format
+    sana_model(patcher).check_latent(latent.shape)
+    x = latent_format.process_in(latent.float())
+    decoder = None if _is_large(x) else _decoder(patcher.load_device)
+    if decoder is not None:
+        pictures = torch.cat([_drawn(decoder, each.to(patcher.load_device)).cpu() for each in x.split(1)])
+    elif latent_format.latent_rgb_factors is not None:
+        pictures = latent_format.latent_rgb_factors_reshape(x)
+    else:
+        raise ValueError(
+            f"this MODEL came without an autoencoder, and models/{FOLDER} holds no {DECODER}; connect the MODEL of Load SANA, "
+            f"or put {SOURCE} there"
+        )
+    return ((pictures + 1) / 2).movedim(1, -1).to(management.intermediate_device())
 
 
 @torch.no_grad()

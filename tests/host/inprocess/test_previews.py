@@ -10,10 +10,12 @@ import latent_preview
 import pytest
 import torch
 from comfy.cli_args import LatentPreviewMethod
+from comfy.model_patcher import ModelPatcher
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sana.config import LATENT_SCALE
 from sana.networks.tiny_decoder import TinyDecoder
 from tests.host.inprocess.small import Small
 from tests.sana.models import tiny_decoder
@@ -121,3 +123,41 @@ def test_models_of_core_loaders_have_taesana_too(
 def test_other_models_have_the_hosts(small: Small, taesd: None, decoder: TinyDecoder) -> None:
     previewer = latent_preview.get_previewer(CPU, comfy.latent_formats.SD15())
     assert type(previewer) is latent_preview.Latent2RGBPreviewer
+
+
+def shown_by_node(small: Small, latent: Tensor, model: ModelPatcher | None = None) -> Tensor:
+    node = small.host.nodes["SanaPreviewLatent"]
+    assert node.OUTPUT_NODE
+    return node.execute(samples={"samples": latent / LATENT_SCALE}, model=model or small.model).result[0]
+
+
+def test_node_shows_the_whole_batch(small: Small, decoder: TinyDecoder) -> None:
+    """By TAESANA whatever the host's preview method is."""
+    found = shown_by_node(small, LATENT)
+    with torch.no_grad():
+        expected = (decoder(LATENT).movedim(1, -1) + 1) / 2
+    assert found.shape == (2, 64, 96, 3) and float((found - expected).abs().max()) < 1e-5
+    assert float(found.std()) > 0.05
+
+
+def test_node_without_the_file(small: Small) -> None:
+    found = shown_by_node(small, LATENT)
+    expected = small.model.model.latent_format.latent_rgb_factors_reshape(LATENT)
+    assert found.shape == (2, 8, 12, 3)
+    assert float((found - (expected.movedim(1, -1) + 1) / 2).abs().max()) < 1e-5
+
+
+def test_node_shows_its_pictures(small: Small) -> None:
+    """And hands them on."""
+    result = small.host.nodes["SanaPreviewLatent"].execute(samples={"samples": LATENT}, model=small.model)
+    assert result.result[0].shape == (2, 8, 12, 3) and len(result.ui.as_dict()["images"]) == 2
+
+
+def test_node_refuses(small: Small, path: Path) -> None:
+    with pytest.raises(ValueError, match="this latent has 4 channels, and SANA takes 32"):
+        shown_by_node(small, LATENT[:, :4])
+    (model,) = small.host.call("UNETLoader", unet_name=small.path.name, weight_dtype="default")
+    with pytest.raises(
+        ValueError, match="came without an autoencoder, and models/vae_approx holds no taesana_decoder; connect"
+    ):
+        shown_by_node(small, LATENT, model)
