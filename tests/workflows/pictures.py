@@ -41,6 +41,7 @@ PROMPTS = {
     "sana_4k_text_to_image": "a yellow star inside a purple circle on a grey background",
     "sana_1_5_text_to_image": "a large pink triangle on a mint background",
     "sana_img2img": "a green circle above a yellow square on a white background",
+    "sana_second_pass": "a red circle left of a blue square on a white background",
     "sana_inpainting": "a red circle above a green square on a white background",
     "sana_train_lora": "a large pierced red heart on a white background",
     "sana_lora": "two purple crosses on a white background",
@@ -76,12 +77,13 @@ def draw_workflow(server: Server, name: str, prompt: Prompt) -> Image.Image:
 
 
 def with_demo_model(prompt: Prompt, text: str) -> Prompt:
-    """The same graph with the demo model and another prompt."""
+    """The same graph with the demo model, its own guidance scale, and another prompt."""
     (loader,) = graph.of_kind(prompt, "SanaCheckpointLoader")
     own_parts = {"model": DEMO, "text_encoder": "auto", "vae": "auto"}
     encoders = graph.of_kind(prompt, "GemmaTextEncode")
     (positive,) = (name for name in encoders if prompt[name]["inputs"]["instruction"] == "official")
-    return changed(prompt, **{loader: own_parts, positive: {"text": text}})
+    scales = {name: {"cfg": 2.0} for name in graph.of_kind(prompt, "FlowDPMSampler")}
+    return changed(prompt, **{loader: own_parts, positive: {"text": text}}, **scales)
 
 
 def start_picture(*, hole: bool) -> bytes:

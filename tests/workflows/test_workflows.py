@@ -12,13 +12,17 @@ from urllib.parse import urlparse
 
 import numpy as np
 import pytest
+import tomllib
 from PIL import Image
 from playwright.sync_api import Browser
 
+from bench.scene_reader import read
 from tests.browser.frontend import Frontend, open_page
 from tests.host import stand_ins
 from tests.host.base_directory import PACK
 from tests.host.graphs import changed
+from tests.host.graphs import node as api_node
+from tests.host.hosts import OLDEST, ROOT
 from tests.host.server import Server
 from tests.workflows import graph, pictures
 
@@ -30,6 +34,7 @@ EXPECTED = {
     "sana_1_5_text_to_image",
     "sana_sprint_text_to_image",
     "sana_img2img",
+    "sana_second_pass",
     "sana_inpainting",
     "sana_lora",
     "sana_train_lora",
@@ -44,11 +49,37 @@ VARIANTS = {
     "Sana_Sprint_1.6B_1024px.pth": "sana-sprint-1.6b-1024px",
 }
 LORA = "pytorch_lora_weights.safetensors"
+LAID_OUT = ("sana_second_pass",)
+PACK_ID = "comfyui-sana"
 SIDE = 128  # px, of the pictures drawn here
+TWICE = ("sana_second_pass",)  # whose pictures are twice as large as their first latent
 TITLE = 30  # height of a node's title, which is above its position
 BOXES = """() => app.graph.nodes.map(node => ({
     id: node.id, box: [...node.pos, ...node.size], least: [...node.computeSize()], note: node.type === "MarkdownNote"
 }))"""
+# The wires that run below a node: those whose path meets the rim of a box a little smaller than the node, or than its middle
+# where the wire begins or ends there.
+BELOW = """() => {
+    app.canvas.draw(true, true)
+    const context = document.createElement("canvas").getContext("2d"), found = []
+    context.lineWidth = 4
+    for (const link of app.graph.links.values()) {
+        const bends = [...app.graph.reroutes.values()].filter(bend => bend.linkIds.has(link.id))
+        const paths = [link, ...bends].map(part => part.path).filter(path => path)
+        if (!paths.length) throw new Error(`link ${link.id} was not drawn`)
+        for (const node of app.graph.nodes) {
+            const side = [link.origin_id, link.target_id].includes(node.id) ? 34 : 4
+            const [left, right] = [node.pos[0] + side, node.pos[0] + node.size[0] - side]
+            const [top, bottom] = [node.pos[1] - 26, node.pos[1] + node.size[1] - 4]
+            const meets = (x, y) => paths.some(path => context.isPointInStroke(path, x, y))
+            let met = false
+            for (let x = left; x < right; x += 3) met ||= meets(x, top) || meets(x, bottom)
+            for (let y = top; y < bottom; y += 3) met ||= meets(left, y) || meets(right, y)
+            if (met) found.push(`${link.origin_id} to ${link.target_id} below ${node.id}`)
+        }
+    }
+    return found
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +148,25 @@ def test_runs_as_the_user_interface_converts_it(name: str, page: Frontend, weigh
     assert run.failure is None
     (saved,) = (name for name, node in prompt.items() if node["class_type"] == "SaveImage")
     (picture,) = weights.images(run, saved)
-    assert picture.size == (SIDE, SIDE)
+    assert picture.size == ((2 * SIDE, 2 * SIDE) if name in TWICE else (SIDE, SIDE))
     assert run.previews
     assert not page.exceptions, page.report()
+
+
+@pytest.mark.parametrize("name", LAID_OUT)
+def test_is_as_the_user_interface_exports_it(name: str, page: Frontend) -> None:
+    """With all widgets among the inputs, which converters to the API's format read, and versions; no wire is below a node."""
+    workflow, version = graph.read(name), tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    page.load(workflow)
+    exported = {node["id"]: node for node in page.workflow()["nodes"]}
+    for node in workflow["nodes"]:
+        wanted = exported[node["id"]]
+        for part in ("name", "type", "widget", "link"):
+            assert [entry.get(part) for entry in node["inputs"]] == [entry.get(part) for entry in wanted["inputs"]]
+        assert node["widgets_values"] == wanted["widgets_values"] and node["size"] == wanted["size"]
+        if node["type"] != "MarkdownNote":
+            assert node["properties"]["ver"] == (version if node["properties"]["cnr_id"] == PACK_ID else OLDEST)
+    assert page.page.evaluate(BELOW) == []
 
 
 def check_layout(workflow: dict, boxes: dict[int, dict]) -> None:
@@ -163,6 +210,28 @@ def test_lora_has_an_effect(page: Frontend, weights: Server) -> None:
     with_lora, without = (weights.queue(changed(prompt, **{loader: {"strength_model": s}})) for s in (1.0, 0.0))
     assert np.asarray(weights.images(with_lora)[0]).tolist() != np.asarray(weights.images(without)[0]).tolist()
     assert "lora key not loaded" not in weights.log()
+
+
+def test_second_pass_keeps_every_thing_where_it_is(page: Frontend, server: Server) -> None:
+    """At twice the size, and draws on them; with more noise the demo model, made for 256 px, draws things more than once."""
+    page.load(graph.read("sana_second_pass"))
+    prompt = pictures.with_demo_model(graph.shrunk(page.prompt(), side=256), pictures.PROMPTS["sana_second_pass"])
+    (doubled,), (saved,) = graph.of_kind(prompt, "ImageScaleBy"), graph.of_kind(prompt, "SaveImage")
+    prompt["show"] = api_node("PreviewImage", images=tuple(prompt[doubled]["inputs"]["image"]))
+    (encoded,) = graph.of_kind(prompt, "VAEEncode")
+    prompt["straight"] = api_node("VAEDecode", samples=(encoded, 0), vae=tuple(prompt[encoded]["inputs"]["vae"]))
+    prompt["show_straight"] = api_node("PreviewImage", images=("straight", 0))
+    run = server.queue(prompt)
+    small, straight, large = (server.images(run, name)[0] for name in ("show", "show_straight", saved))
+    assert large.size == (512, 512)
+    before, after = read(small), read(large)
+    assert (before.background, after.background) == ("white", "white")
+    assert sorted((thing.colour, thing.shape) for thing in after.things) == [("blue", "square"), ("red", "circle")]
+    for thing in before.things:
+        (same,) = (other for other in after.things if other.colour == thing.colour)
+        assert np.abs(np.array(same.box) - 2 * np.array(thing.box)).max() <= 8
+    difference = np.asarray(large.convert("RGB"), float) - np.asarray(straight.convert("RGB"), float)
+    assert np.abs(difference).mean() > 0.2
 
 
 def test_templates_are_listed(server: Server) -> None:
