@@ -41,7 +41,7 @@ def main() -> int:
     print(
         f"{device_name()}, {dtype}: {floor.flops_per_second / 1e12:.2f} TFLOP/s, {floor.bytes_per_second / 1e9:.0f} GB/s"
     )
-    compiled = device == "cuda" or options.compiled
+    compiled = device == "cuda" if options.compiled is None else options.compiled
     result = {"dtype": str(dtype), "floor": asdict(floor), "repeats": options.repeats, "rows": []}
     result |= {"left_out": [case.title for case in cases], "failed": [], "load_before": psutil.getloadavg()[0]}
     name = f"speed-{device}-{str(dtype).removeprefix('torch.')}"
@@ -68,7 +68,11 @@ def parse() -> argparse.Namespace:
     top.add_argument("--repeats", type=count, default=5, help="timed calls of each candidate (default: 5)")
     top.add_argument("--steps", type=count, help="of whole pictures (default: 20 on a GPU, 2 on a CPU)")
     top.add_argument("--only", type=expression, help="cases whose title matches this regular expression; needs --out")
-    top.add_argument("--compiled", action="store_true", help="torch.compile on a CPU too; takes minutes for each case")
+    top.add_argument(
+        "--compiled",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile too, which takes a minute or more for each case (default: on a GPU)",
+    )
     top.add_argument(
         "--out", type=Path, help="JSON file to write (default: the one in results/ that docs/speed.md shows)"
     )

@@ -108,11 +108,12 @@ def main() -> None:
         numbers = (gibibytes(n) for n in (phase.weights, phase.model, phase.measured, phase.total))
         print(f"| {phase.phase} | {phase.side or ''} | {' | '.join(numbers)} |", flush=True)
         rows.append(phase)
-    most = max(phase.total for phase in rows)
+        most = max(phase.total for phase in rows)
+        result = {"variant": options.variant, "phases": [asdict(phase) for phase in rows], "most": most}
+        path = write_result("memory", result, options.out)  # now, for the case that the next one ends everything
     verdict = "suffices" if most < CARD * GIB else "is too small"
     print(f"\nThe most at once: {gibibytes(most)} GiB; a card of {CARD} GiB {verdict}.")
-    result = {"variant": options.variant, "phases": [asdict(phase) for phase in rows], "most": most}
-    print(write_result("memory", result, options.out))
+    print(path)
 
 
 if __name__ == "__main__":
