@@ -20,7 +20,7 @@ from ..saving import write_json
 OWN = "prompt"  # the caption in KEY.txt
 SCORES = "_clip_score"  # at the end of the name of a file of scores
 LIST = "captions.jsonl"  # in the folder of the pictures
-OF = "of"  # in a file of scores: for each caption, what its score was computed from
+OF = "made/from"  # in a file of scores: for each caption, what its score was computed from; no picture has that name
 HIGHEST = 100.0
 NAME = re.compile(r"[\w.-]{1,100}")
 

@@ -167,6 +167,13 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert read_captions(tmp_path, [path]) == [(caption._replace(score=27.1037),)]
 
 
+def test_a_picture_called_like_a_word_keeps_its_scores(tmp_path: Path) -> None:
+    (path,) = drawn(tmp_path, "of.png")
+    (tmp_path / "of.txt").write_text("a cat")
+    write_score(path, Caption("prompt", "a cat"), 20.0, "clip")
+    assert read_captions(tmp_path, [path]) == [(Caption("prompt", "a cat", 20.0),)]
+
+
 def test_a_score_is_of_a_picture_a_text_and_a_model(tmp_path: Path) -> None:
     (path,) = drawn(tmp_path, "a.png")
     caption = Caption("prompt", "a cat")
