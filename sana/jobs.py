@@ -38,8 +38,10 @@ class Job(NamedTuple):
 def read_prompts(path: Path) -> list[str]:
     """The lines of a text file that are not blank. A line ends at a line feed, and at no other character.
 
-    Raises ValueError for what is no file, is no UTF-8 or holds no prompt, and OSError.
+    Raises ValueError for what is no file, is no UTF-8 or holds no prompt, and OSError for a file that cannot be read.
     """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; give a text file with one prompt on each line")
     try:
         check_file(path)
         text = path.read_bytes().decode("utf-8-sig")  # editors of Windows begin a file with a mark

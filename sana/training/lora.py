@@ -129,6 +129,8 @@ def train_lora(
     too where the watch stops the training. Stopped and started again, it goes on. source: the model; None: the demo. Raises
     as `gathered`, `add_adapter` and `train` do.
     """
+    if config.start is not None and not config.start.is_file():
+        raise ValueError(f"{config.start} is no file; give the LoRA to go on from, or leave it out")
     machine = process_state()
     dtype = _dtype(config.dtype, machine.device)
     watch = _with_events(watch, folder / "events")

@@ -91,6 +91,12 @@ def test_no_picture_and_no_prompts_wait(no_file: Callable[[str], Path]) -> None:
     assert read_record(path) is None
 
 
+def test_prompts_that_are_not_there_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as refused:
+        read_prompts(tmp_path / "a.txt")
+    assert str(refused.value) == f"{tmp_path / 'a.txt'} does not exist; give a text file with one prompt on each line"
+
+
 # JSON
 
 

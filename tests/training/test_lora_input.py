@@ -42,6 +42,7 @@ from tests.training.lora_runs import SMALL, lora, random_batches
         ("--accumulate=0", "accumulate is 0; it must be at least 1"),
         ("--warmup=-1", "warmup is -1; it must be 0, for none, or more"),
         ("--targets=(", "targets '(' is no regular expression (missing ), unterminated subpattern at position 0); "),
+        ("--start=nowhere", "nowhere is no file; give the LoRA to go on from, or leave it out"),
         ("--data=nowhere", "nowhere is no folder; give one with pictures, each with a .txt file of its name"),
         ("--prior=nowhere", "nowhere is no folder; give one with pictures, each with a .txt file of its name"),
     ],
