@@ -128,7 +128,7 @@ def _draw(pool: "list[_Worker]", queue: "_Queue", stopped: Callable[[], bool]) -
     start: float | None = time.monotonic()  # None: a worker has started, or it has been told that none does
     while True:
         for worker in () if stopped() else pool * IN_FLIGHT:
-            if worker.is_free and (batch := queue.next()):
+            if worker.is_free and (batch := queue.next(suspected=not worker.batches)):
                 worker.draw(batch)
         drawing = {ref: worker for worker in pool for ref in worker.batches}
         if not drawing and (stopped() or queue.is_empty()):
@@ -162,21 +162,26 @@ def _draw(pool: "list[_Worker]", queue: "_Queue", stopped: Callable[[], bool]) -
                 ends.update(row.number for row in suspect.rows)
                 number = max(ends[row.number] for row in suspect.rows)
                 if len(suspect.rows) > 1 and number > 1:
-                    queue.give_back(Batch([row], alone=True) for row in suspect.rows)
+                    queue.give_back(Batch([row], alone=True, suspected=True) for row in suspect.rows)
                     for row in suspect.rows:  # one is the cause, and the others are to be cleared of it
                         del ends[row.number]
                 elif len(suspect.rows) > 1 or number < MOST_ENDS:
-                    queue.give_back([suspect])
+                    queue.give_back([suspect._replace(suspected=True)])
                 else:
                     message = f"{MOST_ENDS} workers ended while they drew it; try it alone, in less memory"
                     yield [fault(suspect.rows[0], message, worker.name)]
 
 
 class Batch(NamedTuple):
-    """Rows for one worker. alone: it is one row, at which workers have ended, out of a batch."""
+    """Rows for one worker. alone: it is one row, at which workers have ended, out of a batch.
+
+    suspected: a worker ended at it, or just after, before its answer was sent. It is given to a worker that has nothing else to
+    do, and nothing else until it is done, so that there is no doubt about another end.
+    """
 
     rows: list[Row]
     alone: bool = False
+    suspected: bool = False
 
 
 class _UselessError(Exception):
@@ -204,7 +209,8 @@ class _Worker:
 
     @property
     def is_free(self) -> bool:
-        return self.loading is None and len(self.batches) < IN_FLIGHT
+        suspected = any(batch.suspected for batch in self.batches.values())
+        return self.loading is None and len(self.batches) < IN_FLIGHT and not suspected
 
     def draw(self, batch: Batch) -> None:
         self.batches[self.actor.draw.remote(batch)] = batch
@@ -305,10 +311,12 @@ class _Queue:
         self.count = 0  # rows in the groups
         self.returned: deque[Batch] = deque()
 
-    def next(self) -> Batch | None:
-        """The next batch: the oldest row with others like it. None at the end."""
-        if self.returned:
-            return self.returned.popleft()
+    def next(self, *, suspected: bool = True) -> Batch | None:
+        """The next batch: the oldest row with others like it. None at the end. suspected: it may be one that is."""
+        for batch in self.returned:
+            if suspected or not batch.suspected:
+                self.returned.remove(batch)
+                return batch
         for row in islice(self.rows, self.ahead - self.count):
             self.groups.setdefault(self.key(row), deque()).append(row)
             self.count += 1
