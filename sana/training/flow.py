@@ -86,14 +86,15 @@ class FlowObjective(nn.Module):
     def layers(self) -> list[str]:
         """Paths of the layers that use their weights in one call each, for `shard`: what is in another one comes first.
 
-        Keys and values of the text are computed for all blocks before the first of them runs, so they are layers of their own.
+        Keys and values of the text are computed for all blocks before the first of them runs, so they are layers of their own;
+        so are the tables of all blocks, which therefore belong to no layer.
         """
         found = []
         for i, block in enumerate(self.transformer.transformer_blocks):
             path = f"transformer.transformer_blocks.{i}"
             texts = ((name, getattr(block.attn2, name)) for name in ("to_k", "to_v", "norm_k"))
             found += [f"{path}.attn2.{name}" for name, layer in texts if any(True for _ in layer.parameters())]
-            found.append(path)
+            found += [f"{path}.{name}" for name in ("attn1", "attn2", "ff")]
         return found
 
     def noise_levels(self, count: int, layout_share: float, generator: torch.Generator, device: torch.device) -> Tensor:
