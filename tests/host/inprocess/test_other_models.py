@@ -31,6 +31,8 @@ ADDED = {
     "comfy.k_diffusion.sampling.sample_flow_dpm",
     "comfy.sd.load_diffusion_model_state_dict",
     "comfy.sd.load_state_dict_guess_config",
+    "execution.validate_prompt",
+    "latent_preview.get_previewer",
 }
 # The first version makes music. Its blocks have names of SANA's.
 ACE_STEP = {
@@ -89,7 +91,9 @@ def test_pack_replaces_nothing_else_in_the_host(host: Host, small: Small) -> Non
     """With older nodes for SANA loading SANA replaced the sampling of all models until a restart."""
     small.sample()
     modules = [
-        module for name, module in list(sys.modules.items()) if name.split(".")[0] in ("comfy", "nodes", "execution")
+        module
+        for name, module in list(sys.modules.items())
+        if name.split(".")[0] in ("comfy", "nodes", "execution", "latent_preview")
     ]
     home = str(host.base / "custom_nodes")
     found = {
