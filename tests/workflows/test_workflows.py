@@ -35,6 +35,7 @@ EXPECTED = {
     "sana_sprint_text_to_image",
     "sana_img2img",
     "sana_second_pass",
+    "sana_sprint_draft_finish",
     "sana_inpainting",
     "sana_lora",
     "sana_train_lora",
@@ -49,7 +50,7 @@ VARIANTS = {
     "Sana_Sprint_1.6B_1024px.pth": "sana-sprint-1.6b-1024px",
 }
 LORA = "pytorch_lora_weights.safetensors"
-LAID_OUT = ("sana_second_pass",)
+LAID_OUT = ("sana_second_pass", "sana_sprint_draft_finish")
 PACK_ID = "comfyui-sana"
 SIDE = 128  # px, of the pictures drawn here
 TWICE = ("sana_second_pass",)  # whose pictures are twice as large as their first latent
@@ -116,7 +117,7 @@ def picture_with_hole() -> bytes:
 def test_all_workflows_are_there() -> None:
     assert set(graph.NAMES) == EXPECTED
     assert set(pictures.PROMPTS) == {path.stem for path in graph.FOLDER.glob("*.jpg")}
-    assert EXPECTED - set(pictures.PROMPTS) == {"sana_sprint_text_to_image"}
+    assert EXPECTED - set(pictures.PROMPTS) == {"sana_sprint_text_to_image", "sana_sprint_draft_finish"}
 
 
 @pytest.mark.parametrize("name", graph.NAMES)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import sana
 from sana.config import LATENT_SCALE, VARIANTS
+from sana.sampling.noise import noise_source
 from sana.sampling.schedule import angle_sigmas, flow_sigmas, scm_angles
 from sana.sampling.solvers import SOLVERS, flow_euler
 from sana.text.prompt import DIFFUSERS_INSTRUCTION
@@ -289,6 +290,26 @@ def test_sprint_gives_the_latents_of_the_pipeline_in_a_batch(small: Small, sprin
     latents = sprint_latents(small.host, sprint, small, 2)
     assert difference(latents, pipeline_latent(pipeline, PROMPT, 2, steps=2)) <= EQUAL
     assert difference(latents[:1], sprint_latents(small.host, sprint, small)) <= EQUAL
+
+
+def test_sana_goes_on_from_a_draft_of_sprint(small: Small, sprint: object) -> None:
+    """Its latent is clean and has the scale of every SANA: SANA puts the noise of the draft's own seed on it."""
+    (chosen,) = small.host.call(
+        "LatentFromBatch", samples={"samples": sprint_latents(small.host, sprint, small, 3)}, batch_index=1, length=1
+    )
+    drafts = pipeline_latent(load_pipeline(write_variant(small.host, SPRINT)), PROMPT, 3, steps=2)
+    assert difference(chosen["samples"], drafts[1:2]) <= EQUAL
+    draft = drafts[1:2] * LATENT_SCALE
+    options = {"negative": OTHER_PROMPT, "image": as_file(picture()), "strength": 0.5}
+    settings = sana.Settings(height=HEIGHT, width=WIDTH, seed=SEED + 1, steps=STEPS, **options)
+    plan = small.pipeline.plan(PROMPT, settings)
+    (inputs,) = small.pipeline.prepare([plan])
+    first, *_, last = small.pipeline.follow(plan, inputs._replace(image=draft))
+    noise = noise_source(draft.shape[1:], [SEED + 1])()
+    assert difference(first.x, torch.lerp(draft, noise, float(plan.sigmas[0]))) <= EQUAL
+    finished = small.sample(latent=chosen, denoise=0.5)
+    assert difference(finished, last.next_x / LATENT_SCALE) <= EQUAL
+    assert difference(finished, chosen["samples"]) > CHANGED
 
 
 @pytest.mark.parametrize("max_angle", [1.5458, 1.3])
