@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import comfy.latent_formats
+import comfy.model_management as management
 import folder_paths
 import latent_preview
 import pytest
@@ -132,11 +133,12 @@ def shown_by_node(small: Small, latent: Tensor, model: ModelPatcher | None = Non
 
 
 def test_node_shows_the_whole_batch(small: Small, decoder: TinyDecoder) -> None:
-    """By TAESANA whatever the host's preview method is."""
+    """By TAESANA whatever the host's preview method is; on a GPU in float16."""
     found = shown_by_node(small, LATENT)
     with torch.no_grad():
         expected = (decoder(LATENT).movedim(1, -1) + 1) / 2
-    assert found.shape == (2, 64, 96, 3) and float((found - expected).abs().max()) < 1e-5
+    tolerance = 5e-3 if management.should_use_fp16(management.get_torch_device()) else 1e-5
+    assert found.shape == (2, 64, 96, 3) and float((found - expected).abs().max()) < tolerance
     assert float(found.std()) > 0.05
 
 

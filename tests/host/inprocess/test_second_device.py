@@ -12,7 +12,7 @@ from torch import Tensor
 
 import sana
 from tests.host.boot import Host
-from tests.host.card import draw
+from tests.host.card import Card, draw
 from tests.host.inprocess.small import AUTOENCODER, EQUAL, PROMPT, TEXT_ENCODER, Small, difference, load, picture
 from tests.host.second_device import MEMORY, NAME
 
@@ -135,6 +135,6 @@ def test_model_that_does_not_fit_is_left_outside_in_part(small: Small) -> None:
 def test_memory_of_a_picture_is_measured_part_by_part(small: Small, host: Host) -> None:
     management.unload_all_models()
     files = {"model": small.path.name, "text_encoder": TEXT_ENCODER, "vae": AUTOENCODER, "dtype": "bf16"}
-    prompt, negative, steps, decoding = draw(host, files, side=256, steps=2)
+    prompt, negative, steps, decoding = draw(host, Card(real=False), files, side=256, steps=2)
     assert prompt.peak - prompt.before > sum(p.nbytes for p in small.clip.cond_stage_model.parameters())
     assert min(part.peak - part.before for part in (negative, steps, decoding)) > 0
