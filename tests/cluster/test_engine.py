@@ -155,6 +155,7 @@ def test_a_node_is_lost(joined: str) -> None:
 
 def test_what_ray_prints_goes_to_stderr(cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
     ray.shutdown()
+    capsys.readouterr()  # of workers that tests before this have ended
     with connected(Workers(1, cluster)):
         print_to_stdstream({"lines": ["a node is lost"], "pid": "raylet", "is_err": False}, ignore_prefix=False)
     found = capsys.readouterr()
