@@ -169,7 +169,7 @@ def launches(result: Result) -> Iterator[str]:
 
 def workers(result: Result) -> Iterator[str]:
     """One worker and two against a bare loop, the start, a long file, and kills."""
-    scaling, stream, kills = (result[name] for name in ("scaling", "stream", "kills"))
+    scaling, stream = result["scaling"], result["stream"]
     rounds = scaling["rounds"]
     rates = {name: [each[name]["rate"] for each in rounds] for name in ("one", "two")} | {
         "loop": [each["loop"] for each in rounds]
@@ -196,12 +196,12 @@ def workers(result: Result) -> Iterator[str]:
             "memory of the command after a tenth of them, and at the end",
             f"{stream['memory_after_a_tenth'] / 1e6:.0f} MB, {stream['memory_at_the_end'] / 1e6:.0f} MB",
         ),
-        (
-            "kills of workers and of drivers, after which every row was there once",
-            f"{kills['kills'].get('worker', 0)}, {kills['kills'].get('driver', 0)}",
-        ),
     ):
         yield line(title, value)
+    if "kills" in result:
+        kills = result["kills"]["kills"]
+        title = "kills of workers and of drivers, after which every row was there once"
+        yield line(title, f"{kills.get('worker', 0)}, {kills.get('driver', 0)}")
 
 
 def ranged(values: list[float], form: str) -> str:
