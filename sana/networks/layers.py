@@ -213,7 +213,7 @@ class MixFFN(nn.Module):
 
     def forward(self, x: Tensor, columns: int, rows: slice = slice(None)) -> Tensor:
         """x: (B, N, D), N = H * columns. Returns the result for the given rows only: (B, rows * columns, D)."""
-        inplace = not torch.is_grad_enabled()
+        inplace = _writes()
         x = F.silu(self.conv_inverted(x), inplace)
         x = x.unflatten(1, (-1, columns)).permute(0, 3, 1, 2)  # (B, 2 * inner, H, W), channels last in memory
         x = self.conv_depth(x).permute(0, 2, 3, 1)[:, rows].flatten(1, 2)
