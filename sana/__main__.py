@@ -85,7 +85,7 @@ def run_generate(options: argparse.Namespace) -> int:
     if options.out and not (options.resume or options.overwrite):
         check_free(out, pictures)
     loras = [read_strength(text) for text in options.lora]
-    files: Record = {"files": read_fingerprint(options, loras)}
+    files: Record = {"files": fingerprint(*asked_files(options, loras))}
     if loras:
         files = {**files, "loras": [f"{path.name}={strength:g}" for path, strength in loras]}
     if options.resume:
@@ -131,12 +131,14 @@ def run_cluster(options: argparse.Namespace) -> int:
     check_control(settings, options.control is not None)
     common_record(options, settings)  # refuses what no row could be drawn with
     paths = {name: str(getattr(options, name)) for name in PICTURES if name in settings.changed}
+    read = partial(fingerprint, *asked_files(options, [read_strength(text) for text in options.lora]))
     run = Run(
         out=options.out if "://" in options.out else os.path.abspath(options.out),
         model=read_model(options),
         lora=";".join(options.lora) or None,
         settings={**settings.changed, **paths},
-        files=read_fingerprint(options, [read_strength(text) for text in options.lora]),
+        files=read(),
+        read=read,
         form=options.format,
     )
     failed = generate(options.prompts, run, workers, batch_size=options.batch_size, retry=options.retry_failed)
@@ -192,8 +194,8 @@ def read_asked(options: argparse.Namespace) -> list[str]:
     return read_prompts(options.prompts) if options.prompts else [options.prompt]
 
 
-def read_fingerprint(options: argparse.Namespace, loras: Sequence[tuple[Path, float]]) -> str:
-    """Of the networks, the LoRAs and the pictures that are given. Raises as `fingerprint` does."""
+def asked_files(options: argparse.Namespace, loras: Sequence[tuple[Path, float]]) -> tuple[dict[str, Path], list[Path]]:
+    """The networks, and the LoRAs and pictures that are given, for `fingerprint`."""
     models = {
         "transformer": model_path(options.model),
         "vae": model_path(options.autoencoder or options.model),
@@ -202,7 +204,7 @@ def read_fingerprint(options: argparse.Namespace, loras: Sequence[tuple[Path, fl
     if options.control:
         models["controlnet"] = options.control
     pictures = [path for path in (options.image, options.mask, options.control_image) if path]
-    return fingerprint(models, [*pictures, *(file for path, _ in loras for file in lora_files(path))])
+    return models, [*pictures, *(file for path, _ in loras for file in lora_files(path))]
 
 
 def common_record(options: argparse.Namespace, settings: Settings) -> Record:

@@ -1,7 +1,7 @@
 """What a worker does: rows to pictures. It knows nothing of other workers."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from io import BytesIO
@@ -33,13 +33,14 @@ class Run:
     lora: str | None = None  # as in a row
     settings: Mapping[str, object] = field(default_factory=dict)  # as in a row
     files: str = ""  # a fingerprint of all files that are read
+    read: Callable[[], str] | None = None  # gives that fingerprint, on the machine where it is called
     form: str = "png"  # of STORES
     is_noted: bool = False  # whether the output has a note of what it is for, by which a worker knows the place
 
 
 class Drawer:
-    """One model on one device. name: of the worker. Raises ValueError for another output than that of the command, and as
-    `SanaPipeline.load` does.
+    """One model on one device. name: of the worker. Raises ValueError for another output or other files than those of the
+    command, and as `SanaPipeline.load` does.
     """
 
     def __init__(self, run: Run, name: str) -> None:
@@ -52,6 +53,10 @@ class Drawer:
         self._lora: str | None = None
         self._pipeline: SanaPipeline | None = None
         self.pipeline(run.lora)
+        if run.read and run.read() != run.files:
+            raise ValueError(
+                f"a model, a LoRA or a picture is another one for {name}; copy the same files to all machines"
+            )
 
     def pipeline(self, lora: str | None) -> SanaPipeline:
         """With these LoRAs; the last one is kept."""

@@ -15,9 +15,11 @@ import pytest
 import ray
 from PIL import Image
 from pyarrow import parquet
+from ray import cloudpickle
 
 import sana
 from sana.__main__ import main
+from sana.cluster.drawing import Run
 from sana.jobs import read_record
 from sana.saving import lock
 from tests.cluster.nodes import wait_until
@@ -198,6 +200,21 @@ def test_options_of_workers_need_them(tmp_path: Path, capsys: pytest.CaptureFixt
         assert "are of --workers; give that as well" in capsys.readouterr().err
     assert main(["generate", "a red circle", "--workers", "2"]) == 1
     assert "give --prompts FILE and --out FOLDER" in capsys.readouterr().err
+
+
+def test_workers_can_tell_whether_they_have_the_files_of_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever Ray takes it, what a run has to read is read there."""
+    given: list[Run] = []
+    monkeypatch.setattr("sana.cluster.command.generate", lambda prompts, run, workers, **_: given.append(run) or 0)
+    picture = tmp_path / "mask.png"
+    Image.new("RGB", (64, 64)).save(picture)
+    assert main([*command(write(tmp_path, PROMPTS), tmp_path / "out"), "--image", str(picture)]) == 0
+    run = cloudpickle.loads(cloudpickle.dumps(given[0]))
+    assert run.read() == run.files
+    Image.new("RGB", (64, 64), "red").save(picture)
+    assert run.read() != run.files
 
 
 def test_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

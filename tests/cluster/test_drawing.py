@@ -100,6 +100,14 @@ def test_a_worker_knows_the_place_of_the_command(tmp_path: Path) -> None:
     assert Drawer(Run(str(tmp_path), {"model": "demo"}, is_noted=True), "worker-1").name == "worker-1"
 
 
+def test_a_worker_with_other_files_than_the_command_is_of_no_use(tmp_path: Path) -> None:
+    run = Run(str(tmp_path), {"model": "demo"}, files="0123", read=lambda: "4567")
+    told = "^a model, a LoRA or a picture is another one for worker-1; copy the same files to all machines$"
+    with pytest.raises(ValueError, match=told):
+        Drawer(run, "worker-1")
+    assert Drawer(replace(run, read=lambda: "0123"), "worker-1").name == "worker-1"
+
+
 def test_a_network_that_breaks_is_the_fault_of_its_row(drawer: Drawer, pipeline: SanaPipeline) -> None:
     weight = pipeline.transformer.proj_out.bias
     before = weight.detach().clone()
