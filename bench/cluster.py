@@ -164,12 +164,11 @@ def run_and_kill(path: Path, out: Path, chance: random.Random, kills: Counter[st
     arguments = ["generate", "--prompts", str(path), "--out", str(out), "--workers", "2", *SMALL]
     driver = psutil.Popen([sys.executable, "-m", "sana", *arguments], cwd=ROOT, stderr=subprocess.DEVNULL)
     while True:
+        await_moment(driver, out / "pictures", chance)
         try:
-            return driver.wait(chance.uniform(2, 12))
+            return driver.wait(None if kills.total() >= most else 0)
         except psutil.TimeoutExpired:
-            if kills.total() >= most:
-                continue
-        workers = [each for each in driver.children(recursive=True) if each.name().startswith("ray::_Actor")]
+            workers = [each for each in driver.children(recursive=True) if each.name().startswith("ray::_Actor")]
         if workers and chance.random() < 0.5:
             chance.choice(workers).kill()
             kills["worker"] += 1
@@ -180,6 +179,21 @@ def run_and_kill(path: Path, out: Path, chance: random.Random, kills: Counter[st
             psutil.wait_procs(others, timeout=30)
             kills["driver"] += 1
             return None
+
+
+def await_moment(driver: psutil.Popen, pictures: Path, chance: random.Random) -> None:
+    """Until the command has drawn something more and then for up to 2 s; or now and then for up to 12 s, whatever it does."""
+    if chance.random() < 0.25:
+        time.sleep(chance.uniform(0, 12))
+        return
+    before = count(pictures)
+    while driver.is_running() and driver.status() != psutil.STATUS_ZOMBIE and count(pictures) == before:
+        time.sleep(0.02)
+    time.sleep(chance.uniform(0, 2))
+
+
+def count(pictures: Path) -> int:
+    return sum(1 for _ in pictures.rglob("*.png"))
 
 
 def check(out: Path, rows: int) -> None:
