@@ -45,7 +45,7 @@ QUICK = [
         variables={"OMP_NUM_THREADS": "1"},  # the workers have the other processors
     ),
 ]
-SLOW = [
+SLOW = [  # what takes longest comes first, so that processors end at about the same time
     Stage(
         "servers",
         ["-m", "pytest"],
@@ -55,8 +55,8 @@ SLOW = [
         needs_browser=True,
         one_thread=True,
     ),
-    *(_inside(version, version) for version in HOSTS),
     _inside("second-device", NEWEST, SANA_TEST_DEVICE="second"),
+    *(_inside(version, version) for version in HOSTS),
 ]
 STAGES = {stage.name: stage for stage in [*QUICK, *SLOW]}
 

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 STYLE = ["ruff-check", "ruff-format"]
-INSIDE = ["inside-0.30.0", "inside-0.26.0", "inside-0.24.1", "inside-second-device"]
+INSIDE = ["inside-second-device", "inside-0.30.0", "inside-0.26.0", "inside-0.24.1"]
 
 
 @pytest.fixture
