@@ -2,14 +2,26 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import answers, autoencoder, controlnet, enhancement, latent, loaders, preview, sampling, text, training
+from . import (
+    answers,
+    autoencoder,
+    choosing,
+    controlnet,
+    enhancement,
+    latent,
+    loaders,
+    preview,
+    sampling,
+    text,
+    training,
+)
 from .host.breakdown import contained
 from .host.other_packs import refuse_old_prompts, tell_of_other_packs
 from .host.register import register
 from .host.routes import serve
 from .model_files import adopt_downloads
 
-TOPICS = (loaders, text, enhancement, latent, sampling, autoencoder, preview, controlnet, training)
+TOPICS = (loaders, text, enhancement, latent, sampling, autoencoder, preview, choosing, controlnet, training)
 NODES = tuple(node for topic in TOPICS for node in topic.NODES)
 
 

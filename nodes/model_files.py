@@ -75,6 +75,11 @@ def part_names(folder: str) -> list[str]:
     return [*sorted(_folders(folder)), *_files(folder), *_gguf_files(folder)]
 
 
+def folder_names(folder: str) -> list[str]:
+    """Models of which the files beside the weights are needed too."""
+    return sorted(_folders(folder))
+
+
 def part_path(folder: str, name: str) -> Path:
     """The file or folder of an entry. Raises CheckpointError if it is gone."""
     found = _find(folder, name)

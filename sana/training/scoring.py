@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoProcessor, CLIPModel
@@ -25,15 +26,19 @@ class Scorer:
         self.model = load_model(CLIPModel, model, download).to(device)
         self.processor = load_part(AutoProcessor, model, download)
 
-    @torch.no_grad()
     def __call__(self, paths: Sequence[Path], captions: Sequence[Sequence[str]]) -> list[Tensor]:
+        """`score` for pictures in files. Raises ValueError for a file that is no picture."""
+        return self.score([on_white(read_picture(path)) for path in paths], captions)
+
+    @torch.no_grad()
+    def score(self, pictures: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> list[Tensor]:
         """For each picture the scores of its captions, (n,): 100 cos of their embeddings, at least 0 (arXiv 2104.08718).
 
-        A caption is cut behind as many tokens as CLIP reads. Raises ValueError for a file that is no picture.
+        A caption is cut behind as many tokens as CLIP reads.
         """
         inputs = self.processor(
             text=[text for texts in captions for text in texts],
-            images=[on_white(read_picture(path)) for path in paths],
+            images=[*pictures],
             return_tensors="pt",
             padding=True,
             truncation=True,

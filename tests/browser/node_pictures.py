@@ -25,6 +25,8 @@ FILES = (  # for lists that would be empty, in models/
     "text_encoders/gemma-2-2b-it.safetensors",
     "vae/dc-ae-f32c32-sana-1.1.safetensors",
     "controlnet/sana-controlnet-hed.safetensors",
+    "clip_vision/clip-vit-large-patch14/config.json",
+    "clip_vision/clip-vit-large-patch14/model.safetensors",
 )
 SETTLED_MS = 700  # until our modules have done what they do with a new node
 # Puts a new node of a type alone on the canvas. Its id is its own, since user interfaces keep values by it.
