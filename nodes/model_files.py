@@ -126,7 +126,10 @@ def _nothing_fits(part: Part, model: Path, reasons: list[str]) -> str:
     there = (
         f"nothing in models/{part.folder} fits ({', '.join(told)})" if reasons else f"models/{part.folder} holds none"
     )
-    return f"{model.name} comes without {part.what}, and {there}; download {part.source} and put it into models/{part.folder}"
+    return (
+        f"{model.name} comes without {part.what}, and {there}; "
+        f"download {part.source} and put it into models/{part.folder}, under any name"
+    )
 
 
 def _comes_with(model: Path, part: Part) -> bool:

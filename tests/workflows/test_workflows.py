@@ -49,6 +49,8 @@ VARIANTS = {
     "SANA1.5_1.6B_1024px.pth": "sana-1.5-1.6b-1024px",
     "Sana_Sprint_1.6B_1024px.pth": "sana-sprint-1.6b-1024px",
 }
+# Files with a name of their own in our workflows, since that of the download is one of many models.
+DOWNLOADED = {"dc-ae-f32c32-sana-1.1.safetensors": "diffusion_pytorch_model.safetensors"}
 LORA = "pytorch_lora_weights.safetensors"
 LAID_OUT = ("sana_second_pass", "sana_sprint_draft_finish")
 PACK_ID = "comfyui-sana"
@@ -130,9 +132,12 @@ def test_linked_files_can_be_offered(name: str) -> None:
     for model in graph.models(workflow):
         url = urlparse(model["url"])
         assert (url.scheme, url.hostname) == ("https", "huggingface.co")
-        assert Path(url.path).name == model["name"] and "/resolve/main/" in url.path
+        assert Path(url.path).name == DOWNLOADED.get(model["name"], model["name"]) and "/resolve/main/" in url.path
         assert model["directory"] in ("diffusion_models", "text_encoders", "vae")
         assert model["name"] in values and model["url"] in notes
+        assert model["name"] not in DOWNLOADED.values()
+        if model["name"] in DOWNLOADED:
+            assert f"Rename it so: a browser saves it as `{DOWNLOADED[model['name']]}`" in notes
     linked = {model["name"] for model in graph.models(workflow)} | {LORA}
     assert {value for value in values if re.search(r"\.(pth|safetensors)$", str(value))} <= linked
 

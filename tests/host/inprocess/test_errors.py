@@ -128,7 +128,7 @@ def test_missing_part_is_named_with_its_source_and_its_folder(
         load(small.host, small.path.name)
     assert one_sentence(caught.value) == (
         f"{small.path.name} comes without {what}, and models/{folder} holds none; download {source} "
-        f"and put it into models/{folder}"
+        f"and put it into models/{folder}, under any name"
     )
 
 

@@ -151,6 +151,23 @@ def test_auto_takes_no_autoencoder_of_another_family(small: Small, roots: Roots)
         load(small.host, small.path.name)
 
 
+def test_the_vae_of_another_model_under_the_name_of_a_download_is_told_apart(small: Small, roots: Roots) -> None:
+    """Many repositories call their VAE so."""
+    (root,) = roots("vae")
+    other = root / "diffusion_pytorch_model.safetensors"
+    save_file({"decoder.up_blocks.0.resnets.0.conv1.weight": torch.ones(4)}, other)
+    message = f"{other.name} is the VAE of another model"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load(small.host, small.path.name, vae=other.name)
+    missing = f"nothing in models/vae fits ({message}); download mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers and put it"
+    with pytest.raises(ValueError, match=re.escape(missing)):
+        load(small.host, small.path.name)
+    ours = shutil.copy(
+        DEMO / "vae" / other.name, root / "sana.safetensors"
+    )  # which stands behind the other in the list
+    assert chosen(small)[1] == str(ours)
+
+
 @pytest.mark.parametrize("suffix", [".sft", ".ckpt", ".pth", ".safetensors"])
 def test_auto_reads_every_suffix(small: Small, roots: Roots, suffix: str) -> None:
     (root,) = roots("vae")
@@ -222,7 +239,7 @@ def test_nothing_there_says_what_to_download(small: Small, roots: Roots) -> None
     roots("vae")
     message = (
         f"{small.path.name} comes without a DC-AE f32c32 autoencoder, and models/vae holds none; download "
-        "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers and put it into models/vae"
+        "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers and put it into models/vae, under any name"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         load(small.host, small.path.name)
