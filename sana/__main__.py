@@ -21,6 +21,7 @@ from .checkpoints.writing import convert
 from .cluster import needing_packages
 from .config import DOWNSAMPLE
 from .images import read_picture
+from .infotext import infotext, shown_files
 from .interruption import INTERRUPTED, begin
 from .jobs import (
     ENHANCED_FROM,
@@ -95,6 +96,7 @@ def run_generate(options: argparse.Namespace) -> int:
         return 0
     paths = names(out, pictures > 1) if options.overwrite else free_names(out, pictures > 1)
     pipeline = SanaPipeline.load(**read_model(options), loras=loras)
+    shown = shown_files(options.model, loras)
     with tqdm(total=len(jobs) * pipeline.plan("", settings).step_count, unit="step") as bar:
 
         def show(plan: Plan, step: Step) -> None:
@@ -106,7 +108,8 @@ def run_generate(options: argparse.Namespace) -> int:
             given = {ENHANCED_FROM: job.prompt} if options.enhance else {}
             for k, picture in enumerate(pictures):
                 path = next(paths)
-                write_png(picture, path, {**plan.record(k), **files, **given})
+                parameters = infotext(plan, k, pipeline.identity, shown)
+                write_png(picture, path, {**plan.record(k), **files, **given}, parameters)
                 bar.write(str(path))
     return 0
 

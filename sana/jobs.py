@@ -20,6 +20,7 @@ from .reading import check_file, parse_json
 from .saving import replacing
 
 CHUNK = "sana"  # of a PNG, the text that holds its record
+PARAMETERS = "parameters"  # the text that viewers and galleries look for
 SAMPLE = 64  # numbers of each tensor that tell a model from another; training changes all of them
 ENHANCED_FROM = "enhanced_from"  # in a record: the prompt that was given, of which the drawn one was written
 PLACES = 1000  # of a GGUF file, where so many bytes are taken
@@ -139,16 +140,17 @@ def png_record(file: BinaryIO) -> Record | None:
     return found if isinstance(found, dict) else None
 
 
-def write_png(picture: Image.Image, path: Path, record: Record) -> None:
-    """Write a picture with its record, as a whole or not at all."""
+def write_png(picture: Image.Image, path: Path, record: Record, parameters: str) -> None:
+    """Write a picture as `save_png` does, as a whole or not at all."""
     with replacing(path) as unfinished:
-        save_png(picture, unfinished, record)
+        save_png(picture, unfinished, record, parameters)
 
 
-def save_png(picture: Image.Image, file: Path | BinaryIO, record: Record) -> None:
-    """A picture with its record."""
+def save_png(picture: Image.Image, file: Path | BinaryIO, record: Record, parameters: str) -> None:
+    """A picture with its record, and with what viewers read, see `infotext.py`."""
     text = PngInfo()
     text.add_text(CHUNK, json.dumps(record, ensure_ascii=False))
+    text.add_text(PARAMETERS, parameters)
     picture.save(file, format="PNG", pnginfo=text)
 
 

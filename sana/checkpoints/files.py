@@ -74,9 +74,7 @@ def read_tensors(path: Path | str, component: str | None = None) -> TensorFile:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a checkpoint file or a folder of a diffusers model")
     if path.is_dir():
-        if component is not None and (path / component).is_dir():
-            path = path / component
-        return _read_folder(path)
+        return _read_folder(_component(path, component))
     shard = SHARD.search(path.stem)
     if shard and int(shard[1]) > 1:
         raise CheckpointError(f"{path.name} is one of {int(shard[1])} shards; give the folder that holds all of them")
@@ -93,9 +91,8 @@ def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def tensor_names(path: Path) -> dict[str, None]:
     """Names of the tensors in a file or folder, for a look at what it is; none if it cannot be read or is a pickle."""
     try:
-        files = _model_files(path) if path.is_dir() else [path]
         names: dict[str, None] = {}
-        for file in files:
+        for file in weight_files(path):
             if file.suffix in SAFETENSORS:
                 _check_header(file)
                 with safe_open(file, framework="pt") as opened:
@@ -103,6 +100,11 @@ def tensor_names(path: Path) -> dict[str, None]:
         return names
     except (CheckpointError, SafetensorError, OSError):
         return {}
+
+
+def weight_files(path: Path, component: str | None = None) -> list[Path]:
+    """The files that `read_tensors` reads of a model. Raises CheckpointError for a folder without a whole one."""
+    return _model_files(_component(path, component)) if path.is_dir() else [path]
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -120,6 +122,11 @@ def _read_config(folder: Path) -> dict[str, object]:
     """The `config.json` of a folder; {} for one of another model of diffusers, which may lie beside files of ours."""
     config = read_json(folder / "config.json")
     return config if config.get("_class_name") in (None, *DIFFUSERS_CLASSES) else {}
+
+
+def _component(folder: Path, component: str | None) -> Path:
+    """Where it is, in a folder of a pipeline or of one model."""
+    return folder / component if component is not None and (folder / component).is_dir() else folder
 
 
 def _read_folder(folder: Path) -> TensorFile:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..checkpoints.lora import read_strength
 from ..images import read_picture
+from ..infotext import infotext, shown_files
 from ..jobs import Record, png_record, save_png
 from ..pipeline import SanaPipeline
 from ..plan import Plan, Settings
@@ -64,6 +65,7 @@ class Drawer:
             self._pipeline = None  # before there is another
             loras = [read_strength(text) for text in (lora or "").split(";") if text]
             self._pipeline, self._lora = SanaPipeline.load(**self.run.model, loras=loras), lora
+            self._shown = shown_files(self.run.model["model"], loras)
             self._pipeline.texts_kept = TEXTS_KEPT
         return self._pipeline
 
@@ -97,7 +99,7 @@ class Drawer:
             start = time.perf_counter()
             ((_, (picture,)),) = pipeline.draw([plan])
             buffer = BytesIO()
-            save_png(picture, buffer, record)
+            save_png(picture, buffer, record, infotext(plan, 0, pipeline.identity, self._shown))
             content = buffer.getvalue()
             batch.put(row, content, record)
             seconds = time.perf_counter() - start

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from ..file_hashes import digest as read_digest
 from ..saving import replacing
 
 SCHEMA = pa.schema([("path", pa.string()), ("bytes", pa.int64()), ("changed", pa.int64()), ("digest", pa.binary(32))])
@@ -36,7 +36,7 @@ class Digests:
         size, changed, digest = self.known.get(str(path), (-1, -1, b""))
         if (size, changed) != (stat.st_size, stat.st_mtime_ns):
             with path.open("rb") as file:
-                digest = _digest(file)
+                digest = read_digest(file)
             self.known[str(path)] = (stat.st_size, stat.st_mtime_ns, digest)
             self.is_new = True
         return digest
@@ -59,11 +59,4 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> bytes:
         rounded = (tensor.bfloat16() if tensor.is_floating_point() else tensor).cpu().contiguous()
         found.update(f"{name} {tuple(tensor.shape)}".encode())
         found.update(memoryview(rounded.flatten().view(torch.uint8).numpy()))
-    return found.digest()
-
-
-def _digest(file: BinaryIO) -> bytes:
-    found = sha256()
-    while part := file.read(2**20):
-        found.update(part)
     return found.digest()

@@ -47,6 +47,8 @@ def test_a_row_is_drawn_as_by_the_pipeline(drawer: Drawer, pipeline: SanaPipelin
     assert entry.error is None and entry.seconds > 0
     record = png_record(BytesIO(content))
     assert json.loads(entry.settings) == record
+    text = Image.open(BytesIO(content)).text["parameters"]
+    assert text.startswith("a red circle\nNegative prompt: red\nSteps: ") and text.endswith(", Model: demo")
     assert record["files"] == "0123" and record["prompt"] == "a red circle" and record["height"] == 96
 
 

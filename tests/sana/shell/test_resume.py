@@ -238,8 +238,8 @@ def test_what_appears_while_pictures_are_drawn_is_kept(shell: Shell, monkeypatch
     """As by another run with the same output."""
     write = jobs.write_png
 
-    def write_and_be_overtaken(picture: Image.Image, path: Path, found: jobs.Record) -> None:
-        write(picture, path, found)
+    def write_and_be_overtaken(picture: Image.Image, path: Path, found: jobs.Record, parameters: str) -> None:
+        write(picture, path, found, parameters)
         path.with_stem("out-0002").write_bytes(b"of another")
 
     monkeypatch.setattr("sana.__main__.write_png", write_and_be_overtaken)
