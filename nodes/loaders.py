@@ -41,21 +41,25 @@ class SanaCheckpointLoader(io.ComfyNode):
                 io.Combo.Input(
                     "text_encoder",
                     options=[AUTO, *part_names("text_encoders")],
+                    default=AUTO,
                     tooltip="Gemma-2-2b-it in models/text_encoders. auto: from the model's file or folder, else the first one that fits.",
                 ),
                 io.Combo.Input(
                     "vae",
                     options=[AUTO, *part_names("vae")],
+                    default=AUTO,
                     tooltip="DC-AE f32c32 in models/vae. auto: from the model's file or folder, else the first one that fits.",
                 ),
                 io.Combo.Input(
                     "dtype",
                     options=list(DTYPES),
+                    default=AUTO,
                     tooltip="Number format of the model's weights. auto: the one it was released in. fp8 halves the memory.",
                 ),
                 io.Combo.Input(
                     "variant",
                     options=[AUTO, *VARIANTS],
+                    default=AUTO,
                     optional=True,
                     tooltip="For files that cannot tell a 2K or 4K model from a 1K one. auto: as the file says, else 1K.",
                 ),
@@ -100,7 +104,10 @@ class SanaTextEncoderLoader(io.ComfyNode):
                     tooltip="A file or folder in models/text_encoders.",
                 ),
                 io.Combo.Input(
-                    "dtype", options=list(PART_DTYPES), tooltip="Number format of the weights. auto: as in the file."
+                    "dtype",
+                    options=list(PART_DTYPES),
+                    default=AUTO,
+                    tooltip="Number format of the weights. auto: as in the file.",
                 ),
             ],
             outputs=[io.Clip.Output()],
@@ -125,6 +132,7 @@ class DCAELoader(io.ComfyNode):
                 io.Combo.Input(
                     "dtype",
                     options=list(PART_DTYPES),
+                    default=AUTO,
                     tooltip="Number format of weights and activations. auto: bf16 where the device computes with it, else fp32.",
                 ),
             ],

@@ -100,6 +100,7 @@ def prepare(stages: Sequence[Stage]) -> Path:
     if any(stage.needs_browser for stage in stages):
         downloads.fetch_chromium()
         downloads.fetch_frontend()
+        downloads.fetch_converters()
     if not any(stage.needs_host for stage in stages):
         return environment.prepare("tests", ["test"], constraints=versions)
     downloads.fetch_hosts()

@@ -1,4 +1,5 @@
-"""Fetches what the tests need beside packages: the real hosts, the newest user interface, and a Chromium where there is none.
+"""Fetches what the tests need beside packages: the real hosts, the newest user interface, programs that
+read workflows, and a Chromium where there is none.
 
 Standard library only, run by `python3 tests` before anything is installed. Changes nothing outside .venv/.
 """
@@ -6,12 +7,15 @@ Standard library only, run by `python3 tests` before anything is installed. Chan
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import environment
 from browser import chromium, newest
 from host.hosts import HOSTS, host_folder
+
+from workflows import converters
 
 PACKAGES = ("chromium", "fonts-dejavu-core", "libatomic1")  # the last for the program inside Playwright
 FONTS = """<?xml version="1.0"?><!DOCTYPE fontconfig SYSTEM "fonts.dtd">
@@ -65,20 +69,14 @@ def repair_torchvision(python: Path) -> None:
 
 
 def fetch_frontend() -> None:
-    """Unpacks the newest user interface into .venv/frontends, unless it is there, and checks its SHA-256. Raises SetupError."""
-    if newest.FOLDER.exists():
-        return
-    environment.say(f"Downloading ComfyUI's user interface {newest.VERSION} ...")
-    newest.FOLDER.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=newest.FOLDER.parent) as scratch:
-        wanted = Path(scratch, "wanted.txt")
-        wanted.write_text(
-            f"comfyui-frontend-package=={newest.VERSION} --hash=sha256:{newest.SHA256}\n", encoding="utf-8"
-        )
-        environment.pip("download", "--quiet", "--no-deps", "--require-hashes", "-r", wanted, "-d", scratch)
-        unpacked = Path(scratch, "unpacked")
-        shutil.unpack_archive(next(Path(scratch).glob("*.whl")), unpacked, "zip")
-        unpacked.rename(newest.FOLDER)
+    """Unpacks the newest user interface into .venv/frontends, unless it is there. Raises SetupError."""
+    wheels = {"comfyui-frontend-package": (newest.VERSION, newest.SHA256)}
+    _unpack(wheels, newest.FOLDER, f"ComfyUI's user interface {newest.VERSION}")
+
+
+def fetch_converters() -> None:
+    """Unpacks programs that read workflows into .venv/converters, unless they are there. Raises SetupError."""
+    _unpack(converters.WHEELS, converters.FOLDER, "converters of workflows")
 
 
 def fetch_chromium() -> None:
@@ -103,6 +101,23 @@ def fetch_chromium() -> None:
             environment.say(f"{error}")
     if not chromium.find_chromium():
         environment.say(chromium.MISSING)
+
+
+def _unpack(wheels: Mapping[str, tuple[str, str]], folder: Path, what: str) -> None:
+    """Wheels, by their names with version and SHA-256, in one new folder, which is for these alone."""
+    if folder.exists():
+        return
+    environment.say(f"Downloading {what} ...")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent) as scratch:
+        wanted = Path(scratch, "wanted.txt")
+        lines = [f"{name}=={version} --hash=sha256:{sha256}\n" for name, (version, sha256) in wheels.items()]
+        wanted.write_text("".join(lines), encoding="utf-8")
+        environment.pip("download", "--quiet", "--no-deps", "--require-hashes", "-r", wanted, "-d", scratch)
+        unpacked = Path(scratch, "unpacked")
+        for wheel in Path(scratch).glob("*.whl"):
+            shutil.unpack_archive(wheel, unpacked, "zip")
+        unpacked.rename(folder)
 
 
 def _download_packages(scratch: Path) -> None:

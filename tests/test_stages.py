@@ -33,6 +33,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
         monkeypatch.setattr(command["downloads"], "host_requirements", list)
         monkeypatch.setattr(command["downloads"], "fetch_chromium", lambda: found.append("chromium"))
         monkeypatch.setattr(command["downloads"], "fetch_frontend", lambda: found.append("frontend"))
+        monkeypatch.setattr(command["downloads"], "fetch_converters", lambda: found.append("converters"))
         monkeypatch.setattr(command["environment"], "prepare", lambda name, groups, **more: found.extend(groups))
         command["prepare"](command["parse"](arguments))
         return found
@@ -81,8 +82,8 @@ def test_every_test_runs_in_one_stage(stages: ModuleType) -> None:
         (["--stage", "outside", "--stage", "ruff-check"], ["test"]),
         (["--stage", "inside-0.24.1"], ["hosts", "test", "test-host"]),
         (["tests/host/inprocess"], ["hosts", "test", "test-host"]),
-        (["tests/workflows"], ["chromium", "frontend", "hosts", "test", "test-host"]),
-        ([], ["chromium", "frontend", "hosts", "test", "test-host"]),
+        (["tests/workflows"], ["chromium", "frontend", "converters", "hosts", "test", "test-host"]),
+        ([], ["chromium", "frontend", "converters", "hosts", "test", "test-host"]),
     ],
 )
 def test_only_what_is_needed_is_fetched(

@@ -41,3 +41,19 @@ def shrunk(prompt: Prompt, *, side: int, steps: int | None = None) -> Prompt:
 def of_kind(prompt: Prompt, kind: str) -> list[str]:
     """The ids of the nodes of one type."""
     return [name for name, node in prompt.items() if node["class_type"] == kind]
+
+
+def plain(prompt: Prompt) -> Prompt:
+    """What of a prompt decides what is drawn."""
+    return {name: {part: node[part] for part in ("class_type", "inputs")} for name, node in prompt.items()}
+
+
+def without_options(nodes: dict[str, dict], names: set[str]) -> dict[str, dict]:
+    """What a server tells of its nodes if these are in none of its lists."""
+
+    def rest(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: rest(part) for key, part in value.items()}
+        return [rest(part) for part in value if str(part) not in names] if isinstance(value, list) else value
+
+    return {name: {**node, "input": rest(node["input"])} for name, node in nodes.items()}

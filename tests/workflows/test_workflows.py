@@ -24,7 +24,7 @@ from tests.host.graphs import changed
 from tests.host.graphs import node as api_node
 from tests.host.hosts import OLDEST, ROOT
 from tests.host.server import Server
-from tests.workflows import graph, pictures
+from tests.workflows import converters, graph, pictures
 
 EXPECTED = {
     "sana_demo",
@@ -104,6 +104,12 @@ def page(browser: Browser, weights: Server) -> Iterator[Frontend]:
     with open_page(browser, weights) as frontend:
         frontend.open()
         yield frontend
+
+
+@pytest.fixture(scope="module")
+def nodes(weights: Server) -> dict[str, dict]:
+    """What the server tells of its nodes, with the files of all workflows in their lists."""
+    return weights.object_info()
 
 
 def picture_with_hole() -> bytes:
@@ -195,6 +201,31 @@ def check_layout(workflow: dict, boxes: dict[int, dict]) -> None:
     for name, (left, top, right, bottom) in places.items():
         around = [g for g in groups if g[0] <= left and g[1] <= top and right <= g[2] and bottom <= g[3]]
         assert len(around) == (0 if boxes[name]["note"] else 1), f"node {name} is in {len(around)} groups"
+
+
+@pytest.mark.parametrize("name", graph.NAMES)
+def test_is_read_alike_by_programs_of_others(name: str, page: Frontend, nodes: dict[str, dict]) -> None:
+    """Two converters to the API's format make what the user interface makes, and a linter finds no fault in it. Where the
+    files are missing, their names alone are lost and found at fault, so that nothing else is drawn in silence.
+    """
+    page.load(graph.read(name))
+    wanted = graph.plain(page.prompt())
+    named = [
+        (key, place, value)
+        for key, node in wanted.items()
+        for place, value in node["inputs"].items()
+        if str(value).endswith((".pth", ".safetensors"))
+    ]
+    bare = graph.without_options(nodes, {value for _, _, value in named})
+    assert converters.complaints(wanted, nodes) == []
+    assert sorted(converters.complaints(wanted, bare)) == sorted(("invalid-enum", value) for _, _, value in named)
+    for convert in converters.CONVERTERS:
+        assert graph.plain(convert(graph.read(name), nodes)) == wanted
+        found = graph.plain(convert(graph.read(name), bare))
+        for key, place, value in named:
+            assert found[key]["inputs"][place] in (value, None, "auto")
+            found[key]["inputs"][place] = value
+        assert found == wanted
 
 
 def test_inpainting_leaves_the_rest_alone(page: Frontend, weights: Server) -> None:
