@@ -34,7 +34,7 @@ START = Scene(
     height=SIDE,
     width=SIDE,
 )
-PROMPTS = {
+PROMPTS: dict[str, str | tuple[str, ...]] = {  # of several nodes, in their order
     "sana_demo": "a red circle left of a blue square on a white background",
     "sana_1k_text_to_image": "a large green star on a light blue background",
     "sana_2k_text_to_image": "three blue squares on a cream background",
@@ -43,9 +43,16 @@ PROMPTS = {
     "sana_img2img": "a green circle above a yellow square on a white background",
     "sana_second_pass": "a red circle left of a blue square on a white background",
     "sana_inpainting": "a red circle above a green square on a white background",
+    "sana_regions_by_area": (
+        "a red circle left of a blue square on a white background",
+        "a red circle on a white background",
+        "a blue square on a white background",
+    ),
+    "sana_regions_by_mask": ("a blue square on a white background", "a red circle on a white background"),
     "sana_train_lora": "a large pierced red heart on a white background",
     "sana_lora": "two purple crosses on a white background",
 }
+WITH_HOLE = ("sana_inpainting", "sana_regions_by_mask")
 LORA = "loras/pytorch_lora_weights.safetensors"
 
 
@@ -68,22 +75,24 @@ def main(names: list[str]) -> None:
 
 def draw_workflow(server: Server, name: str, prompt: Prompt) -> Image.Image:
     """What the workflow draws with the demo model."""
-    server.upload("example.png", start_picture(hole=name == "sana_inpainting"))
-    run = server.queue(with_demo_model(graph.shrunk(prompt, side=SIDE), PROMPTS[name]))
+    server.upload("example.png", start_picture(hole=name in WITH_HOLE))
+    texts = (PROMPTS[name],) if isinstance(PROMPTS[name], str) else PROMPTS[name]
+    run = server.queue(with_demo_model(graph.shrunk(prompt, side=SIDE), *texts))
     if run.failure is not None:
         raise RuntimeError(f"{name} failed at {run.failure.node_type}: {run.failure.message}")
     (saved,) = graph.of_kind(prompt, "SaveImage")
     return server.images(run, saved)[0].convert("RGB")
 
 
-def with_demo_model(prompt: Prompt, text: str) -> Prompt:
-    """The same graph with the demo model, its own guidance scale, and another prompt."""
-    (loader,) = graph.of_kind(prompt, "SanaCheckpointLoader")
+def with_demo_model(prompt: Prompt, *texts: str) -> Prompt:
+    """The same graph with the demo model, its own guidance scale, and other prompts, in the order of their nodes."""
     own_parts = {"model": DEMO, "text_encoder": "auto", "vae": "auto"}
+    loaders = {name: own_parts for name in graph.of_kind(prompt, "SanaCheckpointLoader")}
     encoders = graph.of_kind(prompt, "GemmaTextEncode")
-    (positive,) = (name for name in encoders if prompt[name]["inputs"]["instruction"] == "official")
+    positive = (name for name in encoders if prompt[name]["inputs"]["instruction"] == "official")
+    prompts = {name: {"text": text} for name, text in zip(positive, texts, strict=True)}
     scales = {name: {"cfg": 2.0} for name in graph.of_kind(prompt, "FlowDPMSampler")}
-    return changed(prompt, **{loader: own_parts, positive: {"text": text}}, **scales)
+    return changed(prompt, **loaders, **prompts, **scales)
 
 
 def start_picture(*, hole: bool) -> bytes:

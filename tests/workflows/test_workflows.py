@@ -37,6 +37,8 @@ EXPECTED = {
     "sana_second_pass",
     "sana_sprint_draft_finish",
     "sana_inpainting",
+    "sana_regions_by_area",
+    "sana_regions_by_mask",
     "sana_lora",
     "sana_train_lora",
 }
@@ -52,7 +54,7 @@ VARIANTS = {
 # Files with a name of their own in our workflows, since that of the download is one of many models.
 DOWNLOADED = {"dc-ae-f32c32-sana-1.1.safetensors": "diffusion_pytorch_model.safetensors"}
 LORA = "pytorch_lora_weights.safetensors"
-LAID_OUT = ("sana_second_pass", "sana_sprint_draft_finish")
+LAID_OUT = ("sana_second_pass", "sana_sprint_draft_finish", "sana_regions_by_area", "sana_regions_by_mask")
 PACK_ID = "comfyui-sana"
 SIDE = 128  # px, of the pictures drawn here
 TWICE = ("sana_second_pass",)  # whose pictures are twice as large as their first latent
@@ -249,6 +251,37 @@ def test_lora_has_an_effect(page: Frontend, weights: Server) -> None:
     assert "lora key not loaded" not in weights.log()
 
 
+def drawn_by_the_demo(page: Frontend, server: Server, name: str, *texts: str, **changes: object) -> Image.Image:
+    """The picture that a workflow saves, as its thumbnail in fewer steps; changes: other inputs of all nodes of a type."""
+    page.load(graph.read(name))
+    prompt = pictures.with_demo_model(graph.shrunk(page.prompt(), side=pictures.SIDE, steps=8), *texts)
+    for kind, inputs in changes.items():
+        prompt = changed(prompt, **dict.fromkeys(graph.of_kind(prompt, kind), inputs))
+    run = server.queue(prompt)
+    assert run.failure is None
+    (saved,) = graph.of_kind(prompt, "SaveImage")
+    return server.images(run, saved)[0].convert("RGB")
+
+
+def test_areas_have_things_of_their_own(page: Frontend, server: Server) -> None:
+    """Against a prompt for the whole picture that wants them the other way round."""
+    texts = ("a blue square left of a red circle", "a red circle", "a blue square")
+    things = read(drawn_by_the_demo(page, server, "sana_regions_by_area", *texts)).things
+    circle, square = sorted(things, key=lambda thing: thing.centre[0])
+    assert (circle.colour, circle.shape, square.colour, square.shape) == ("red", "circle", "blue", "square")
+    assert circle.box[2] <= pictures.SIDE / 2 <= square.box[0]
+
+
+def test_a_mask_parts_two_prompts(page: Frontend, server: Server) -> None:
+    """The first holds where the mask is, in the lower half."""
+    server.upload("mask.png", pictures.start_picture(hole=True))
+    texts = ("a blue square on a white background", "a red circle on a white background")
+    picture = drawn_by_the_demo(page, server, "sana_regions_by_mask", *texts, LoadImage={"image": "mask.png"})
+    circle, square = sorted(read(picture).things, key=lambda thing: thing.centre[1])
+    assert (circle.colour, circle.shape, square.colour, square.shape) == ("red", "circle", "blue", "square")
+    assert circle.box[3] <= pictures.SIDE / 2 <= square.box[1]
+
+
 def test_second_pass_keeps_every_thing_where_it_is(page: Frontend, server: Server) -> None:
     """At twice the size, and draws on them; with more noise the demo model, made for 256 px, draws things more than once."""
     page.load(graph.read("sana_second_pass"))
@@ -269,6 +302,11 @@ def test_second_pass_keeps_every_thing_where_it_is(page: Frontend, server: Serve
         assert np.abs(np.array(same.box) - 2 * np.array(thing.box)).max() <= 8
     difference = np.asarray(large.convert("RGB"), float) - np.asarray(straight.convert("RGB"), float)
     assert np.abs(difference).mean() > 0.2
+
+
+def test_every_workflow_is_told_of() -> None:
+    told = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "workflows.md").read_text(encoding="utf-8"), re.M)
+    assert sorted(told) == graph.NAMES
 
 
 def test_templates_are_listed(server: Server) -> None:
