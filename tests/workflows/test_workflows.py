@@ -54,7 +54,6 @@ VARIANTS = {
 # Files with a name of their own in our workflows, since that of the download is one of many models.
 DOWNLOADED = {"dc-ae-f32c32-sana-1.1.safetensors": "diffusion_pytorch_model.safetensors"}
 LORA = "pytorch_lora_weights.safetensors"
-LAID_OUT = ("sana_second_pass", "sana_sprint_draft_finish", "sana_regions_by_area", "sana_regions_by_mask")
 PACK_ID = "comfyui-sana"
 SIDE = 128  # px, of the pictures drawn here
 TWICE = ("sana_second_pass",)  # whose pictures are twice as large as their first latent
@@ -152,12 +151,15 @@ def test_linked_files_can_be_offered(name: str) -> None:
 
 @pytest.mark.parametrize("name", graph.NAMES)
 def test_runs_as_the_user_interface_converts_it(name: str, page: Frontend, weights: Server) -> None:
-    """And its layout is tidy: nothing overlaps, links go from left to right, and every node is in a group."""
-    page.load(graph.read(name))
+    """And its layout is tidy: nothing overlaps, links go from left to right and below no node, and every node is in a group."""
+    workflow = graph.read(name)
+    page.load(workflow)
     boxes = {int(entry["id"]): entry for entry in page.page.evaluate(BOXES)}
-    check_layout(graph.read(name), boxes)
+    check_layout(workflow, boxes)
+    check_exported(workflow, page.workflow())
+    assert page.page.evaluate(BELOW) == []
     prompt = graph.shrunk(page.prompt(), side=SIDE, steps=2)
-    assert len(prompt) == len([node for node in graph.read(name)["nodes"] if node["type"] != "MarkdownNote"])
+    assert len(prompt) == len([node for node in workflow["nodes"] if node["type"] != "MarkdownNote"])
     run = weights.queue(prompt)
     assert run.failure is None
     (saved,) = (name for name, node in prompt.items() if node["class_type"] == "SaveImage")
@@ -167,20 +169,17 @@ def test_runs_as_the_user_interface_converts_it(name: str, page: Frontend, weigh
     assert not page.exceptions, page.report()
 
 
-@pytest.mark.parametrize("name", LAID_OUT)
-def test_is_as_the_user_interface_exports_it(name: str, page: Frontend) -> None:
-    """With all widgets among the inputs, which converters to the API's format read, and versions; no wire is below a node."""
-    workflow, version = graph.read(name), tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    page.load(workflow)
-    exported = {node["id"]: node for node in page.workflow()["nodes"]}
+def check_exported(workflow: dict, exported: dict) -> None:
+    """As the user interface saves it: with all widgets among the inputs, which converters to the API's format read, and versions."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    nodes = {node["id"]: node for node in exported["nodes"]}
     for node in workflow["nodes"]:
-        wanted = exported[node["id"]]
+        wanted = nodes[node["id"]]
         for part in ("name", "type", "widget", "link"):
             assert [entry.get(part) for entry in node["inputs"]] == [entry.get(part) for entry in wanted["inputs"]]
         assert node["widgets_values"] == wanted["widgets_values"] and node["size"] == wanted["size"]
         if node["type"] != "MarkdownNote":
             assert node["properties"]["ver"] == (version if node["properties"]["cnr_id"] == PACK_ID else OLDEST)
-    assert page.page.evaluate(BELOW) == []
 
 
 def check_layout(workflow: dict, boxes: dict[int, dict]) -> None:
