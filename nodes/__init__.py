@@ -8,6 +8,7 @@ from . import (
     choosing,
     controlnet,
     enhancement,
+    grids,
     latent,
     loaders,
     preview,
@@ -21,7 +22,19 @@ from .host.register import register
 from .host.routes import serve
 from .model_files import adopt_downloads
 
-TOPICS = (loaders, text, enhancement, latent, sampling, autoencoder, preview, choosing, controlnet, training)
+TOPICS = (
+    loaders,
+    text,
+    enhancement,
+    latent,
+    sampling,
+    autoencoder,
+    preview,
+    choosing,
+    controlnet,
+    grids,
+    training,
+)
 NODES = tuple(node for topic in TOPICS for node in topic.NODES)
 
 
