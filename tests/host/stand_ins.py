@@ -12,6 +12,8 @@ from torch import Tensor
 
 from sana.checkpoints.text_encoder import gemma_json
 from sana.config import VARIANTS, TransformerConfig
+from sana.networks.controlnet import SanaControlNet
+from sana.text.tokenizers import END_OF_TURN, START_OF_TURN
 from tests.host.server import Server
 from tests.sana import dialects, models, twins
 
@@ -31,10 +33,15 @@ def official_transformer(variant: str) -> Tensors:
     return dialects.official_transformer(network.state_dict(), (VARIANTS[variant].base_size // 32) ** 2)
 
 
+def controlnet(variant: str) -> Tensors:
+    """For the transformer of this variant, of two blocks, with our own names."""
+    return twins.randomise(SanaControlNet(replace(transformer_config(variant), control_blocks=2)), seed=5).state_dict()
+
+
 def text_encoder() -> Tensors:
     """As in a `gemma_2_2b_it_elm_*.safetensors`, with its tokenizer. Being small, it says its sizes, too."""
     companions = {
-        "spiece_model": models.tokenizer_model(),
+        "spiece_model": models.tokenizer_model(START_OF_TURN, END_OF_TURN),
         "gemma_config": json.dumps(gemma_json(models.GEMMA)).encode(),
     }
     weights = {f"model.{name}": tensor for name, tensor in models.gemma().state_dict().items()}
@@ -49,9 +56,9 @@ def autoencoder() -> Tensors:
     return models.autoencoder().state_dict()
 
 
-def lora(variant: str, rank: int = 4) -> Tensors:
+def lora(variant: str, rank: int = 4, seed: int = 1) -> Tensors:
     """As in a `pytorch_lora_weights.safetensors` of diffusers' training script."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     found = {}
     for block in range(transformer_config(variant).depth):
         for layer in ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q", "attn2.to_k", "attn2.to_v"):

@@ -31,8 +31,12 @@ def shrunk(prompt: Prompt, *, side: int, steps: int | None = None) -> Prompt:
             inputs |= {"width": side, "height": side}
         elif node["class_type"] == "ImageScaleToTotalPixels":
             inputs["megapixels"] = (side / 1024) ** 2
-        if steps is not None and "steps" in inputs:
+        if steps is not None and node["class_type"] == "SanaCompareSettings":
+            inputs["steps"] = ", ".join(str(steps + place) for place, _ in enumerate(inputs["steps"].split(",")))
+        elif steps is not None and isinstance(inputs.get("steps"), int):
             inputs["steps"] = steps
+        if steps is not None and node["class_type"] == "SanaPromptEnhancer":
+            inputs["max_tokens"] = 8
         if steps is not None and node["class_type"] == "SanaTrainLora":
             inputs["prompt"] = inputs["prompt"].splitlines()[0]  # the others are drawn as this one is
     return prompt

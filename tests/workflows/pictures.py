@@ -2,8 +2,8 @@
 
 Every workflow runs as the user interface converts it, on a real server, with the demo model in the place of the files it
 links to: with a prompt and a size that this model knows, a drawn scene as the picture to start from, and a LoRA of small
-random weights. The demo model cannot stand for a Sprint model, so the workflow of that has no picture. Needs the environment
-of `python3 tests`: .venv/tests/bin/python.
+random weights. The demo model cannot stand for a Sprint model or a ControlNet, so their workflows have no picture. Needs the
+environment of `python3 tests`: .venv/tests/bin/python.
 """
 
 import io
@@ -49,11 +49,18 @@ PROMPTS: dict[str, str | tuple[str, ...]] = {  # of several nodes, in their orde
         "a blue square on a white background",
     ),
     "sana_regions_by_mask": ("a blue square on a white background", "a red circle on a white background"),
+    "sana_guidance": "a green star above a purple square on a white background",
+    "sana_seed_grid": "two orange triangles on a white background",
+    "sana_steps_cfg_grid": "a blue circle inside a red ring on a mint background",
+    "sana_lora_chain": "two green crosses on a cream background",
+    "sana_low_memory": "a yellow circle left of a green square on a light blue background",
+    "sana_two_gpus": "a large red star on a grey background",
+    "sana_prompt_enhancer": "a purple circle above an orange square on a white background",
     "sana_train_lora": "a large pierced red heart on a white background",
     "sana_lora": "two purple crosses on a white background",
 }
+LORAS = ("pytorch_lora_weights.safetensors", "style_lora.safetensors", "subject_lora.safetensors")
 WITH_HOLE = ("sana_inpainting", "sana_regions_by_mask")
-LORA = "loras/pytorch_lora_weights.safetensors"
 
 
 def main(names: list[str]) -> None:
@@ -62,7 +69,8 @@ def main(names: list[str]) -> None:
         servers = Servers(Path(folder))
         try:
             server = servers()
-            stand_ins.write(server.base / "models" / LORA, demo_lora())
+            for seed, lora in enumerate(LORAS, start=SEED):
+                stand_ins.write(server.base / "models" / "loras" / lora, demo_lora(seed))
             with open_page(browser, server) as page:
                 page.open()
                 for name in names or PROMPTS:
@@ -89,8 +97,11 @@ def with_demo_model(prompt: Prompt, *texts: str) -> Prompt:
     own_parts = {"model": DEMO, "text_encoder": "auto", "vae": "auto"}
     loaders = {name: own_parts for name in graph.of_kind(prompt, "SanaCheckpointLoader")}
     encoders = graph.of_kind(prompt, "GemmaTextEncode")
-    positive = (name for name in encoders if prompt[name]["inputs"]["instruction"] == "official")
-    prompts = {name: {"text": text} for name, text in zip(positive, texts, strict=True)}
+    positive = [name for name in encoders if prompt[name]["inputs"]["instruction"] == "official"]
+    if written := graph.of_kind(prompt, "SanaPromptEnhancer"):  # the demo's text encoder cannot write
+        prompts = {name: {"edited": text} for name, text in zip(written, texts, strict=True)}
+    else:
+        prompts = {name: {"text": text} for name, text in zip(positive, texts, strict=True)}
     scales = {name: {"cfg": 2.0} for name in graph.of_kind(prompt, "FlowDPMSampler")}
     return changed(prompt, **loaders, **prompts, **scales)
 
@@ -105,9 +116,9 @@ def start_picture(*, hole: bool) -> bytes:
     return content.getvalue()
 
 
-def demo_lora(rank: int = 4, scale: float = 0.05) -> stand_ins.Tensors:
+def demo_lora(seed: int = SEED, rank: int = 4, scale: float = 0.05) -> stand_ins.Tensors:
     """For the queries and keys of the demo model's self-attention; scale: of its size, against the weights'."""
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(seed)
     found = {}
     for name, weight in load_transformer(MODELS[DEMO]).state_dict().items():
         if name.endswith(("attn1.to_q.weight", "attn1.to_k.weight")):

@@ -13,6 +13,7 @@ from urllib.parse import urlparse
 import numpy as np
 import pytest
 import tomllib
+import torch
 from PIL import Image
 from playwright.sync_api import Browser
 
@@ -20,7 +21,7 @@ from bench.scene_reader import read
 from tests.browser.frontend import Frontend, open_page
 from tests.host import stand_ins
 from tests.host.base_directory import PACK
-from tests.host.graphs import changed
+from tests.host.graphs import Prompt, changed
 from tests.host.graphs import node as api_node
 from tests.host.hosts import OLDEST, ROOT
 from tests.host.server import Server
@@ -39,7 +40,16 @@ EXPECTED = {
     "sana_inpainting",
     "sana_regions_by_area",
     "sana_regions_by_mask",
+    "sana_controlnet",
+    "sana_guidance",
+    "sana_seed_grid",
+    "sana_steps_cfg_grid",
+    "sana_sprint_img2img",
+    "sana_prompt_enhancer",
+    "sana_low_memory",
+    "sana_two_gpus",
     "sana_lora",
+    "sana_lora_chain",
     "sana_train_lora",
 }
 OF_THE_DEMO = ("sana_demo", "sana_train_lora")  # which need no file
@@ -53,10 +63,22 @@ VARIANTS = {
 }
 # Files with a name of their own in our workflows, since that of the download is one of many models.
 DOWNLOADED = {"dc-ae-f32c32-sana-1.1.safetensors": "diffusion_pytorch_model.safetensors"}
-LORA = "pytorch_lora_weights.safetensors"
 PACK_ID = "comfyui-sana"
+MAKERS = {
+    "text_encoders": stand_ins.text_encoder,
+    "vae": stand_ins.autoencoder,
+    "controlnet": lambda: stand_ins.controlnet("sana-1.6b-1024px"),
+}
 SIDE = 128  # px, of the pictures drawn here
-TWICE = ("sana_second_pass",)  # whose pictures are twice as large as their first latent
+LORAS_FOR = "sana-1.6b-1024px"
+GAP = 8  # px between the pictures of a grid
+CELL = SIDE + 20  # height of a picture in a grid, with its label
+SIZES = {  # of other pictures, (width, height)
+    "sana_second_pass": (2 * SIDE, 2 * SIDE),
+    "sana_guidance": (3 * SIDE + 2 * GAP, CELL),
+    "sana_seed_grid": (2 * SIDE + GAP, 2 * CELL + GAP),
+    "sana_steps_cfg_grid": (3 * SIDE + 2 * GAP, 3 * CELL + 2 * GAP),
+}
 TITLE = 30  # height of a node's title, which is above its position
 BOXES = """() => app.graph.nodes.map(node => ({
     id: node.id, box: [...node.pos, ...node.size], least: [...node.computeSize()], note: node.type === "MarkdownNote"
@@ -88,10 +110,10 @@ BELOW = """() => {
 
 @pytest.fixture(scope="module")
 def weights(server: Server) -> Iterator[Server]:
-    """The server with a file for every link and the LoRA that a workflow names, and with a picture to start from."""
-    files = {f"loras/{LORA}": stand_ins.lora("sana-1.6b-1024px")}
+    """The server with a file for every link and the LoRAs that workflows name, and with a picture to start from."""
+    files = {f"loras/{name}": stand_ins.lora(LORAS_FOR, seed=seed) for seed, name in enumerate(pictures.LORAS)}
     for model in itertools.chain.from_iterable(graph.models(graph.read(name)) for name in graph.NAMES):
-        make = {"text_encoders": stand_ins.text_encoder, "vae": stand_ins.autoencoder}.get(model["directory"])
+        make = MAKERS.get(model["directory"])
         tensors = make() if make else stand_ins.official_transformer(VARIANTS[model["name"]])
         files[f"{model['directory']}/{model['name']}"] = tensors
     server.upload("example.png", picture_with_hole())
@@ -126,7 +148,12 @@ def picture_with_hole() -> bytes:
 def test_all_workflows_are_there() -> None:
     assert set(graph.NAMES) == EXPECTED
     assert set(pictures.PROMPTS) == {path.stem for path in graph.FOLDER.glob("*.jpg")}
-    assert EXPECTED - set(pictures.PROMPTS) == {"sana_sprint_text_to_image", "sana_sprint_draft_finish"}
+    assert EXPECTED - set(pictures.PROMPTS) == {
+        "sana_sprint_text_to_image",
+        "sana_sprint_draft_finish",
+        "sana_sprint_img2img",
+        "sana_controlnet",
+    }
 
 
 @pytest.mark.parametrize("name", graph.NAMES)
@@ -140,12 +167,12 @@ def test_linked_files_can_be_offered(name: str) -> None:
         url = urlparse(model["url"])
         assert (url.scheme, url.hostname) == ("https", "huggingface.co")
         assert Path(url.path).name == DOWNLOADED.get(model["name"], model["name"]) and "/resolve/main/" in url.path
-        assert model["directory"] in ("diffusion_models", "text_encoders", "vae")
+        assert model["directory"] in ("diffusion_models", "text_encoders", "vae", "controlnet")
         assert model["name"] in values and model["url"] in notes
         assert model["name"] not in DOWNLOADED.values()
         if model["name"] in DOWNLOADED:
             assert f"Rename it so: a browser saves it as `{DOWNLOADED[model['name']]}`" in notes
-    linked = {model["name"] for model in graph.models(workflow)} | {LORA}
+    linked = {model["name"] for model in graph.models(workflow)} | {*pictures.LORAS}
     assert {value for value in values if re.search(r"\.(pth|safetensors)$", str(value))} <= linked
 
 
@@ -164,7 +191,7 @@ def test_runs_as_the_user_interface_converts_it(name: str, page: Frontend, weigh
     assert run.failure is None
     (saved,) = (name for name, node in prompt.items() if node["class_type"] == "SaveImage")
     (picture,) = weights.images(run, saved)
-    assert picture.size == ((2 * SIDE, 2 * SIDE) if name in TWICE else (SIDE, SIDE))
+    assert picture.size == SIZES.get(name, (SIDE, SIDE))
     assert run.previews
     assert not page.exceptions, page.report()
 
@@ -248,6 +275,146 @@ def test_lora_has_an_effect(page: Frontend, weights: Server) -> None:
     with_lora, without = (weights.queue(changed(prompt, **{loader: {"strength_model": s}})) for s in (1.0, 0.0))
     assert np.asarray(weights.images(with_lora)[0]).tolist() != np.asarray(weights.images(without)[0]).tolist()
     assert "lora key not loaded" not in weights.log()
+
+
+def small_prompt(page: Frontend, name: str) -> Prompt:
+    """A workflow for the stand-ins."""
+    page.load(graph.read(name))
+    return graph.shrunk(page.prompt(), side=SIDE, steps=2)
+
+
+def shown(server: Server, prompt: Prompt, **latents: tuple[str, int]) -> list[np.ndarray]:
+    """The picture that a prompt saves, and those that latents of it decode to, (height, width, 3) in 0 to 255."""
+    (saved,) = graph.of_kind(prompt, "SaveImage")
+    (loader, *_) = graph.of_kind(prompt, "SanaCheckpointLoader")
+    prompt = dict(prompt)
+    for name, latent in latents.items():
+        prompt[f"{name}_decoded"] = api_node("VAEDecode", samples=latent, vae=(loader, 2))
+        prompt[name] = api_node("PreviewImage", images=(f"{name}_decoded", 0))
+    run = server.queue(prompt)
+    assert run.failure is None
+    return [np.asarray(server.images(run, name)[0].convert("RGB"), int) for name in (saved, *latents)]
+
+
+def cell(sheet: np.ndarray, row: int, column: int) -> np.ndarray:
+    """A picture of a grid with labels, SIDE px high and wide."""
+    top, left = row * (CELL + GAP) + CELL - SIDE, column * (SIDE + GAP)
+    return sheet[top : top + SIDE, left : left + SIDE]
+
+
+def test_controlnet_follows_the_lines_of_the_picture(page: Frontend, weights: Server) -> None:
+    """As far as its strength says, by the very picture that is shown."""
+    prompt = small_prompt(page, "sana_controlnet")
+    (apply,), (lines,) = graph.of_kind(prompt, "ControlNetApplyAdvanced"), graph.of_kind(prompt, "Canny")
+    (sampler,), (scale,) = graph.of_kind(prompt, "FlowDPMSampler"), graph.of_kind(prompt, "ImageScale")
+    around = {name: tuple(prompt[apply]["inputs"][name]) for name in ("positive", "negative")}
+    (plain,) = shown(weights, changed(prompt, **{sampler: around}))
+    (controlled,) = shown(weights, prompt)
+    (off,) = shown(weights, changed(prompt, **{apply: {"strength": 0.0}}))
+    (by_picture,) = shown(weights, changed(prompt, **{apply: {"image": (scale, 0)}}))
+    assert np.abs(off - plain).max() <= 1
+    assert np.abs(controlled - plain).mean() > 2 and np.abs(controlled - by_picture).mean() > 0.5
+    (preview,) = graph.of_kind(prompt, "PreviewImage")
+    assert prompt[preview]["inputs"]["images"] == prompt[apply]["inputs"]["image"] == [lines, 0]
+
+
+def test_ways_of_guidance_stand_side_by_side(page: Frontend, weights: Server) -> None:
+    """In the order of their labels, all of one seed, and each is the picture of its sampler."""
+    prompt = small_prompt(page, "sana_guidance")
+    samplers = {node["_meta"]["title"]: name for name, node in prompt.items() if node["class_type"] == "FlowDPMSampler"}
+    names = ("Plain guidance", "Guidance interval", "Perturbed attention")
+    settings = {name: prompt[samplers[name]]["inputs"] for name in names}
+    differing = {key for key in settings[names[0]] if len({str(settings[name][key]) for name in names}) > 1}
+    assert differing == {"guidance_from", "guidance_to", "pag_scale"}
+    sheet, *pictures_ = shown(weights, prompt, **{f"show{k}": (samplers[name], 0) for k, name in enumerate(names)})
+    for column, picture in enumerate(pictures_):
+        assert np.abs(cell(sheet, 0, column) - picture).max() <= 1
+    for first, second in itertools.combinations(pictures_, 2):
+        assert np.abs(first - second).mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "column", "settings"),
+    [
+        ("sana_seed_grid", 1, 0, {"seed": 3, "steps": 2, "cfg": 4.5}),
+        ("sana_steps_cfg_grid", 1, 2, {"seed": 1, "steps": 3, "cfg": 7.0}),
+    ],
+)
+def test_grids_show_what_their_labels_say(
+    page: Frontend, weights: Server, name: str, row: int, column: int, settings: dict[str, float]
+) -> None:
+    prompt = small_prompt(page, name)
+    (sampler,), (compare,) = graph.of_kind(prompt, "FlowDPMSampler"), graph.of_kind(prompt, "SanaCompareSettings")
+    (grid,) = graph.of_kind(prompt, "SanaPictureGrid")
+    alone = changed(prompt, **{sampler: settings, grid: {"labels": "alone", "columns": 0}})
+    del alone[compare]
+    (sheet,), (picture,) = shown(weights, prompt), shown(weights, alone)
+    assert np.abs(cell(sheet, row, column) - cell(picture, 0, 0)).max() <= 1
+    assert np.abs(cell(sheet, row, column) - cell(sheet, 0, 0)).mean() > 0.5
+
+
+def test_sprint_keeps_of_a_picture_what_the_angle_leaves(page: Frontend, weights: Server) -> None:
+    prompt = small_prompt(page, "sana_sprint_img2img")
+    (schedule,), (encoded,) = graph.of_kind(prompt, "SCMScheduler"), graph.of_kind(prompt, "VAEEncode")
+    drawn, straight = shown(weights, prompt, straight=(encoded, 0))
+    angles = ({"max_angle": 0.1, "intermediate_angle": 0.05}, {"max_angle": 1.5708})
+    little, much = (shown(weights, changed(prompt, **{schedule: angle}))[0] for angle in angles)
+    distances = [np.abs(picture - straight).mean() for picture in (little, drawn, much)]
+    assert 0 < distances[0] < distances[1] < distances[2]
+
+
+def test_loras_of_a_chain_add_up(page: Frontend, weights: Server) -> None:
+    """To one file with both, each times its strength."""
+    prompt = small_prompt(page, "sana_lora_chain")
+    loaders = graph.of_kind(prompt, "LoraLoaderModelOnly")
+    given = [(prompt[name]["inputs"]["lora_name"], prompt[name]["inputs"]["strength_model"]) for name in loaders]
+    files = [stand_ins.lora(LORAS_FOR, seed=pictures.LORAS.index(name)) for name, _ in given]
+    both = {name: torch.cat([file[name] for file in files], dim=int(name.endswith("B.weight"))) for name in files[0]}
+    for name in both:
+        if name.endswith("B.weight"):
+            parts = [strength * file[name] for file, (_, strength) in zip(files, given, strict=True)]
+            both[name] = torch.cat(parts, dim=1)
+    with stand_ins.placed(weights, {"loras/both.safetensors": both}):
+        one = {"lora_name": "both.safetensors", "strength_model": 1.0}, {"strength_model": 0.0}
+        (together,) = shown(weights, changed(prompt, **dict(zip(loaders, one, strict=True))))
+    (chain,) = shown(weights, prompt)
+    (first,) = shown(weights, changed(prompt, **{loaders[1]: {"strength_model": 0.0}}))
+    assert np.abs(chain - together).max() <= 2 < np.abs(chain - first).max()
+
+
+def test_little_memory_draws_the_same_things(page: Frontend, server: Server) -> None:
+    """In fp8, decoded within a bound."""
+    caption = pictures.PROMPTS["sana_low_memory"]
+    circle, square = sorted(
+        read(drawn_by_the_demo(page, server, "sana_low_memory", caption)).things, key=lambda thing: thing.centre[0]
+    )
+    assert (circle.colour, circle.shape, square.colour, square.shape) == ("yellow", "circle", "green", "square")
+    prompt = page.prompt()
+    (loader,), (decoder,) = graph.of_kind(prompt, "SanaCheckpointLoader"), graph.of_kind(prompt, "DCAEDecode")
+    assert prompt[loader]["inputs"]["dtype"] == "fp8" and 0 < prompt[decoder]["inputs"]["max_memory"] < 1
+
+
+def test_a_second_gpu_changes_no_picture(page: Frontend, weights: Server) -> None:
+    """What it does where there is one, tests/host/inprocess/test_multigpu.py says."""
+    prompt = small_prompt(page, "sana_two_gpus")
+    (split,), (sampler,) = graph.of_kind(prompt, "MultiGPU_WorkUnits"), graph.of_kind(prompt, "FlowDPMSampler")
+    assert prompt[sampler]["inputs"]["model"] == [split, 0]
+    without = changed(prompt, **{sampler: {"model": tuple(prompt[split]["inputs"]["model"])}})
+    (picture,), (plain,) = shown(weights, prompt), shown(weights, without)
+    assert np.array_equal(picture, plain)
+
+
+def test_what_gemma_writes_is_drawn(page: Frontend, weights: Server) -> None:
+    prompt = small_prompt(page, "sana_prompt_enhancer")
+    (enhancer,) = graph.of_kind(prompt, "SanaPromptEnhancer")
+    weights.free()
+    run = weights.queue(prompt)
+    assert run.failure is None
+    (written,) = (data["output"]["sana_written"] for data in run.data("executed") if data["node"] == enhancer)
+    assert written[0] not in ("", prompt[enhancer]["inputs"]["text"])
+    (saved,) = graph.of_kind(prompt, "SaveImage")
+    (edited,) = shown(weights, changed(prompt, **{enhancer: {"edited": written[0]}}))
+    assert np.array_equal(np.asarray(weights.images(run, saved)[0].convert("RGB"), int), edited)
 
 
 def drawn_by_the_demo(page: Frontend, server: Server, name: str, *texts: str, **changes: object) -> Image.Image:
