@@ -1,4 +1,4 @@
-"""Run the tests: python3 tests [--quick | --stage NAME ...] [paths and options of pytest].
+"""Run the tests: python3 tests [--quick | --stage NAME ...] [--newest] [paths and options of pytest].
 
 Makes the environment .venv/tests, and fetches hosts, a user interface and a Chromium if a chosen stage needs them. Then runs
 the stages of stages.py: all of them, the quick ones, those that are named, or those that have the given paths. Standard
@@ -27,7 +27,8 @@ if __name__ == "__main__":
 
 import downloads  # noqa: E402
 import environment  # noqa: E402
-from stages import QUICK, STAGES, Stage, choose  # noqa: E402
+from host import newest_packages  # noqa: E402
+from stages import EXTRA, QUICK, STAGES, Stage, choose  # noqa: E402
 
 OLDEST_PYTHON = (3, 11)  # of the packages that the tests compare with
 NO_TESTS = 5  # the exit code of pytest that found none
@@ -78,15 +79,25 @@ def parse(arguments: Sequence[str]) -> list[Stage]:
         epilog="All other arguments are pytest's: paths of tests, and options such as -k NAME.",
         allow_abbrev=False,
     )
+    parser.add_argument(
+        "--newest",
+        action="store_true",
+        help=f"besides, with the newest packages that a host would bring: {', '.join(EXTRA)}. Reports, and fails nothing",
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--quick", action="store_true", help="style, and all tests that need neither ComfyUI nor a browser"
     )
     which.add_argument(
-        "--stage", action="append", choices=STAGES, metavar="NAME", help=f"one of {', '.join(STAGES)}; may be repeated"
+        "--stage",
+        action="append",
+        choices=[*STAGES, *EXTRA],
+        metavar="NAME",
+        help=f"one of {', '.join([*STAGES, *EXTRA])}; may be repeated",
     )
     options, others = parser.parse_known_args(arguments)
     names = [stage.name for stage in QUICK] if options.quick else options.stage or list(STAGES)
+    names += [name for name in EXTRA if options.newest and name not in names]
     return choose(names, others)
 
 
@@ -104,6 +115,8 @@ def prepare(stages: Sequence[Stage]) -> Path:
     if not any(stage.needs_host for stage in stages):
         return environment.prepare("tests", ["test"], constraints=versions)
     downloads.fetch_hosts()
+    if any(stage.newest_packages for stage in stages):
+        downloads.fetch_newest_packages()
     return environment.prepare(
         "tests",
         ["test", "test-host"],
@@ -117,13 +130,17 @@ def summarise(stages: Sequence[Stage], codes: dict[str, int]) -> int:
     """A stage without a test that matches is not a failure, unless none matched anywhere."""
     tests = [codes[stage.name] for stage in stages if stage.runs_tests]
     failed = {name: code for name, code in codes.items() if code not in (0, NO_TESTS)}
+    with_newest = [stage.name for stage in stages if stage.newest_packages and failed.pop(stage.name, 0)]
+    if with_newest:
+        packages = ", ".join(newest_packages.found())
+        environment.say(f"\nWith the newest packages ({packages}) failed: {', '.join(with_newest)}. This fails no run.")
     if failed:
         environment.say(f"\nFailed: {', '.join(failed)}.")
         return next(iter(failed.values()))
     if all(code == NO_TESTS for code in tests) and tests:
         environment.say("No test matches these arguments.")
         return NO_TESTS
-    environment.say("\nEverything passed.")
+    environment.say("\nEverything else passed." if with_newest else "\nEverything passed.")
     return 0
 
 

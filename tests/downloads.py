@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 import environment
 from browser import chromium, newest
+from host import newest_packages
 from host.hosts import HOSTS, host_folder
 
 from workflows import converters
@@ -72,6 +73,16 @@ def fetch_frontend() -> None:
     """Unpacks the newest user interface into .venv/frontends, unless it is there. Raises SetupError."""
     wheels = {"comfyui-frontend-package": (newest.VERSION, newest.SHA256)}
     _unpack(wheels, newest.FOLDER, f"ComfyUI's user interface {newest.VERSION}")
+
+
+def fetch_newest_packages() -> None:
+    """Installs the newest packages that a host would bring into .venv/newest, every time anew. Raises SetupError."""
+    environment.say("Installing the newest packages that a host would bring ...")
+    shutil.rmtree(newest_packages.FOLDER, ignore_errors=True)
+    environment.pip(
+        "install", "--quiet", "--no-deps", "--no-compile", "--target", newest_packages.FOLDER, *newest_packages.NAMES
+    )
+    environment.say(f"Installed {', '.join(newest_packages.found())}.")
 
 
 def fetch_converters() -> None:

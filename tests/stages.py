@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from host import newest_packages
 from host.hosts import HOSTS, NEWEST
 
 IN_PROCESS = "tests/host/inprocess"
@@ -23,6 +24,7 @@ class Stage:
     needs_host: bool = False
     needs_browser: bool = False
     one_thread: bool = False  # so that as many such stages run at once as there are processors
+    newest_packages: bool = False  # with packages that no version holds; the stage reports, and fails no run
 
     @property
     def runs_tests(self) -> bool:
@@ -45,20 +47,31 @@ QUICK = [
         variables={"OMP_NUM_THREADS": "1"},  # the workers have the other processors
     ),
 ]
+SERVER_STAGE = Stage(
+    "servers",
+    ["-m", "pytest"],
+    SERVERS,
+    {"OMP_NUM_THREADS": "1"},
+    needs_host=True,
+    needs_browser=True,
+    one_thread=True,
+)
 SLOW = [  # what takes longest comes first, so that processors end at about the same time
-    Stage(
-        "servers",
-        ["-m", "pytest"],
-        SERVERS,
-        {"OMP_NUM_THREADS": "1"},
-        needs_host=True,
-        needs_browser=True,
-        one_thread=True,
-    ),
+    SERVER_STAGE,
     _inside("second-device", NEWEST, SANA_TEST_DEVICE="second"),
     *(_inside(version, version) for version in HOSTS),
 ]
 STAGES = {stage.name: stage for stage in [*QUICK, *SLOW]}
+# What the newest host is tested with, once more with the newest packages that it would bring. In no run unless asked for.
+EXTRA = {
+    f"newest-{stage.name}": replace(
+        stage,
+        name=f"newest-{stage.name}",
+        variables={**stage.variables, **newest_packages.VARIABLES},
+        newest_packages=True,
+    )
+    for stage in (SERVER_STAGE, _inside(NEWEST, NEWEST))
+}
 
 
 def choose(names: list[str], arguments: list[str]) -> list[Stage]:
@@ -70,7 +83,7 @@ def choose(names: list[str], arguments: list[str]) -> list[Stage]:
     paths = [argument for argument in arguments if argument.startswith("tests/")]
     options = [argument for argument in arguments if argument not in paths]
     chosen = []
-    for stage in map(STAGES.get, names):
+    for stage in map((STAGES | EXTRA).get, names):
         if not stage.runs_tests:
             chosen.append(stage)
         elif not paths:

@@ -34,6 +34,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
         monkeypatch.setattr(command["downloads"], "fetch_chromium", lambda: found.append("chromium"))
         monkeypatch.setattr(command["downloads"], "fetch_frontend", lambda: found.append("frontend"))
         monkeypatch.setattr(command["downloads"], "fetch_converters", lambda: found.append("converters"))
+        monkeypatch.setattr(command["downloads"], "fetch_newest_packages", lambda: found.append("newest"))
         monkeypatch.setattr(command["environment"], "prepare", lambda name, groups, **more: found.extend(groups))
         command["prepare"](command["parse"](arguments))
         return found
@@ -84,12 +85,31 @@ def test_every_test_runs_in_one_stage(stages: ModuleType) -> None:
         (["tests/host/inprocess"], ["hosts", "test", "test-host"]),
         (["tests/workflows"], ["chromium", "frontend", "converters", "hosts", "test", "test-host"]),
         ([], ["chromium", "frontend", "converters", "hosts", "test", "test-host"]),
+        (["--stage", "newest-inside-0.30.0"], ["hosts", "newest", "test", "test-host"]),
+        (["--newest"], ["chromium", "frontend", "converters", "hosts", "newest", "test", "test-host"]),
     ],
 )
 def test_only_what_is_needed_is_fetched(
     arguments: list[str], expected: list[str], fetched: Callable[..., list[str]]
 ) -> None:
     assert fetched(*arguments) == expected
+
+
+def test_the_newest_packages_are_tried_only_if_asked_for_and_fail_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    command = runpy.run_path(str(ROOT / "tests" / "__main__.py"))
+    names = ["newest-servers", "newest-inside-0.30.0"]
+    assert not any(stage.newest_packages for stage in command["parse"]([]))
+    stages = command["parse"](["--quick", "--newest"])
+    assert [stage.name for stage in stages] == [*STYLE, "outside", *names]
+    assert [stage.name for stage in command["parse"](["--newest", "tests/workflows"])] == [*STYLE, "servers", names[0]]
+    for stage in stages[3:]:
+        assert stage.newest_packages and stage.variables["PYTHONPATH"] == stage.variables["SANA_TEST_NEWEST"]
+    good = dict.fromkeys([stage.name for stage in stages], 0)
+    assert command["summarise"](stages, good) == 0 and "newest packages" not in capsys.readouterr().err
+    assert command["summarise"](stages, good | {names[1]: 1}) == 0
+    assert f"failed: {names[1]}. This fails no run." in capsys.readouterr().err
+    assert command["summarise"](stages, good | {names[1]: 1, "outside": 4}) == 4
+    assert "Failed: outside." in capsys.readouterr().err
 
 
 def test_unknown_stage_is_refused_with_the_names_of_all() -> None:

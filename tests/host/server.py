@@ -10,6 +10,7 @@ from pathlib import Path
 
 import requests
 
+from tests.host import newest_packages
 from tests.host.base_directory import make_base_directory
 from tests.host.client import Client
 from tests.host.hosts import NEWEST, host_folder
@@ -111,4 +112,4 @@ def _free_port() -> int:
 def _variables() -> dict[str, str]:
     """The variables of this process, less those that would let the server import from this project; no downloads."""
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
-    return {**kept, "HF_HUB_OFFLINE": "1"}
+    return {**kept, **newest_packages.for_servers(), "HF_HUB_OFFLINE": "1"}
