@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import HEAD_WIDTH
-from .operations import Operations
+from .operations import Operations, rectified
 
 # attention(q, k, v, mask): q (B, h, N, d), k and v (B, h, L, d), mask (B, 1, 1, L) bool or None; returns (B, h, N, d)
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -94,18 +94,26 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, N, D). Returns (B, N, D)."""
-        q, k = _rectified(self.norm_q(self.to_q(x)), self.norm_k(self.to_k(x)))
+        q, k = self._features(x, (self.to_q, self.norm_q), (self.to_k, self.norm_k))
         return self.project(_averages(q, _sums(k, _attention_precision(self.to_v(x))), x.dtype))
 
     def state(self, x: Tensor) -> Tensor:
         """Sum over the tokens of x (B, N, D) of k^T [v, 1], per head: (B, h, 32, 33). States of parts of an image add up."""
-        (k,) = _rectified(self.norm_k(self.to_k(x)))
+        (k,) = self._features(x, (self.to_k, self.norm_k))
         return _sums(k, _attention_precision(self.to_v(x)))
 
     def attend(self, x: Tensor, state: Tensor) -> Tensor:
         """Attention of the tokens x (B, N, D) to all tokens summed in `state`. Returns (B, N, D)."""
-        (q,) = _rectified(self.norm_q(self.to_q(x)))
+        (q,) = self._features(x, (self.to_q, self.norm_q))
         return self.project(_averages(q, state.to(q.dtype), x.dtype))
+
+    def _features(self, x: Tensor, *layers: tuple[nn.Module, nn.Module]) -> list[Tensor]:
+        """ReLU of x (B, N, D) through each product and its norm."""
+        if not self.qk_norm and _writes():
+            parts = [rectified(product, x) for product, _ in layers]
+            if all(part is not None for part in parts):
+                return [_attention_precision(part) for part in parts]
+        return _rectified(*(norm(product(x)) for product, norm in layers))
 
     def identity(self, x: Tensor) -> Tensor:
         """Every token attends to itself only: the perturbed branch of perturbed-attention guidance (arXiv 2403.17377)."""

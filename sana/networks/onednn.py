@@ -15,9 +15,9 @@ ONEDNN_HAS_BFLOAT16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", boo
 PLAIN = (nn.Parameter, Tensor)  # others have a product of their own
 
 
-def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` of what `suits_onednn`."""
-    return ONEDNN_LINEAR(x, weight, bias, "none", [], "")
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+    """`F.linear` of what `suits_onednn`, and then an activation in the same kernel, such as "relu"."""
+    return ONEDNN_LINEAR(x, weight, bias, activation, [], "")
 
 
 def suits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

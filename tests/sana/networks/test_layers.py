@@ -52,6 +52,19 @@ def test_linear_attention_is_the_quadratic_formula(batch: int, tokens: int, qk_n
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
+@torch.no_grad()
+def test_linear_attention_is_the_same_in_float32_watched_or_not(qk_norm: bool) -> None:
+    """Alone, products and their ReLU are one kernel where there are no norms between."""
+    layer, x = randomise(LinearAttention(WIDTH, qk_norm, Build(dtype=torch.float32))), torch.randn(2, 17, WIDTH)
+    expected, seen = quadratic_attention(layer.double(), x.double()), []
+    layer.float()
+    assert relative_error(layer(x), expected) < 1e-6
+    layer.to_k.register_forward_hook(lambda layer, given, made: seen.append(made.clone()))
+    assert relative_error(layer(x), expected) < 1e-6
+    assert bool((seen[0] < 0).any())
+
+
 @pytest.mark.parametrize("gradients", [False, True])
 def test_a_token_whose_query_and_keys_have_nothing_in_common_becomes_zero(gradients: bool) -> None:
     """Its denominator is zero."""

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.launches import counting
 from sana.networks import onednn
-from sana.networks.operations import Operations
+from sana.networks.operations import Operations, addmm_relu, rectified
 
 INPUTS, OUTPUTS = 48, 80
 
@@ -146,3 +147,43 @@ def test_rms_norm_keeps_the_dtype_of_what_comes_in(dtype: torch.dtype) -> None:
     found = norm(x)
     assert found.dtype == dtype
     torch.testing.assert_close(found.float(), expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_a_product_is_rectified_by_its_own_kernel(
+    taken: list[Tensor], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU by oneDNN; the kernel of a GPU is counted on meta, and its numbers are those of PyTorch's on a CPU."""
+    torch.manual_seed(0)
+    layer, x = Operations.Linear(INPUTS, OUTPUTS, bias=bias), torch.randn(2, 7, INPUTS)
+    expected = layer(x).relu()
+    taken.clear()
+    torch.testing.assert_close(rectified(layer, x), expected, rtol=0, atol=2e-6)
+    assert len(taken) == 1
+    torch.testing.assert_close(addmm_relu(x, layer.weight, layer.bias), expected, rtol=0, atol=2e-6)
+    with counting() as counted:
+        found = rectified(layer.to("meta"), x.to("meta"))
+    assert counted.kernels["_addmm_activation"] == 1 and found.shape == expected.shape
+    assert rectified(layer, x.to("meta", torch.bfloat16)) is None
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    assert rectified(layer, x.to("meta")) is None
+
+
+@torch.no_grad()
+def test_a_layer_that_does_more_than_its_product_is_not_passed_over(layer: Operations.Linear) -> None:
+    x = torch.randn(2, 7, INPUTS)
+    for watch in (
+        lambda: layer.register_forward_hook(lambda *given: None),
+        lambda: layer.register_forward_pre_hook(lambda *given: None),
+        lambda: nn.modules.module.register_module_forward_hook(lambda *given: None),
+        lambda: nn.modules.module.register_module_forward_pre_hook(lambda *given: None),
+    ):
+        handle = watch()
+        assert rectified(layer, x) is None
+        handle.remove()
+        assert rectified(layer, x) is not None
+    assert rectified(nn.Linear(INPUTS, OUTPUTS), x) is None
+    assert rectified(layer, x.double()) is None
+    layer.forward = lambda x: x
+    assert rectified(layer, x) is None
