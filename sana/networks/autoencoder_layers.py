@@ -14,13 +14,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import HEAD_WIDTH, AutoencoderConfig, StageConfig
-from .layers import Build
-from .resampling import add_shuffled, average_unshuffle, nearest_operations, pixel_shuffle, pixel_unshuffle
+from .layers import Build, averages, averages_into, sums
+from .resampling import (
+    add_averaged,
+    add_shuffled,
+    nearest_operations,
+    pixel_shuffle,
+    pixel_unshuffle,
+    place_phases,
+)
 from .rows import RowOp
 
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu}
 NORM_EPS = 1e-5
-ATTENTION_EPS = 1e-15
+NORM_KERNEL_DEVICES = ("cuda", "meta") if hasattr(torch, "_fused_rms_norm") else ()  # PyTorch 2.9 and newer have one
 EXPANSION = 4  # inner width of a GLUMBConv over its width
 
 
@@ -37,6 +44,16 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: (B, C, H, W). Returns the normalised x, plus the residual. Statistics are at least float32."""
+        return self.by_kernel(x, residual) if x.device.type in NORM_KERNEL_DEVICES else self.by_steps(x, residual)
+
+    def by_kernel(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """By PyTorch's norm, which is one kernel on some devices. On others it computes all of x in float32."""
+        normed = F.rms_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight.to(x), NORM_EPS).permute(0, 3, 1, 2)
+        if residual is not None:
+            normed += residual
+        return normed.add_(self.bias.to(x)[:, None, None])
+
+    def by_steps(self, x: Tensor, residual: Tensor | None) -> Tensor:
         weight, bias = self.weight.to(x)[:, None, None], self.bias.to(x)[:, None, None]
         precision = torch.promote_types(x.dtype, torch.float32)
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=precision)
@@ -105,61 +122,70 @@ class MultiscaleLinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W). Returns the same shape, with its shortcut."""
-        qkv = self.project(x)
-        return self.attend(x, qkv, self.state(qkv))
+        scales = self.project(x)
+        return self.attend(x, scales, torch.cat([self.state(qkv) for qkv in scales], dim=1))
 
-    def project(self, x: Tensor) -> Tensor:
-        """Queries, keys and values of every scale and head of x (B, C, H, W): (B, H, W, scales * h, 96)."""
+    def project(self, x: Tensor) -> list[Tensor]:
+        """Queries, keys and values of every head of x (B, C, H, W), for each scale (B, H, W, h, 96)."""
         pixels = x.permute(0, 2, 3, 1)
         fused = torch.cat([self.to_q(pixels), self.to_k(pixels), self.to_v(pixels)], dim=-1)
         planes = fused.permute(0, 3, 1, 2)
         scales = [fused, *(scale(planes).permute(0, 2, 3, 1) for scale in self.to_qkv_multiscale)]
-        return torch.cat(scales, dim=-1).unflatten(-1, (-1, 3 * HEAD_WIDTH))
+        return [scale.unflatten(-1, (-1, 3 * HEAD_WIDTH)) for scale in scales]
 
     @staticmethod
     def state(qkv: Tensor) -> Tensor:
         """Sum over positions of qkv (B, H, W, h, 96) of k^T [v, 1], float32: (B, h, 32, 33). Those of parts add up."""
-        _, k, v = qkv.flatten(1, 2).chunk(3, dim=-1)
-        v_and_one = F.pad(v.float(), (0, 1), value=1.0)
-        return k.float().relu().permute(0, 2, 3, 1) @ v_and_one.transpose(1, 2)
+        _, k, v = qkv.flatten(1, 2).transpose(1, 2).chunk(3, dim=-1)  # each (B, h, H * W, 32)
+        return sums(_precise(k).relu(), _precise(v)).float()
 
-    def attend(self, x: Tensor, qkv: Tensor, state: Tensor) -> Tensor:
-        """x: (B, C, H, W) and its projection qkv: (B, H, W, h, 96); state: of all positions. Returns the shape of x."""
-        q = qkv[..., :HEAD_WIDTH].flatten(1, 2).float().relu()
-        sums = q.transpose(1, 2) @ state  # (B, h, H * W, 33): numerator and denominator
-        out = (sums[..., :-1] / (sums[..., -1:] + ATTENTION_EPS)).to(x.dtype)
-        out = out.transpose(1, 2).flatten(2).unflatten(1, x.shape[-2:])
+    def attend(self, x: Tensor, scales: list[Tensor], state: Tensor) -> Tensor:
+        """x: (B, C, H, W) and its projection; state: of all positions and scales. Returns the shape of x."""
+        queries = (_precise(qkv[..., :HEAD_WIDTH].flatten(1, 2)).relu().transpose(1, 2) for qkv in scales)
+        pairs = ((q, part.to(q)) for q, part in zip(queries, state.chunk(len(scales), dim=1), strict=True))
+        if torch.is_grad_enabled():
+            out = torch.cat([averages(q, part, x.dtype) for q, part in pairs], dim=-1)
+        else:
+            out = x.new_empty(len(x), x.shape[2] * x.shape[3], state.shape[1], HEAD_WIDTH)
+            for (q, part), place in zip(pairs, out.chunk(len(scales), dim=2), strict=True):
+                averages_into(place, q, part)
+        out = out.view(len(x), *x.shape[2:], -1)
         return self.norm_out(self.to_out(out).permute(0, 3, 1, 2), x)
 
     def projection_op(self, itemsize: int) -> RowOp:
         """`project`, with planes (1, h * 96, rows, W) as output rows, and room to form their `state`.
 
         itemsize: bytes of a number. Alive, in widths of a scale: the parts and their concatenation, 3 + 3; then that
-        and, for the state, keys and values in float32 with copies, 3 + 6.
+        and, for the state, keys before and after their ReLU and values, all in float32, 3 + 3.
         """
         width, scales = self.to_q.in_features, 1 + len(self.to_qkv_multiscale)
         radius = max((scale.proj_in.kernel_size[0] // 2 for scale in self.to_qkv_multiscale), default=0)
         return RowOp(
-            lambda rows: self.project(rows).flatten(3).permute(0, 3, 1, 2),
+            lambda rows: torch.cat(self.project(rows), dim=3).flatten(3).permute(0, 3, 1, 2),
             width,
             3 * scales * width,
             radius=radius,
-            live=scales * width * max(6, 3 + 6 * 4 / itemsize),
+            live=scales * width * max(6, 3 + 3 * 4 / itemsize),
         )
 
     def attention_op(self, state: Tensor | None, itemsize: int) -> RowOp:
         """`project` and `attend` with the state of all positions; None: to count memory only.
 
-        itemsize: bytes of a number. Alive, in widths of a scale: queries, keys and values, 3; in float32 queries, sums
-        and quotients, 3.1 with the denominators; and with several scales the result in two layouts, 2.
+        itemsize: bytes of a number. Alive, in widths of a scale: queries, keys and values, and the result, 4; in float32,
+        of one scale at a time, queries, sums and quotients, 3.1 with the denominators.
         """
         projection, width, scales = self.projection_op(itemsize), self.to_q.in_features, 1 + len(self.to_qkv_multiscale)
-        live = scales * width * ((5 if scales > 1 else 3) + 3.1 * 4 / itemsize)
+        live = width * (4 * scales + 3.1 * 4 / itemsize)
         return projection._replace(
             apply=lambda rows: self.attend(rows, self.project(rows), state),
             outputs=width,
             live=max(live, projection.live),
         )
+
+
+def _precise(x: Tensor) -> Tensor:
+    """In float32 on a CPU, which is slow in less, and from float16, which overflows; a GPU adds up bfloat16 in float32."""
+    return x.float() if x.dtype == torch.float16 or (x.is_cpu and x.dtype == torch.bfloat16) else x
 
 
 class GLUMBConv(nn.Module):
@@ -209,7 +235,7 @@ class Down(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W) with even H and W. Returns (B, outputs, H / 2, W / 2)."""
         out = self.conv(x) if self.strided else pixel_unshuffle(self.conv(x))
-        return out + average_unshuffle(x, out.shape[1]) if self.shortcut else out
+        return add_averaged(out, x) if self.shortcut else out
 
     def row_op(self) -> RowOp:
         """One 3x3 convolution. Alive: x rearranged; out, the shortcut and their sum, of a quarter of the pixels."""
@@ -231,8 +257,10 @@ class Up(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W). Returns (B, outputs, 2H, 2W)."""
-        out = self.conv(x) if self.nearest else pixel_shuffle(self.conv(x))
-        return add_shuffled(out, x) if self.shortcut else out
+        out, added = self.conv(x), x if self.shortcut else None
+        if self.nearest:
+            return place_phases(out, added)
+        return pixel_shuffle(out) if added is None else add_shuffled(pixel_shuffle(out), added)
 
     def row_op(self) -> RowOp:
         """One 3x3 convolution. Alive: its result and that rearranged, of four times the pixels, and some for the rim.

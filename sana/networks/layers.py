@@ -95,17 +95,17 @@ class LinearAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, N, D). Returns (B, N, D)."""
         q, k = self._features(x, (self.to_q, self.norm_q), (self.to_k, self.norm_k))
-        return self.project(_averages(q, _sums(k, _attention_precision(self.to_v(x))), x.dtype))
+        return self.project(averages(_heads(q), sums(_heads(k), self._values(x)), x.dtype))
 
     def state(self, x: Tensor) -> Tensor:
         """Sum over the tokens of x (B, N, D) of k^T [v, 1], per head: (B, h, 32, 33). States of parts of an image add up."""
         (k,) = self._features(x, (self.to_k, self.norm_k))
-        return _sums(k, _attention_precision(self.to_v(x)))
+        return sums(_heads(k), self._values(x))
 
     def attend(self, x: Tensor, state: Tensor) -> Tensor:
         """Attention of the tokens x (B, N, D) to all tokens summed in `state`. Returns (B, N, D)."""
         (q,) = self._features(x, (self.to_q, self.norm_q))
-        return self.project(_averages(q, state.to(q.dtype), x.dtype))
+        return self.project(averages(_heads(q), state.to(q.dtype), x.dtype))
 
     def _features(self, x: Tensor, *layers: tuple[nn.Module, nn.Module]) -> list[Tensor]:
         """ReLU of x (B, N, D) through each product and its norm."""
@@ -114,6 +114,9 @@ class LinearAttention(nn.Module):
             if all(part is not None for part in parts):
                 return [_attention_precision(part) for part in parts]
         return _rectified(*(norm(product(x)) for product, norm in layers))
+
+    def _values(self, x: Tensor) -> Tensor:
+        return _heads(_attention_precision(self.to_v(x)))
 
     def identity(self, x: Tensor) -> Tensor:
         """Every token attends to itself only: the perturbed branch of perturbed-attention guidance (arXiv 2403.17377)."""
@@ -151,9 +154,12 @@ def _rectified(*parts: Tensor) -> list[Tensor]:
     return [_attention_precision(part) for part in parts]
 
 
-def _sums(k: Tensor, v: Tensor) -> Tensor:
-    """Per head k^T [v, 1], summed over the tokens of k and v (B, N, D): (B, h, 32, 33)."""
-    k, v = split_heads(k, HEAD_WIDTH), split_heads(v, HEAD_WIDTH)
+def _heads(x: Tensor) -> Tensor:
+    return split_heads(x, HEAD_WIDTH)
+
+
+def sums(k: Tensor, v: Tensor) -> Tensor:
+    """Per head k^T [v, 1], summed over the tokens of k and v (B, h, N, 32): (B, h, 32, 33)."""
     if not _writes():
         return k.transpose(2, 3) @ F.pad(v, (0, 1), value=1.0)
     state = k.new_empty(*k.shape[:2], HEAD_WIDTH, HEAD_WIDTH + 1)
@@ -162,17 +168,21 @@ def _sums(k: Tensor, v: Tensor) -> Tensor:
     return state
 
 
-def _averages(q: Tensor, state: Tensor, dtype: torch.dtype) -> Tensor:
-    """q (B, N, D) times the numerators of `state`, over q times its denominators: (B, N, D) in dtype."""
-    q = split_heads(q, HEAD_WIDTH)
+def averages(q: Tensor, state: Tensor, dtype: torch.dtype) -> Tensor:
+    """q (B, h, N, 32) times the numerators of `state` (B, h, 32, 33), over q times its denominators: (B, N, h * 32) in dtype."""
     if not _writes():
-        sums = q @ state  # (B, h, N, 33)
-        return merge_heads(sums[..., :-1] / (sums[..., -1:] + LinearAttention.EPS)).to(dtype)
-    sums = q.new_empty(*q.shape[:3], HEAD_WIDTH + 1)
-    _multiply(q, state, sums)
+        parts = q @ state  # (B, h, N, 33)
+        return merge_heads(parts[..., :-1] / (parts[..., -1:] + LinearAttention.EPS)).to(dtype)
     out = torch.empty(q.shape[0], q.shape[2], q.shape[1], HEAD_WIDTH, dtype=dtype, device=q.device)
-    torch.div(sums[..., :-1], sums[..., -1:].add_(LinearAttention.EPS), out=out.transpose(1, 2))
+    averages_into(out, q, state)
     return out.flatten(2)
+
+
+def averages_into(out: Tensor, q: Tensor, state: Tensor) -> None:
+    """`averages` in out (B, N, h, 32), where neither a gradient nor a compiler asks for them."""
+    parts = q.new_empty(*q.shape[:3], HEAD_WIDTH + 1)
+    _multiply(q, state, parts)
+    torch.div(parts[..., :-1], parts[..., -1:].add_(LinearAttention.EPS), out=out.transpose(1, 2))
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:

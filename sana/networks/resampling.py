@@ -32,46 +32,64 @@ def add_shuffled(out: Tensor, x: Tensor) -> Tensor:
     return out
 
 
-def average_unshuffle(x: Tensor, channels: int) -> Tensor:
-    """`pixel_unshuffle` of x (B, C, 2H, 2W), then the mean over groups of consecutive channels: (B, channels, H, W)."""
+def add_averaged(out: Tensor, x: Tensor) -> Tensor:
+    """Add to out (B, C', H, W), in place, `pixel_unshuffle` of x (B, C, 2H, 2W) averaged over groups of consecutive channels."""
+    channels = out.shape[1]
     if channels == x.shape[1]:
-        return F.avg_pool2d(x, 2)
+        return out.add_(F.avg_pool2d(x, 2))
     if channels == 2 * x.shape[1]:  # pairs of neighbours in a row, without rearranging all of x first
-        pairs = (x[..., ::2] + x[..., 1::2]) * 0.5
-        return rearrange(pairs, "b c (h dy) w -> b h w (c dy)", dy=2).permute(0, 3, 1, 2)
-    return pixel_unshuffle(x).unflatten(1, (channels, -1)).mean(dim=2)
+        pairs = rearrange(x[..., ::2] + x[..., 1::2], "b c (h dy) w -> b h w c dy", dy=2)
+        out.permute(0, 2, 3, 1).unflatten(-1, (-1, 2)).add_(pairs, alpha=0.5)
+        return out
+    return out.add_(pixel_unshuffle(x).unflatten(1, (channels, -1)).mean(dim=2))
 
 
 @cache
 def nearest_operations(operations: type | ModuleType) -> type:
-    """`operations` whose Conv2d first doubles its input by nearest neighbour.
+    """`operations` whose Conv2d first doubles its input by nearest neighbour, and gives `nearest_phases`.
 
     It happens where the layer applies its weights, so that a host may still cast or patch them on the way.
     """
 
     class NearestConv2d(operations.Conv2d):
         def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return nearest_conv(x, weight, bias)
+            return nearest_phases(x, weight, bias)
 
     return type("NearestOperations", (), {"Conv2d": NearestConv2d})
 
 
-def nearest_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """3x3 convolution of x (B, C, H, W) doubled by nearest neighbour: (B, outputs, 2H, 2W).
+def nearest_phases(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """3x3 convolution of x (B, C, H, W) doubled by nearest neighbour, as `place_phases` takes it: (B, 4C', H+1, W+1).
 
     Every 2x2 patch of the result sees only 2x2 values, so one 2x2 convolution to four times the channels, with sums of
     the weights, gives all of it at 4/9 of the work.
     """
-    batch, _, height, width = x.shape
-    outputs = weight.shape[0]
-    biases = None if bias is None else bias.repeat(4)
-    phases = F.conv2d(x, phase_weights(weight), biases, padding=1)  # (B, 4C', H+1, W+1)
-    out = x.new_empty(batch, 2 * height, 2 * width, outputs).permute(0, 3, 1, 2)
-    for dy in (0, 1):
-        for dx in (0, 1):
-            phase = phases.narrow(1, (2 * dy + dx) * outputs, outputs)
-            out[:, :, dy::2, dx::2] = phase[:, :, dy : dy + height, dx : dx + width]
+    return F.conv2d(x, phase_weights(weight), None if bias is None else bias.repeat(4), padding=1)
+
+
+def place_phases(phases: Tensor, x: Tensor | None = None) -> Tensor:
+    """The four pixels of each patch from `nearest_phases` into their places: (B, C', 2H, 2W), channels last in memory.
+
+    x: (B, C, H, W), whose channels are added on the way, each 4C' / C times, pixel-shuffled; None: nothing is.
+    """
+    outputs, (height, width) = phases.shape[1] // 4, (size - 1 for size in phases.shape[2:])
+    out = phases.new_empty(len(phases), 2 * height, 2 * width, outputs).permute(0, 3, 1, 2)
+    for pixel, phase in enumerate(phases.chunk(4, dim=1)):
+        dy, dx = divmod(pixel, 2)
+        phase, place = phase[:, :, dy : dy + height, dx : dx + width], out[:, :, dy::2, dx::2]
+        if x is None:
+            place.copy_(phase)
+        elif torch.is_grad_enabled():
+            place.copy_(phase + shared_channels(x, outputs, pixel))
+        else:
+            torch.add(phase, shared_channels(x, outputs, pixel), out=place)
     return out
+
+
+def shared_channels(x: Tensor, outputs: int, pixel: int) -> Tensor:
+    """Of x (B, C, H, W) the channels that pixel 0 to 3 of each patch shows, where each is repeated: (B, outputs, H, W)."""
+    shares = x.shape[1] // outputs  # 1, 2 or 4 of x for one of the result
+    return x[:, pixel * shares // 4 :: shares]
 
 
 def phase_weights(weight: Tensor) -> Tensor:

@@ -8,16 +8,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sana.config import AUTOENCODERS, StageConfig
+from sana.networks import autoencoder_layers
 from sana.networks.autoencoder import DCAutoencoder
 from sana.networks.autoencoder_layers import ChannelNorm, MultiscaleLinearAttention, Up
 from sana.networks.layers import Build
 from sana.networks.resampling import (
+    add_averaged,
     add_shuffled,
-    average_unshuffle,
-    nearest_conv,
+    nearest_phases,
     phase_weights,
     pixel_shuffle,
     pixel_unshuffle,
+    place_phases,
 )
 from tests.sana.measures import relative_error
 from tests.sana.twins import FAMILIES, autoencoder_pair, randomise, tiny_autoencoder_config
@@ -140,6 +142,21 @@ def test_attention_is_the_quadratic_formula(size: tuple[int, int], scales: tuple
     assert relative_error(layer(x), x + layer.norm_out(out)) < 1e-6  # float32
 
 
+@torch.no_grad()
+def test_attention_of_bfloat16_may_stay_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, whose products add up in float32, and so do sums over parts of a picture."""
+    stage = StageConfig(64, 1, attention=True, scales=(5,))
+    layer, x = randomise(MultiscaleLinearAttention(stage, Build(dtype=torch.bfloat16))), torch.randn(2, 64, 9, 8)
+    layer.norm_out = torch.nn.Identity()
+    layer.norm_out.forward = lambda out, x: out
+    found, expected = [], copy.deepcopy(layer).float()(x)
+    for precise in (autoencoder_layers._precise, lambda part: part):
+        monkeypatch.setattr(autoencoder_layers, "_precise", precise)
+        found.append(relative_error(layer(x.bfloat16()), expected))
+        assert layer.state(layer.project(x.bfloat16())[0]).dtype == torch.float32
+    assert found[0] < 2e-2 and found[0] != found[1] < 2e-2
+
+
 def test_states_of_parts_add_up() -> None:
     qkv = torch.randn(2, 8, 5, 4, 96)
     parts = MultiscaleLinearAttention.state(qkv[:, :3]) + MultiscaleLinearAttention.state(qkv[:, 3:])
@@ -154,6 +171,10 @@ def test_channel_norm_is_the_formula(scale: float) -> None:
     expected = x.double() / (x.double().square().mean(dim=1, keepdim=True) + 1e-5).sqrt() * weight + bias
     torch.testing.assert_close(norm(x).double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(norm(x, residual).double(), expected + residual.double(), rtol=1e-5, atol=1e-5)
+    kept = residual.clone()
+    torch.testing.assert_close(norm.by_kernel(x, None).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(norm.by_kernel(x, residual).double(), expected + residual.double(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(residual, kept)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (4, 3)])
@@ -162,7 +183,7 @@ def test_nearest_conv_is_interpolate_and_conv(size: tuple[int, int], bias: bool)
     x, weight = torch.randn(2, 6, *size).double(), torch.randn(5, 6, 3, 3).double()
     shift = torch.randn(5).double() if bias else None
     expected = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, shift, padding=1)
-    torch.testing.assert_close(nearest_conv(x, weight, shift), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(place_phases(nearest_phases(x, weight, shift)), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_phase_weights_share_the_kernel_out() -> None:
@@ -171,6 +192,17 @@ def test_phase_weights_share_the_kernel_out() -> None:
     rows = (((0,), (1, 2)), ((0, 1), (2,)))
     expected = [[[[weight[0, 0, p][:, q].sum() for q in rows[x]] for p in rows[y]]] for y in (0, 1) for x in (0, 1)]
     torch.testing.assert_close(phase_weights(weight), torch.tensor(expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("outputs", [8, 4, 2])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_phases_are_placed_upon_a_shortcut(outputs: int, gradients: bool) -> None:
+    x, phases = torch.randn(2, 8, 3, 5), torch.randn(2, 4 * outputs, 4, 6)
+    kept, shortcut = x.clone(), F.pixel_shuffle(x.repeat_interleave(4 * outputs // 8, dim=1), 2)
+    with torch.set_grad_enabled(gradients):
+        result = place_phases(phases, x)
+    assert torch.equal(result, place_phases(phases) + shortcut) and torch.equal(x, kept)
+    assert result.is_contiguous(memory_format=CHANNELS_LAST)
 
 
 def test_nearest_layer_keeps_the_name_of_its_weights() -> None:
@@ -202,10 +234,14 @@ def test_add_shuffled_is_the_plain_formula(outputs: int) -> None:
 
 
 @pytest.mark.parametrize("outputs", [4, 8, 16, 32])
-def test_average_unshuffle_is_the_plain_formula(outputs: int) -> None:
-    x = torch.randn(2, 8, 6, 4)
+def test_add_averaged_is_the_plain_formula(outputs: int) -> None:
+    x, out = torch.randn(2, 8, 6, 4), torch.randn(2, outputs, 3, 2).to(memory_format=CHANNELS_LAST)
+    kept = x.clone()
     groups = F.pixel_unshuffle(x, 2).unflatten(1, (outputs, -1))
-    torch.testing.assert_close(average_unshuffle(x, outputs), groups.mean(dim=2), rtol=1e-6, atol=1e-6)
+    expected = out + groups.mean(dim=2)
+    result = add_averaged(out, x)
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(x, kept) and result is out
 
 
 # Bad input
