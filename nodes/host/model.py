@@ -1,7 +1,6 @@
 """The SANA transformer as a model of the host: MODEL, sampled, offloaded, patched, quantised and saved by the host itself."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -34,6 +33,7 @@ from ...sana.sampling.guidance import GUIDANCE_EMBED_SCALE
 from .entries import ForeignEntryError
 from .padding import complete_mask
 from .patches import output_patches, tell_uncalled
+from .prefetch import fetching
 from .quantised import check_quantised
 from .run import GUIDANCE_EMBED, IDENTITY_BLOCKS, RUN, SamplingRun
 
@@ -107,15 +107,23 @@ class HostTransformer(SanaTransformer):
         modulation = self.modulation(timestep, guidance_embed, x.dtype)
         context = TextContext(tuple(zip(keys_values[::2], keys_values[1::2], strict=True)), text_bias)
         corrections = [part if part is None else part.to(x) for part in (control or {}).get("output", [])]
-        return self.velocity(
+        fetch = fetching(self.transformer_blocks, x.device, options)
+
+        def run_block(i: int, tokens: Tensor, inputs: BlockInputs, band: int | None) -> Tensor:
+            fetch(self.transformer_blocks[i])
+            return self.run_patched_block(options, i, tokens, inputs, band)
+
+        velocity = self.velocity(
             x,
             modulation,
             context,
             identity_blocks=options.get(IDENTITY_BLOCKS, ()),
             control=lambda tokens: corrections,
             max_bytes=WORKING_BYTES,
-            run_block=partial(self.run_patched_block, options),
+            run_block=run_block,
         )
+        fetch(None)
+        return velocity
 
     def run_patched_block(
         self, options: Options, i: int, tokens: Tensor, inputs: BlockInputs, band: int | None
