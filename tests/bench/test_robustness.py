@@ -29,7 +29,7 @@ from bench.judging import Answer, Limits, Worker, flaw
 from bench.readers import Call, Printed, entries, run_shell
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells the peak of a process's memory")
-EACH = 300  # inputs of a kind
+EACH = 150  # inputs of a kind
 # Kinds of which an input may be harmless, and is then read.
 ALSO_READ = {*KINDS} - {"hostile-pickles"}
 
@@ -276,11 +276,11 @@ def test_another_process_makes_the_same_inputs(originals: Path, tmp_path: Path) 
 
 
 def digests(originals: str, folder: str) -> str:
-    """Of thirty inputs of each kind, made in the same place."""
+    """Of ten inputs of each kind, made in the same place."""
     found = {}
     for kind in KINDS:
         digest = hashlib.sha256()
-        for seed in range(30):
+        for seed in range(10):
             Path(folder).mkdir()
             made = make(kind, seed, Path(folder), Path(originals))
             digest.update(repr((made, *contents(Path(folder)))).encode("utf-8", "surrogateescape"))
