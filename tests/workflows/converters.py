@@ -5,6 +5,7 @@ line of ComfyUI, comfyui-autograph and comfy-lint are under the MIT licence. Non
 packages that its converter has no use for. Standard library only, but for what the functions import.
 """
 
+import copy
 import importlib
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 FOLDER = Path(__file__).resolve().parents[2] / ".venv" / "converters"
+GROWING = "COMFY_AUTOGROW_V3"  # type of an input of which there may be any number, as "images.image0"
 WHEELS = {  # versions and SHA-256
     "comfy-cli": ("1.23.0", "3cd4bf80dd93b759e910fa825951c154781b8b95e526da59155ab96656483b31"),
     "pathspec": ("1.1.1", "a00ce642f577bf7f473932318056212bc4f8bfdf53128c78bbd5af0b9b20b189"),  # for comfy-cli
@@ -31,8 +33,18 @@ def autograph(workflow: dict, nodes: dict[str, dict]) -> dict[str, dict]:
 
 
 def complaints(prompt: dict[str, dict], nodes: dict[str, dict]) -> list[tuple[str, object]]:
-    """What comfy-lint has to say of a prompt: its rule and the value in question."""
-    schema = _module("comfy_lint.schema").normalize(nodes)
+    """What comfy-lint has to say of a prompt: its rule and the value in question. It does not know inputs of any number, which
+    are left out.
+    """
+    known, prompt = dict(nodes), copy.deepcopy(prompt)
+    for node in prompt.values():
+        name, inputs = node["class_type"], node["inputs"]
+        given = known[name]["input"]
+        growing = {key for part in given.values() for key, kind in part.items() if kind[0] == GROWING}
+        required = {key: kind for key, kind in given.get("required", {}).items() if key not in growing}
+        known[name] = {**known[name], "input": {**given, "required": required}}
+        node["inputs"] = {key: value for key, value in inputs.items() if key.split(".")[0] not in growing}
+    schema = _module("comfy_lint.schema").normalize(known)
     found = _module("comfy_lint").lint_workflow(prompt, schema)
     return [(entry.rule, prompt[entry.node_id]["inputs"].get(entry.field)) for entry in found]
 
