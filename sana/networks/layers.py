@@ -66,7 +66,12 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
 
 def split_heads(x: Tensor, head_width: int) -> Tensor:
     """(B, N, h * d) to a view (B, h, N, d)."""
-    return x.unflatten(-1, (-1, head_width)).transpose(1, 2)
+    return torch.unflatten(x, -1, (-1, head_width)).transpose(1, 2)
+
+
+def last(layers: nn.ModuleList) -> nn.Module:
+    """The only layer of a list, which is one for the names of its weights. Asking the list for it takes ten times as long."""
+    return getattr(layers, "0")
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -126,7 +131,7 @@ class LinearAttention(nn.Module):
         """The output projection. Checkpoints trained in float16 had this result clamped during training and give broken
         pictures without it in any precision, because activations reach 1e6 (huggingface/diffusers issue 10336). Those with
         norms of queries and keys, SANA-1.5 and Sprint, were trained in bfloat16 and need it in float16 alone."""
-        out = self.to_out[0](x)
+        out = last(self.to_out)(x)
         if self.qk_norm and out.dtype != torch.float16:
             return out
         return out.clamp_(-FP16_MAX, FP16_MAX) if _writes() else out.clamp(-FP16_MAX, FP16_MAX)
@@ -163,8 +168,9 @@ def sums(k: Tensor, v: Tensor) -> Tensor:
     if not _writes():
         return k.transpose(2, 3) @ F.pad(v, (0, 1), value=1.0)
     state = k.new_empty(*k.shape[:2], HEAD_WIDTH, HEAD_WIDTH + 1)
-    torch.sum(k, dim=2, out=state[..., -1])
-    _multiply(k.transpose(2, 3), v, state[..., :-1])
+    products, counts = state.split_with_sizes((HEAD_WIDTH, 1), -1)
+    torch.sum(k, dim=2, out=counts.squeeze(-1))
+    _multiply(k.transpose(2, 3), v, products)
     return state
 
 
@@ -182,13 +188,14 @@ def averages_into(out: Tensor, q: Tensor, state: Tensor) -> None:
     """`averages` in out (B, N, h, 32), where neither a gradient nor a compiler asks for them."""
     parts = q.new_empty(*q.shape[:3], HEAD_WIDTH + 1)
     _multiply(q, state, parts)
-    torch.div(parts[..., :-1], parts[..., -1:].add_(LinearAttention.EPS), out=out.transpose(1, 2))
+    numerators, denominators = parts.split_with_sizes((HEAD_WIDTH, 1), -1)
+    torch.div(numerators, denominators.add_(LinearAttention.EPS), out=out.transpose(1, 2))
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
     """a (B, h, i, j) times b (B, h, j, k) into out. Of one sample at a time, heads are read where they lie among the tokens."""
-    if len(a) <= FEW_SAMPLES:
-        for left, right, into in zip(a, b, out, strict=True):
+    if a.shape[0] <= FEW_SAMPLES:
+        for left, right, into in zip(a.unbind(0), b.unbind(0), out.unbind(0), strict=True):
             torch.bmm(left, right, out=into)
     else:
         torch.matmul(a, b, out=out)
@@ -200,6 +207,7 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, heads: int, qk_norm: bool, build: Build) -> None:
         super().__init__()
         self.head_width = width // heads
+        self.qk_norm = qk_norm
         self.to_q = build.linear(width, width)
         self.to_k = build.linear(width, width)
         self.to_v = build.linear(width, width)
@@ -215,8 +223,9 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attention: Attention) -> Tensor:
         """x: (B, N, D); k, v: (B, h, L, d); mask: (B, 1, 1, L) bool, True where a token counts. Returns (B, N, D)."""
-        q = split_heads(self.norm_q(self.to_q(x)), self.head_width)
-        return self.to_out[0](merge_heads(attention(q, k, v, mask)))
+        q = self.to_q(x)
+        q = split_heads(self.norm_q(q) if self.qk_norm else q, self.head_width)
+        return last(self.to_out)(merge_heads(attention(q, k, v, mask)))
 
 
 class MixFFN(nn.Module):
@@ -233,7 +242,7 @@ class MixFFN(nn.Module):
         """x: (B, N, D), N = H * columns. Returns the result for the given rows only: (B, rows * columns, D)."""
         inplace = _writes()
         x = F.silu(self.conv_inverted(x), inplace)
-        x = x.unflatten(1, (-1, columns)).permute(0, 3, 1, 2)  # (B, 2 * inner, H, W), channels last in memory
+        x = torch.unflatten(x, 1, (-1, columns)).permute(0, 3, 1, 2)  # (B, 2 * inner, H, W), channels last in memory
         x = self.conv_depth(x).permute(0, 2, 3, 1)[:, rows].flatten(1, 2)
         value, gate = x.chunk(2, dim=-1)
         return self.conv_point(value * F.silu(gate, inplace))

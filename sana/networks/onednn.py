@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 ONEDNN_HAS_BFLOAT16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)()  # processors with AVX512
 PLAIN = (nn.Parameter, Tensor)  # others have a product of their own
+LEAST_WORK = 2**21  # multiplications below which calling oneDNN takes longer than it gains
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
@@ -25,6 +26,8 @@ def suits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
     It checks nothing itself: it reads a bias with gaps as if it had none. The commonest reasons against it come first.
     """
+    if x.numel() * weight.shape[0] < LEAST_WORK:
+        return False
     dtype = x.dtype
     if dtype is torch.bfloat16:
         if bias is None or not ONEDNN_HAS_BFLOAT16:

@@ -90,7 +90,7 @@ def branches(modulation: Tensor) -> tuple[AdaLN, AdaLN]:
 
 def sample_rows(rows: Tensor) -> tuple[Tensor, ...]:
     """The n rows of (B, n, D), each as (B, 1, D); as (D,) if they are for all samples."""
-    return rows[0].unbind(0) if len(rows) == 1 else rows.unsqueeze(2).unbind(1)
+    return rows[0].unbind(0) if rows.shape[0] == 1 else rows.unsqueeze(2).unbind(1)
 
 
 class Block(nn.Module):
@@ -351,8 +351,8 @@ def block_modulation(blocks: Iterable[Block], time: Tensor) -> Tensor:
 def modulated_norm(x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
     """Layer norm of x (B, N, D) without weights of its own, then times factor, plus shift: each (D,) or (B, 1, D)."""
     if shift.dim() == 1:
-        return F.layer_norm(x, shift.shape, factor, shift, NORM_EPS)
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), factor)
+        return torch.layer_norm(x, shift.shape, factor, shift, NORM_EPS)
+    return torch.addcmul(shift, torch.layer_norm(x, x.shape[-1:], eps=NORM_EPS), factor)
 
 
 def open_length(tensor: Tensor, dim: int) -> Tensor:

@@ -22,7 +22,8 @@ def layer() -> Operations.Linear:
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """What oneDNN was given."""
+    """What oneDNN was given, which is asked for the smallest products, too."""
+    monkeypatch.setattr(onednn, "LEAST_WORK", 0)
     found, function = [], onednn.ONEDNN_LINEAR
     monkeypatch.setattr(onednn, "ONEDNN_LINEAR", lambda x, *others: found.append(x) or function(x, *others))
     return found
@@ -76,6 +77,17 @@ def test_linear_in_bfloat16_with_a_bias_is_that_of_pytorch(layer: Operations.Lin
     layer.bias = None
     assert torch.equal(layer(x), F.linear(x, layer.weight))
     assert len(taken) == onednn.ONEDNN_HAS_BFLOAT16
+
+
+@torch.no_grad()
+def test_small_products_are_left_to_pytorch(
+    layer: Operations.Linear, taken: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, "LEAST_WORK", 6 * INPUTS * OUTPUTS)
+    for rows, count in ((5, 0), (6, 1)):
+        x = torch.randn(rows, INPUTS)
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=0, atol=2e-6)
+        assert len(taken) == count
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
@@ -171,6 +183,7 @@ def test_a_product_is_rectified_by_its_own_kernel(
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("taken")
 def test_a_layer_that_does_more_than_its_product_is_not_passed_over(layer: Operations.Linear) -> None:
     x = torch.randn(2, 7, INPUTS)
     for watch in (
