@@ -7,6 +7,7 @@ from . import (
     autoencoder,
     choosing,
     controlnet,
+    crop,
     enhancement,
     grids,
     latent,
@@ -33,6 +34,7 @@ TOPICS = (
     choosing,
     controlnet,
     grids,
+    crop,
     training,
 )
 NODES = tuple(node for topic in TOPICS for node in topic.NODES)

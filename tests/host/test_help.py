@@ -16,7 +16,7 @@ UNITS = {"width": "px", "height": "px", "batch_size": "pictures", "max_memory": 
 PUBLIC = (
     "SanaCheckpointLoader SanaTextEncoderLoader DCAELoader GemmaTextEncode DCAEEncode DCAEDecode EmptySanaLatentImage "
     "FlowDPMSampler FlowDPMScheduler FlowDPMSolver SanaGuider SanaPerturbedAttention SCMSampler SCMScheduler SanaControlNetLoader "
-    "SanaPromptEnhancer SanaTrainLora SanaPreviewLatent SanaBestPictures SanaCompareSettings SanaPictureGrid"
+    "SanaPromptEnhancer SanaTrainLora SanaPreviewLatent SanaBestPictures SanaCompareSettings SanaPictureGrid SanaCropToMask"
 ).split()
 DOCS = ROOT / "js" / "docs"
 LANGUAGES = sorted(path.name for path in (ROOT / "locales").iterdir())

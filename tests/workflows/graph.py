@@ -27,7 +27,7 @@ def shrunk(prompt: Prompt, *, side: int, steps: int | None = None) -> Prompt:
         inputs = node["inputs"]
         if node["class_type"] == "EmptySanaLatentImage":
             inputs |= {"size": FREE_SIZE, "width": side, "height": side}
-        elif node["class_type"] == "ImageScale":
+        elif node["class_type"] == "ImageScale" and isinstance(inputs["width"], int):
             inputs |= {"width": side, "height": side}
         elif node["class_type"] == "ImageScaleToTotalPixels":
             inputs["megapixels"] = (side / 1024) ** 2

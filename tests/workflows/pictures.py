@@ -8,6 +8,7 @@ environment of `python3 tests`: .venv/tests/bin/python.
 
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -34,6 +35,13 @@ START = Scene(
     height=SIDE,
     width=SIDE,
 )
+LARGE = replace(
+    START,
+    things=(Thing(START.things[0].look, 48, 60, 68), Thing(START.things[1].look, 318, 318, 68)),
+    height=512,
+    width=512,
+)
+HOLE_OF_LARGE = slice(208, 496)  # px, of rows and of columns: around its square
 PROMPTS: dict[str, str | tuple[str, ...]] = {  # of several nodes, in their order
     "sana_demo": "a red circle left of a blue square on a white background",
     "sana_1k_text_to_image": "a large green star on a light blue background",
@@ -43,6 +51,7 @@ PROMPTS: dict[str, str | tuple[str, ...]] = {  # of several nodes, in their orde
     "sana_img2img": "a green circle above a yellow square on a white background",
     "sana_second_pass": "a red circle left of a blue square on a white background",
     "sana_inpainting": "a red circle above a green square on a white background",
+    "sana_inpainting_crop": "a green square on a white background",
     "sana_regions_by_area": (
         "a red circle left of a blue square on a white background",
         "a red circle on a white background",
@@ -83,7 +92,8 @@ def main(names: list[str]) -> None:
 
 def draw_workflow(server: Server, name: str, prompt: Prompt) -> Image.Image:
     """What the workflow draws with the demo model."""
-    server.upload("example.png", start_picture(hole=name in WITH_HOLE))
+    large = name == "sana_inpainting_crop"
+    server.upload("example.png", large_picture() if large else start_picture(hole=name in WITH_HOLE))
     texts = (PROMPTS[name],) if isinstance(PROMPTS[name], str) else PROMPTS[name]
     run = server.queue(with_demo_model(graph.shrunk(prompt, side=SIDE), *texts))
     if run.failure is not None:
@@ -111,8 +121,19 @@ def start_picture(*, hole: bool) -> bytes:
     alpha = np.full((SIDE, SIDE, 1), 255, np.uint8)
     if hole:
         alpha[SIDE // 2 :] = 0
+    return _png(draw(START), alpha)
+
+
+def large_picture() -> bytes:
+    """A scene that is larger than what the demo model draws, with a hole around one thing."""
+    alpha = np.full((LARGE.height, LARGE.width, 1), 255, np.uint8)
+    alpha[HOLE_OF_LARGE, HOLE_OF_LARGE] = 0
+    return _png(draw(LARGE), alpha)
+
+
+def _png(pixels: np.ndarray, alpha: np.ndarray) -> bytes:
     content = io.BytesIO()
-    Image.fromarray(np.concatenate([draw(START), alpha], axis=-1)).save(content, "PNG")
+    Image.fromarray(np.concatenate([pixels, alpha], axis=-1)).save(content, "PNG")
     return content.getvalue()
 
 

@@ -38,6 +38,7 @@ EXPECTED = {
     "sana_second_pass",
     "sana_sprint_draft_finish",
     "sana_inpainting",
+    "sana_inpainting_crop",
     "sana_regions_by_area",
     "sana_regions_by_mask",
     "sana_controlnet",
@@ -427,6 +428,21 @@ def drawn_by_the_demo(page: Frontend, server: Server, name: str, *texts: str, **
     assert run.failure is None
     (saved,) = graph.of_kind(prompt, "SaveImage")
     return server.images(run, saved)[0].convert("RGB")
+
+
+def test_a_crop_is_drawn_anew_and_goes_back_to_its_place(page: Frontend, server: Server) -> None:
+    """What the mask covers becomes what the prompt says, and the rest of the large picture stays to the pixel."""
+    server.upload("large.png", pictures.large_picture())
+    caption = pictures.PROMPTS["sana_inpainting_crop"]
+    picture = drawn_by_the_demo(page, server, "sana_inpainting_crop", caption, LoadImage={"image": "large.png"})
+    given = Image.open(io.BytesIO(pictures.large_picture()))
+    difference = np.abs(np.asarray(picture, int) - np.asarray(given.convert("RGB"), int)).max(axis=-1)
+    outside = np.asarray(given)[..., 3] > 0
+    assert picture.size == given.size and difference[outside].max() == 0
+    green, red = sorted(read(picture).things, key=lambda thing: thing.colour)
+    assert (green.colour, green.shape, red.colour, red.shape) == ("green", "square", "red", "circle")
+    low, high = pictures.HOLE_OF_LARGE.start, pictures.HOLE_OF_LARGE.stop
+    assert low <= min(green.box) and max(green.box) <= high
 
 
 def test_areas_have_things_of_their_own(page: Frontend, server: Server) -> None:
