@@ -58,11 +58,9 @@ class SanaCropToMask(io.ComfyNode):
             )
         rows, columns = (painted.any(dim=axis).nonzero().flatten() for axis in (1, 0))
         bounds = [(int(found[0]) - margin, int(found[-1]) + 1 + margin) for found in (rows, columns)]
-        half = (
-            max(high - low for low, high in bounds) // 2
-        )  # of the longer side: SANA knows no pictures that are narrower
+        least = max(high - low for low, high in bounds) // 2  # SANA knows no pictures that are narrower
         (y, tall), (x, wide) = (
-            span(low, high, half, side) for (low, high), side in zip(bounds, (height, width), strict=True)
+            span(low, high, least, side) for (low, high), side in zip(bounds, (height, width), strict=True)
         )
         part = (slice(None), slice(y, y + tall), slice(x, x + wide))
         return io.NodeOutput(image[part], mask[part], x, y, wide, tall)

@@ -14,6 +14,7 @@ from ...sana.checkpoints.header import transformer_header
 from ...sana.checkpoints.transformer import identify_transformer
 from .extension import extend
 from .foreign import in_host_formats, unpacked
+from .mapping import mapped_by_host
 from .model import FILE_NAME, SanaModel
 from .run import follow_runs
 
@@ -28,7 +29,7 @@ def load_model(
     variant: a name from `sana.VARIANTS`, for a file that cannot tell. dtype: of the weights; None: what the host prefers of
     what the model was released in. Raises CheckpointError for files that are something else.
     """
-    file = in_host_formats(read_tensors(path, "transformer"))
+    file = in_host_formats(read_tensors(path, "transformer", mapped=mapped_by_host()))
     file = replace(file, tensors=unpacked(file.tensors, dtype, file.path.name))
     header = transformer_header(identify_transformer(file, variant))
     patcher = comfy.sd.load_diffusion_model_state_dict(

@@ -36,6 +36,7 @@ from ...sana.text.text_encoder import GemmaTextEncoder
 from ...sana.text.tokenizers import START_OF_TURN, Tokenizer, written
 from .entries import ForeignEntryError
 from .foreign import in_host_formats, unpacked
+from .mapping import mapped_by_host
 from .padding import mark_padding
 from .quantised import check_quantised
 from .writing import counted, with_output
@@ -213,7 +214,7 @@ def load_clip(
     transformer: for which its texts must have the right width; None: for any. Raises CheckpointError as
     `sana.load_text_encoder` does, and for another width.
     """
-    file = in_host_formats(read_text_encoder(path))
+    file = in_host_formats(read_text_encoder(path, mapped=mapped_by_host()))
     tensors = gemma_tensors(file)
     config = gemma_config(tensors, file)
     if transformer is not None:

@@ -21,6 +21,7 @@ from ...sana.networks.autoencoder_layers import Decoder, Encoder
 from ...sana.networks.devices import FREE_SHARE
 from ...sana.networks.memory import GIB, Run, is_out_of_memory, run_within_memory
 from ...sana.networks.streaming import least_bytes, suitable_bound, whole_bytes
+from .mapping import mapped_by_host
 
 SMALL_BYTES = GIB  # bound for the nodes that are called tiled; and the host is asked to free no more beforehand
 WORKING_DTYPES = [torch.bfloat16, torch.float32]  # float16 overflows: black pictures
@@ -149,7 +150,7 @@ def load_vae(
     transformer: for whose latents it must be made; None: for any. Raises CheckpointError if there is none, or for other
     latents: DC-AEs of several families have the same shapes, and the scale of their latents tells them apart.
     """
-    file = read_tensors(path, "vae")
+    file = read_tensors(path, "vae", mapped=mapped_by_host())
     if transformer is not None:
         config = detect_autoencoder(autoencoder_tensors(file), file)
         check_autoencoder(config, transformer, file.path.name)

@@ -5,7 +5,7 @@ Files are mapped into memory, not read. Nothing here knows what the tensors mean
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +36,7 @@ DIFFUSERS_CLASSES = ("SanaTransformer2DModel", "SanaControlNetModel", "Autoencod
 LONG_WORD = re.compile(r"(\S{500})\S+")  # in messages; paths are shorter
 SHARD = re.compile(r"-\d{5}-of-(\d{5})(?=\.|$)")  # of a stem; older files name their format behind it
 LONGEST_MESSAGE = 2000  # characters
+Mapped = Callable[[Path], Mapping[str, Tensor] | None]
 
 
 class CheckpointError(ValueError):
@@ -63,10 +64,10 @@ class TensorFile:
     siblings: frozenset[str] = frozenset()  # "fp16" of `name.fp16.safetensors` in the same folder as `name.safetensors`
 
 
-def read_tensors(path: Path | str, component: str | None = None) -> TensorFile:
+def read_tensors(path: Path | str, component: str | None = None, *, mapped: Mapped | None = None) -> TensorFile:
     """Open a file, a folder with one model in one or several files, or a pipeline folder with `component` in it.
 
-    Raises CheckpointError for anything that holds no tensors, is incomplete, or needs code to be read, and
+    mapped: gives the tensors of a sound safetensors file in another way than that of its library, or None. Raises CheckpointError for anything that holds no tensors, is incomplete, or needs code to be read, and
     FileNotFoundError if there is nothing at the path.
     """
     path = Path(path)
@@ -74,11 +75,11 @@ def read_tensors(path: Path | str, component: str | None = None) -> TensorFile:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a checkpoint file or a folder of a diffusers model")
     if path.is_dir():
-        return _read_folder(_component(path, component))
+        return _read_folder(_component(path, component), mapped)
     shard = SHARD.search(path.stem)
     if shard and int(shard[1]) > 1:
         raise CheckpointError(f"{path.name} is one of {int(shard[1])} shards; give the folder that holds all of them")
-    tensors, metadata = _read_file(path)
+    tensors, metadata = _read_file(path, mapped)
     tensors = unwrapped(tensors)
     return TensorFile(path, tensors, metadata, _read_config(path.parent), _siblings(path))
 
@@ -129,12 +130,12 @@ def _component(folder: Path, component: str | None) -> Path:
     return folder / component if component is not None and (folder / component).is_dir() else folder
 
 
-def _read_folder(folder: Path) -> TensorFile:
+def _read_folder(folder: Path, mapped: Mapped | None) -> TensorFile:
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     paths = _model_files(folder)
     for path in paths:
-        found, header = _read_file(path)
+        found, header = _read_file(path, mapped)
         tensors.update(unwrapped(found))
         metadata.update(header)
     return TensorFile(folder, tensors, metadata, _read_config(folder), _siblings(paths[0]))
@@ -181,11 +182,11 @@ def _chosen(groups: dict[tuple[str, int], list[Path]], folder: Path) -> list[Pat
     return paths
 
 
-def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_file(path: Path, mapped: Mapped | None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors, and what the header says. The content tells what kind of file it is, whatever its name."""
     start = _read_start(path)
     if start[HEADER_PLACE : HEADER_PLACE + 1] == b"{":
-        return _read_safetensors(path)
+        return _read_safetensors(path, mapped)
     if start.startswith(STARTS):
         if path.suffix in SAFETENSORS:  # by which PyTorch and the host choose how to read it
             raise CheckpointError(f"{path.name} is a PyTorch file; rename it to {path.stem}.pth")
@@ -218,11 +219,14 @@ def _check_header(path: Path) -> None:
         )
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_safetensors(path: Path, mapped: Mapped | None) -> tuple[dict[str, Tensor], dict[str, str]]:
     _check_header(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+        with safe_open(path, framework="pt") as file:  # which says whether it is sound
+            tensors = mapped(path) if mapped else None
+            if tensors is None:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            return dict(tensors), dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, f" ({error})") from error
 

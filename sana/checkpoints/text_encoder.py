@@ -19,7 +19,7 @@ from ..reading import parse_json
 from ..text.gemma import Gemma2
 from ..text.text_encoder import GemmaTextEncoder
 from ..text.tokenizers import BOS, EOS, PAD, JsonTokenizer, SentencePieceTokenizer, Tokenizer
-from .files import CheckpointError, TensorFile, read_json, read_tensors
+from .files import CheckpointError, Mapped, TensorFile, read_json, read_tensors
 from .filling import NO_MERGES, fill
 from .formats import COMFY_ATTENTION
 from .gguf_container import is_gguf
@@ -80,9 +80,9 @@ def load_text_encoder(
     return build_text_encoder(find_text_encoder(read_text_encoder(path)), dtype, device, operations)
 
 
-def read_text_encoder(path: Path | str) -> TensorFile:
-    """Open a file or folder for `find_text_encoder`. Raises as `read_tensors` and `read_gguf` do."""
-    return read_gguf(path) if is_gguf(path) else read_tensors(path, "text_encoder")
+def read_text_encoder(path: Path | str, *, mapped: Mapped | None = None) -> TensorFile:
+    """Open a file or folder for `find_text_encoder`. mapped: as for `read_tensors`. Raises as that and `read_gguf` do."""
+    return read_gguf(path) if is_gguf(path) else read_tensors(path, "text_encoder", mapped=mapped)
 
 
 def find_text_encoder(file: TensorFile) -> FoundTextEncoder:

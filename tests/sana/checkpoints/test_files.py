@@ -57,6 +57,24 @@ def test_safetensors_with_what_stands_in_its_header_and_beside_it(tmp_path: Path
     assert list(tensor_names(path)) == list(tensor_names(tmp_path)) == sorted(tensors)
 
 
+def test_tensors_of_a_sound_file_may_come_in_another_way(tmp_path: Path, tensors: Tensors) -> None:
+    """For each file of a model; one that is damaged is refused before."""
+    others = {name: tensor + 1 for name, tensor in tensors.items()}
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path, {"variant": "x"})
+    found = read_tensors(path, mapped=lambda given: others if given == path else None)
+    assert found.tensors.keys() == others.keys() and found.metadata == {"variant": "x"}
+    assert all(torch.equal(found.tensors[name], other) for name, other in others.items())
+    assert all(
+        torch.equal(read_tensors(tmp_path, mapped=lambda _: others).tensors[name], others[name]) for name in others
+    )
+    own = read_tensors(path, mapped=lambda _: None).tensors
+    assert all(torch.equal(own[name], tensor) for name, tensor in tensors.items())
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        read_tensors(path, mapped=lambda _: others)
+
+
 @pytest.mark.parametrize(
     ("name", "counts"), [("SanaTransformer2DModel", True), ("AutoencoderDC", True), ("AutoencoderKL", False)]
 )
