@@ -19,13 +19,17 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import Gemma2Config, Gemma2Model
 
+from sana.checkpoints.text_encoder import gemma_json
 from sana.config import AUTOENCODERS, DOWNSAMPLE, LATENT_CHANNELS, TEXT_TOKENS, VARIANTS
 from sana.networks.autoencoder import DCAutoencoder
 from sana.networks.transformer import SanaTransformer
+from sana.text.gemma import Gemma2, KeysValues
+from sana.text.prompt import INSTRUCTION
 
 from .machine import write_result
-from .twins import diffusers_autoencoder, diffusers_transformer
+from .twins import GEMMA_2_2B, WordTokenizer, diffusers_autoencoder, diffusers_transformer
 
 PRODUCTS = {"mm", "addmm", "_addmm_activation", "bmm", "baddbmm", "convolution", "scaled_dot_product_attention"}
 ALLOCATIONS = {
@@ -55,6 +59,8 @@ STEPS = (
 )
 SIDE = 1024  # px, of the DC-AE
 AUTOENCODER = "dc-ae-f32c32-sana-1.1"
+PROMPT = "prompt of 20 tokens, Gemma-2-2b"
+PROMPT_TOKENS = 20
 
 
 @dataclass
@@ -190,6 +196,34 @@ def pass_input(what: str) -> Tensor:
     )
 
 
+def our_prompt(_: str) -> Counted:
+    """A prompt after another one: the instruction's keys and values are there."""
+    ours = Gemma2(GEMMA_2_2B, dtype=torch.bfloat16, device="meta").eval()
+    shape = 1, GEMMA_2_2B.num_key_value_heads, instruction_tokens(), GEMMA_2_2B.head_dim
+    past = [KeysValues(random(*shape), random(*shape)) for _ in ours.layers]
+    with counting() as counted:
+        ours(numbers(PROMPT_TOKENS), past=past)
+    return counted
+
+
+def their_prompt(_: str) -> Counted:
+    """Instruction and prompt, padded, as diffusers' pipeline encodes them."""
+    config = Gemma2Config(**gemma_json(GEMMA_2_2B))
+    theirs = meta(lambda: Gemma2Model._from_config(config, attn_implementation="eager"))
+    tokens = numbers(instruction_tokens() + TEXT_TOKENS - 2)
+    with counting() as counted:
+        theirs(tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+    return counted
+
+
+def instruction_tokens() -> int:
+    return len(WordTokenizer().encode(INSTRUCTION))
+
+
+def numbers(count: int) -> Tensor:
+    return torch.empty(1, count, dtype=torch.long, device="meta")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.launches", description=__doc__.splitlines()[0])
     parser.add_argument("--kernels", action="store_true", help="print how often each of ours is launched")
@@ -201,9 +235,10 @@ def main() -> None:
     for name, here, there in (
         *((variant, our_step, their_step) for variant in STEPS),
         *((what, our_pass, their_pass) for what in ("decode", "encode")),
+        (PROMPT, our_prompt, their_prompt),
     ):
         ours, theirs = here(name), there(name)
-        title = f"{name}, {SIDE} px" if here is our_pass else f"step, {name}"
+        title = {our_pass: f"{name}, {SIDE} px", our_step: f"step, {name}", our_prompt: name}[here]
         row = {"title": title, "launches": [theirs.launches, ours.launches], "bytes": [theirs.bytes, ours.bytes]}
         rows.append({**row, "product_bytes": ours.product_bytes})
         print(rows[-1], *([dict(ours.kernels.most_common())] if options.kernels else []), flush=True)

@@ -160,8 +160,8 @@ def preemption(result: Result) -> Iterator[str]:
 
 
 def launches(result: Result) -> Iterator[str]:
-    """Kernels and bytes of a step or a pass, against diffusers'."""
-    yield from header("", "launches: diffusers", "here", "bytes: diffusers", "here", "products alone")
+    """Kernels and bytes of a step, a pass or a prompt, against the reference's."""
+    yield from header("", "launches: reference", "here", "bytes: reference", "here", "products alone")
     for row in result["rows"]:
         sizes = (f"{size / 1e9:.1f} GB" for size in (*row["bytes"], row["product_bytes"]))
         yield line(row["title"], *(f"{count:,}" for count in row["launches"]), *sizes)

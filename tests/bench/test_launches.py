@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bench.launches import STEPS, counting, our_pass, our_step, random
+from bench.launches import PROMPT, STEPS, counting, our_pass, our_prompt, our_step, random
 from bench.machine import RESULTS
 
 KEPT = {row["title"]: row for row in json.loads((RESULTS / "launches.json").read_text())["rows"]}
@@ -38,4 +38,9 @@ def test_a_step_launches_as_many_kernels_as_is_told(variant: str) -> None:
 @pytest.mark.parametrize("what", ["decode", "encode"])
 def test_a_pass_of_the_autoencoder_launches_as_many_kernels_as_is_told(what: str) -> None:
     counted, kept = our_pass(what), KEPT[f"{what}, 1024 px"]
+    assert counted.launches == kept["launches"][1] and counted.bytes == kept["bytes"][1]
+
+
+def test_a_prompt_launches_as_many_kernels_as_is_told() -> None:
+    counted, kept = our_prompt(PROMPT), KEPT[PROMPT]
     assert counted.launches == kept["launches"][1] and counted.bytes == kept["bytes"][1]
