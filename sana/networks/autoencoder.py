@@ -1,11 +1,13 @@
 """The deep-compression autoencoder (DC-AE, arXiv 2410.10733): images to latents 32 times smaller per side, and back."""
 
+from contextlib import nullcontext
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from ..config import AutoencoderConfig
+from .allocator import giving_back
 from .autoencoder_layers import Decoder, Encoder
 from .devices import free_bytes
 from .layers import Build
@@ -99,9 +101,12 @@ def decode_within_memory(autoencoder: DCAutoencoder, ae_latent: Tensor, max_byte
 def _within_memory(
     run: Run, network: Encoder | Decoder, x: Tensor, dtype: torch.dtype, max_bytes: int | None
 ) -> Tensor:
+    device = next(network.parameters()).device
+    residence = nullcontext() if max_bytes is None or device.type != "cpu" else giving_back()
     if max_bytes is None:  # not left to an error: drivers may take memory of the CPU instead, which is far slower
-        max_bytes = suitable_bound(network, x.shape, dtype, free_bytes(next(network.parameters()).device))
-    return check_finite(next(run_within_memory(run, network, [x], dtype, max_bytes)), dtype)
+        max_bytes = suitable_bound(network, x.shape, dtype, free_bytes(device))
+    with residence:
+        return check_finite(next(run_within_memory(run, network, [x], dtype, max_bytes)), dtype)
 
 
 def check_finite(result: Tensor, dtype: torch.dtype) -> Tensor:
