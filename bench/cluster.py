@@ -37,6 +37,7 @@ from .machine import RESULTS, write_result
 
 ROOT = Path(__file__).parents[1]
 SIDE, STEPS = 256, 20  # of the demo's pictures
+GIVEN_UP = "workers ended while they drew it"  # of a row, whose fault it then seems
 SMALL = ("--height", "64", "--width", "64", "--steps", "2")  # where only what is there counts
 COLOURS, SHAPES = ("red", "blue", "green", "yellow", "purple", "orange"), ("circles", "squares", "stars", "triangles")
 
@@ -149,36 +150,44 @@ def measure_kills(options: argparse.Namespace) -> dict[str, object]:
         with tempfile.TemporaryDirectory() as folder:
             path, out = Path(folder, "prompts.txt"), Path(folder, "out")
             path.write_text("\n".join(prompt(number) for number in range(options.rows_of_run)))
-            while (code := run_and_kill(path, out, chance, kills, options.kills)) is None:
+            while run_and_kill(path, out, chance, kills, options.kills):
                 pass
-            if code:
-                raise RuntimeError(f"a run that was killed ended with code {code}")
             check(out, options.rows_of_run)
             runs, rows = runs + 1, rows + options.rows_of_run
-            print(f"{kills.total()} kills, {runs} runs: every row is there once", flush=True)
+            print(f"{dict(kills)} killed in {runs} runs: every row is there once", flush=True)
     return {"kills": dict(kills), "runs": runs, "rows": rows}
 
 
-def run_and_kill(path: Path, out: Path, chance: random.Random, kills: Counter[str], most: int) -> int | None:
-    """The exit code of the command; None if it was the driver that was killed."""
-    arguments = ["generate", "--prompts", str(path), "--out", str(out), "--workers", "2", *SMALL]
-    driver = psutil.Popen([sys.executable, "-m", "sana", *arguments], cwd=ROOT, stderr=subprocess.DEVNULL)
-    while True:
-        await_moment(driver, out / "pictures", chance)
-        try:
-            return driver.wait(None if kills.total() >= most else 0)
-        except psutil.TimeoutExpired:
-            workers = [each for each in driver.children(recursive=True) if each.name().startswith("ray::_Actor")]
-        if workers and chance.random() < 0.75:  # a command takes three times as long to start as a worker
-            chance.choice(workers).kill()
-            kills["worker"] += 1
-        else:
-            others = driver.children(recursive=True)
-            driver.kill()
-            driver.wait()
-            psutil.wait_procs(others, timeout=30)
-            kills["driver"] += 1
-            return None
+def run_and_kill(path: Path, out: Path, chance: random.Random, kills: Counter[str], most: int) -> bool:
+    """Whether there is more to draw: the driver was killed, or so many workers at one row that it was given up.
+
+    Raises RuntimeError if the command ends for another reason.
+    """
+    arguments = ["generate", "--prompts", str(path), "--out", str(out), "--workers", "2", "--retry-failed", *SMALL]
+    with tempfile.TemporaryFile() as told:
+        driver = psutil.Popen([sys.executable, "-m", "sana", *arguments], cwd=ROOT, stderr=told)
+        while True:
+            await_moment(driver, out / "pictures", chance)
+            try:
+                code = driver.wait(None if kills.total() >= most else 0)
+            except psutil.TimeoutExpired:
+                workers = [each for each in driver.children(recursive=True) if each.name().startswith("ray::_Actor")]
+            else:
+                told.seek(0)
+                words = told.read().decode(errors="replace")
+                if code and GIVEN_UP not in words:
+                    raise RuntimeError(f"a run that was killed ended with code {code}: {words[-2000:]}")
+                return bool(code)
+            if workers and chance.random() < 0.75:  # a command takes three times as long to start as a worker
+                chance.choice(workers).kill()
+                kills["worker"] += 1
+            else:
+                others = driver.children(recursive=True)
+                driver.kill()
+                driver.wait()
+                psutil.wait_procs(others, timeout=30)
+                kills["driver"] += 1
+                return True
 
 
 def await_moment(driver: psutil.Popen, pictures: Path, chance: random.Random) -> None:

@@ -8,7 +8,6 @@ PyTorch allocates, and resident memory of this process beyond what it was before
 import argparse
 import ctypes
 import gc
-import gc
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
