@@ -72,7 +72,8 @@ def _environment() -> Iterator[None]:
 
 @contextmanager
 def connected(workers: Workers) -> Iterator[None]:
-    """Start Ray on this machine, or join a cluster. Raises ValueError where there is none, or one of another version.
+    """Start Ray on this machine, or join a cluster. Raises ValueError where there is none, where it does not start, or
+    for one of another version.
 
     What Ray prints of lost nodes at its own time goes to stderr: stdout is for what a command gives.
     """
@@ -86,8 +87,11 @@ def connected(workers: Workers) -> Iterator[None]:
         else:
             with _environment():
                 ray.init(address="local", include_dashboard=False, **options)
-    except (RayError, RuntimeError, ConnectionError, ValueError, TimeoutError, OSError) as error:
-        where = f"the Ray cluster at {workers.cluster}" if workers.cluster else "Ray on this machine"
+    except Exception as error:
+        if not workers.cluster:  # of a machine that is too busy Ray tells by a bare Exception
+            again = "give the same command again, or see by `ray start --head` what is wrong"
+            raise ValueError(f"Ray does not start on this machine ({sentence(error)}); {again}") from error
+        where = f"the Ray cluster at {workers.cluster}"
         if "Version mismatch" in str(error):
             versions = " ".join(str(error).split())
             raise ValueError(f"{where} is of another version ({versions}); install the same on all machines") from error

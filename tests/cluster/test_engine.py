@@ -162,7 +162,7 @@ def test_what_ray_prints_goes_to_stderr(cluster: str, capsys: pytest.CaptureFixt
     assert found.out == "" and "a node is lost" in found.err
 
 
-def refusal(address: str) -> str:
+def refusal(address: str | None) -> str:
     with pytest.raises(ValueError) as refused, connected(Workers(1, address)):
         pass
     return str(refused.value)
@@ -196,6 +196,19 @@ def test_a_port_where_something_else_listens(monkeypatch: pytest.MonkeyPatch, an
 
 def test_an_address_of_another_kind() -> None:
     assert "(an address is HOST:PORT, such as 10.0.0.1:6379)" in refusal("ray://127.0.0.1:10001")
+
+
+def test_ray_that_does_not_start_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a machine that is too busy it tells by a bare Exception."""
+
+    def init(**options: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    assert refusal(None) == (
+        "Ray does not start on this machine (Exception: The current node timed out during startup.); give the same "
+        "command again, or see by `ray start --head` what is wrong"
+    )
 
 
 def test_another_version_of_ray(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
