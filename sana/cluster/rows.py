@@ -87,12 +87,15 @@ def read_rows(path: Path, on_unknown: Callable[[str], object] = lambda column: N
     The kind is told by the suffix: .csv and .tsv with names of COLUMNS in the first line, .jsonl and .ndjson with an object
     in each line, .parquet, and anything else is text. An empty value stands for none. on_unknown: is called once for each
     column of another name, which does not count. A row that makes no sense has a fault.
-    Raises ValueError for what is no such file, has no prompts, or is Parquet without the package pyarrow, and OSError.
+    Raises ValueError for what is no such file, has no prompts, or is Parquet without the package pyarrow, and OSError if a disk
+    fails later.
     """
     try:
         check_file(path)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}); give a file of prompts") from error
+        path.open("rb").close()
+    except (ValueError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path} cannot be read ({reason}); give a file of prompts") from error
     reader = {".csv": _csv, ".tsv": _csv, ".jsonl": _json_lines, ".ndjson": _json_lines, ".parquet": _parquet}
     unknown: set[str] = set()
     rows = 0

@@ -135,6 +135,16 @@ def test_files_that_are_refused(tmp_path: Path, name: str, content: bytes, messa
         list(read_rows(tmp_path / name))
 
 
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".jsonl", ".parquet"])
+def test_a_file_that_is_none(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    for reason in ("No such file or directory", "Is a directory"):
+        with pytest.raises(ValueError) as raised:
+            next(read_rows(path))
+        assert str(raised.value) == f"{path} cannot be read ({reason}); give a file of prompts"
+        path.mkdir(exist_ok=True)
+
+
 def test_rows_of_csv_that_do_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("prompt,seed\na,1,2\nb\nc,3\n")
