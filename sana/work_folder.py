@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from .reading import parse_json, read_bytes
 from .saving import lock, remove_leftovers, write_json
@@ -20,12 +21,11 @@ def claim_folder(folder: Path, run: Mapping[str, str], work: str, option: str = 
 
     run: what must be the same whenever the work goes on. work: what it is called, such as "training". option: of the shell, by
     which the folder is given. Raises ValueError if the folder is for something else, if another process holds it, or if it is
-    no folder.
+    no folder, and OSError, with a sentence, if it cannot be made or written to.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give another {option}, a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{work}.lock").open("wb") as file:
+    with _lock_file(folder, work, option) as file:
         try:
             if not lock(file):
                 raise ValueError(f"another {work} is at work in {folder}; wait until it ends, or give another {option}")
@@ -41,6 +41,16 @@ def claim_folder(folder: Path, run: Mapping[str, str], work: str, option: str = 
             content = b""
         check_note(content, run, str(folder), work, option)
         yield
+
+
+def _lock_file(folder: Path, work: str, option: str) -> BinaryIO:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return (folder / f"{work}.lock").open("wb")
+    except OSError as error:
+        raise OSError(
+            f"{folder} cannot be written to ({error.strerror}); give another {option}, a folder that is yours to write to"
+        ) from error
 
 
 def check_note(content: bytes, run: Mapping[str, str], folder: str, work: str, option: str = "--out") -> None:

@@ -56,6 +56,16 @@ def test_a_note_that_is_no_file_is_named(tmp_path: Path, make: Callable[[Path], 
         enter(tmp_path)
 
 
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "work" / "training.lock").mkdir(parents=True)
+    for folder, reason in ((tmp_path / "file" / "work", "Not a directory"), (tmp_path / "work", "Is a directory")):
+        with pytest.raises(ValueError) as raised:
+            enter(folder)
+        advice = "give another --out, a folder that is yours to write to"
+        assert str(raised.value) == f"{folder} cannot be written to ({reason}); {advice}"
+
+
 def test_a_folder_is_of_one_training(tmp_path: Path) -> None:
     enter(tmp_path / "work")
     with pytest.raises(ValueError) as raised:
