@@ -99,6 +99,8 @@ class LoraConfig:
         for name in ("sheet_every", "warmup"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0, for none, or more")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed is {self.seed}; it must be a whole number from 0 to 2^64 - 1")
         if self.dtype not in (None, *DTYPES):
             raise ValueError(f"dtype {self.dtype!r} is not trained in; use one of {', '.join(DTYPES)}")
 

@@ -41,6 +41,8 @@ from tests.training.lora_runs import SMALL, lora, random_batches
         ("--caption-dropout=-1", "caption_dropout is -1.0; it must be 0, for none, or a share below 1"),
         ("--accumulate=0", "accumulate is 0; it must be at least 1"),
         ("--warmup=-1", "warmup is -1; it must be 0, for none, or more"),
+        ("--seed=-1", "seed is -1; it must be a whole number from 0 to 2^64 - 1\n"),
+        ("--seed=18446744073709551616", "seed is 18446744073709551616; it must be a whole number from 0 to 2^64 - 1\n"),
         ("--targets=(", "targets '(' is no regular expression (missing ), unterminated subpattern at position 0); "),
         ("--start=nowhere", "nowhere is no file; give the LoRA to go on from, or leave it out"),
         ("--data=nowhere", "nowhere is no folder; give one with pictures, each with a .txt file of its name"),
