@@ -199,6 +199,7 @@ def _listed(folder: Path, pictures: Mapping[Path, object]) -> Iterator[tuple[Pat
                 found = parse_json(line)
                 if not isinstance(found, dict) or not isinstance(found.get("text"), str):
                     raise ValueError('it has no "text"')
+                _check_utf8(found["text"])
                 picture = folder / str(found.get("picture"))
                 if picture not in pictures:
                     raise ValueError(f'its "picture" is {found.get("picture")!r}, and there is none of that name')
@@ -238,7 +239,16 @@ def _text(value: object) -> str:
     """Of NVlabs' loader: no caption is an empty one."""
     if not isinstance(value, str | None):
         raise ValueError(f"a caption is {value!r}")
+    _check_utf8(value or "")
     return (value or "").strip()
+
+
+def _check_utf8(text: str) -> None:
+    """Raises ValueError for half a pair of surrogates, which JSON can name and no text encoder reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a caption is {text!r}, which is no text in UTF-8") from error
 
 
 def _score(value: object) -> float:
