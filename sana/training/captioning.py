@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
+from transformers import AutoModelForImageTextToText, BatchFeature
 
 from ..images import on_white, read_picture
 from ..networks.devices import checked_device
 from .captions import caption_path, write_caption
-from .pretrained import QUESTION, load_model, load_part
+from .pretrained import QUESTION, load_model, load_processor
 
 MOST_TOKENS = 200  # of 300 that SANA reads
 
@@ -27,7 +27,7 @@ class Captioner:
     ) -> None:
         device = checked_device(device)
         self.model = load_model(AutoModelForImageTextToText, model, download).to(device)
-        self.processor = load_part(AutoProcessor, model, download)
+        self.processor = load_processor(model, download)
         self.question = question
 
     @torch.no_grad()

@@ -22,6 +22,19 @@ def load_model(kind: Any, model: Path | str, download: bool) -> Any:
     return found
 
 
+def load_processor(model: Path | str, download: bool) -> Any:
+    """What makes inputs of texts and pictures, see `load_part`. Raises ValueError, too, where its tokenizer knows no words:
+    of a folder without the tokenizer's files `transformers` makes such a one, to which all texts are the same.
+    """
+    from transformers import AutoProcessor  # which takes seconds to import
+
+    processor = load_part(AutoProcessor, model, download)
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None or len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError(f"{model} lacks the files of its tokenizer, such as tokenizer.json; give the whole model")
+    return processor
+
+
 def load_part(kind: Any, model: Path | str, download: bool, **options: object) -> Any:
     """A part of a model. kind: a class of `transformers`. model: a folder, or a name on the Hugging Face hub.
 

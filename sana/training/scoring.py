@@ -7,12 +7,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoProcessor, CLIPModel
+from transformers import CLIPModel
 
 from ..images import on_white, read_picture
 from ..networks.devices import checked_device
 from .captions import Caption, has_score, made_from, read_captions, write_score
-from .pretrained import CLIP, load_model, load_part
+from .pretrained import CLIP, load_model, load_processor
 
 TOGETHER = 16  # pictures
 
@@ -24,7 +24,7 @@ class Scorer:
         self.name = str(model)
         device = checked_device(device)
         self.model = load_model(CLIPModel, model, download).to(device)
-        self.processor = load_part(AutoProcessor, model, download)
+        self.processor = load_processor(model, download)
 
     def __call__(self, paths: Sequence[Path], captions: Sequence[Sequence[str]]) -> list[Tensor]:
         """`score` for pictures in files. Raises ValueError for a file that is no picture."""

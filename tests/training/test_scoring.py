@@ -90,6 +90,9 @@ def test_what_is_no_model_and_what_is_not_here(tmp_path: Path, clip: Path, pictu
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(ValueError, match="broken cannot be loaded"):
         Scorer(tmp_path / "broken")
+    shutil.copytree(clip, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(ValueError, match="mute lacks the files of its tokenizer, such as tokenizer.json; give"):
+        Scorer(tmp_path / "mute")
 
 
 def test_code_of_a_model_is_not_run(tmp_path: Path, clip: Path) -> None:
