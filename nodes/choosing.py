@@ -41,12 +41,15 @@ class SanaBestPictures(io.ComfyNode):
     def execute(cls, images: io.Image.Type, prompt: str, clip: str, keep: int) -> io.NodeOutput:
         if not prompt.strip():
             raise ValueError("the prompt is empty; write what the pictures should show")
+        if not len(images):
+            raise ValueError("there are no pictures to choose from; connect at least one")
         from ..sana.training.scoring import TOGETHER, Scorer  # which takes seconds to import transformers
 
         scorer = Scorer(part_path(FOLDER, clip))
         found: list[torch.Tensor] = []
         for group in images.split(TOGETHER):
-            pictures = [to_picture(image[..., :3].movedim(-1, 0) * 2 - 1) for image in group]
+            colours = group.expand(-1, -1, -1, 3) if group.shape[-1] == 1 else group[..., :3]
+            pictures = [to_picture(image.movedim(-1, 0) * 2 - 1) for image in colours]
             found += scorer.score(pictures, [[prompt]] * len(pictures))
         scores, order = torch.cat(found).sort(descending=True, stable=True)
         best = scores[:keep].tolist()

@@ -47,7 +47,7 @@ class SanaCropToMask(io.ComfyNode):
     @classmethod
     def execute(cls, image: torch.Tensor, mask: torch.Tensor, margin: int) -> io.NodeOutput:
         mask = mask.reshape(-1, *mask.shape[-2:])
-        painted = mask.amax(dim=0) > 0
+        painted = (mask > 0).any(dim=0)
         if not painted.any():
             raise ValueError("the mask is empty; paint over what shall be drawn anew")
         height, width = image.shape[1:3]

@@ -60,7 +60,8 @@ def picture_grid(pictures: Sequence[torch.Tensor], labels: Sequence[str], column
     pen = ImageDraw.Draw(sheet)
     for place, picture in enumerate(pictures):
         left, top = place % columns * (width + GAP), place // columns * (strip + height + GAP)
-        pixels = Image.fromarray((picture[..., :3].clamp(0, 1) * 255).round().byte().cpu().numpy())
+        colours = picture.expand(-1, -1, 3) if picture.shape[-1] == 1 else picture[..., :3]
+        pixels = Image.fromarray((colours.clamp(0, 1) * 255).round().byte().cpu().numpy())
         sheet.paste(pixels, (left + (width - pixels.width) // 2, top + strip + (height - pixels.height) // 2))
         if labels:
             font = _fitting_font(labels[place], size, width)
@@ -145,7 +146,9 @@ class SanaPictureGrid(io.ComfyNode):
     @classmethod
     def execute(cls, images: list[torch.Tensor], labels: list[str], columns: list[int]) -> io.NodeOutput:
         pictures = [picture for batch in images for picture in batch]
-        lines = "\n".join(labels).rstrip("\n").splitlines()
+        if not pictures:
+            raise ValueError("there are no pictures for the grid; connect at least one")
+        lines = "\n".join(labels).rstrip().splitlines()
         if lines and len(lines) != len(pictures):
             raise ValueError(
                 f"{len(lines)} labels for {len(pictures)} pictures; write a line for each picture, or none"

@@ -42,8 +42,18 @@ def test_best_first_with_their_scores(host: Host, clip: Path, images: torch.Tens
     assert torch.equal(everything, images[order]) and len(scores) == 18
 
 
+def test_grey_pictures_are_scored_as_in_three_channels(host: Host, clip: Path, images: torch.Tensor) -> None:
+    grey = images[:3, ..., :1]
+    inputs = {"prompt": PROMPT, "clip": "small-clip", "keep": 3}
+    kept, scores = host.call("SanaBestPictures", images=grey, **inputs)
+    coloured, expected = host.call("SanaBestPictures", images=grey.expand(-1, -1, -1, 3), **inputs)
+    assert scores == expected and kept.shape == grey.shape and torch.equal(kept.expand(-1, -1, -1, 3), coloured)
+
+
 def test_wrong_inputs(host: Host, clip: Path, images: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="the prompt is empty; write what"):
         host.call("SanaBestPictures", images=images, prompt=" ", clip="small-clip", keep=1)
+    with pytest.raises(ValueError, match="^there are no pictures to choose from; connect at least one$"):
+        host.call("SanaBestPictures", images=images[:0], prompt=PROMPT, clip="small-clip", keep=1)
     with pytest.raises(ValueError, match="gone is not in models/clip_vision; choose another, or press R"):
         host.call("SanaBestPictures", images=images, prompt=PROMPT, clip="gone", keep=1)

@@ -44,6 +44,7 @@ def test_the_part_is_at_least_half_as_high_as_wide(host: Host) -> None:
 @pytest.mark.parametrize(
     ("mask", "sentence"),
     [
+        (torch.zeros(0, HEIGHT, WIDTH), "the mask is empty; paint over what shall be drawn anew"),
         (torch.zeros(1, 64, 64), "the mask is empty; paint over what shall be drawn anew"),
         (
             torch.ones(1, 64, 80),

@@ -75,6 +75,13 @@ def test_pictures_stand_in_rows(host: Host) -> None:
     assert (sheet[72:88] == WHITE).all() and (sheet[72:, 64:] == WHITE).all() and (sheet[72:, :32] == WHITE).all()
 
 
+def test_grey_and_transparent_pictures(host: Host) -> None:
+    """Grey of one channel is shown as grey; of four channels the fourth is left out."""
+    sheet = grid(host, [torch.full((1, 16, 16, 1), 0.4), torch.full((1, 16, 16, 4), 0.6)], [" \n"])
+    assert sheet.shape == (16, 40, 3)
+    assert (sheet[:, :16] - 0.4).abs().max() < 1 / 255 and (sheet[:, 24:] - 0.6).abs().max() < 1 / 255
+
+
 def test_columns_are_as_many_as_rows_or_as_asked(host: Host) -> None:
     for count, columns, shape in ((1, 0, (1, 1)), (5, 0, (2, 3)), (9, 0, (3, 3)), (3, 1, (3, 1)), (2, 7, (1, 2))):
         sheet = grid(host, [plain(*[0.5] * count)], [""], columns)
@@ -98,3 +105,7 @@ def test_labels_are_for_each_picture(host: Host) -> None:
     sentence = "2 labels for 3 pictures; write a line for each picture, or none"
     with pytest.raises(ValueError, match=f"^{sentence}$"):
         grid(host, [plain(0, 0, 0)], ["a\nb"])
+    blank_lines_below = grid(host, [plain(0, 0)], ["a\r\nb\r\n \n"])
+    assert torch.equal(blank_lines_below, grid(host, [plain(0, 0)], ["a\nb"]))
+    with pytest.raises(ValueError, match="^there are no pictures for the grid; connect at least one$"):
+        grid(host, [plain()], ["a"])
