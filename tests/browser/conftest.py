@@ -11,11 +11,13 @@ from tests.host.hosts import NEWEST
 from tests.host.server import Servers
 
 
-@pytest.fixture(params=[False, True], ids=["canvas", "vue"])
-def page(frontend: Frontend, request: pytest.FixtureRequest) -> Frontend:
-    """A fresh page, with either user interface in either way."""
-    frontend.choose(Comfy_VueNodes_Enabled=request.param)
-    return frontend
+@pytest.fixture(params=[((), False), (newest.FLAGS, True)], ids=["host-canvas", "newest-vue"])
+def page(browser: Browser, servers: Servers, request: pytest.FixtureRequest) -> Iterator[Frontend]:
+    """A fresh page, with each user interface in the way in which `opened` has not got it."""
+    flags, vue = request.param
+    with open_page(browser, servers(NEWEST, *flags)) as frontend:
+        frontend.choose(Comfy_VueNodes_Enabled=vue)
+        yield frontend
 
 
 @pytest.fixture(scope="module", params=[((), True), (newest.FLAGS, False)], ids=["host-vue", "newest-canvas"])

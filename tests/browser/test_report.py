@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import pytest
+
+from tests.browser import newest
 from tests.browser.frontend import DRAWN, Frontend
 from tests.browser.test_rows import in_sight
 from tests.host.base_directory import PACK
@@ -96,7 +99,8 @@ def test_empty_text_takes_the_older_one_away(opened: Frontend) -> None:
         assert shown(opened) == texts
 
 
-def test_old_workflows_load_as_they_were_saved(frontend: Frontend) -> None:
+@pytest.mark.parametrize("frontend", [newest.FLAGS], indirect=True, ids=["newest"])
+def test_workflows_load_as_they_were_saved(frontend: Frontend) -> None:
     frontend.open()
     for name in graph.NAMES:
         frontend.load(graph.read(name))
