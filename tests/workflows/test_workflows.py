@@ -7,6 +7,7 @@ import io
 import itertools
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -24,7 +25,7 @@ from tests.host.base_directory import PACK
 from tests.host.graphs import Prompt, changed
 from tests.host.graphs import node as api_node
 from tests.host.hosts import OLDEST, ROOT
-from tests.host.server import Server
+from tests.host.server import Server, Servers
 from tests.workflows import converters, graph, pictures
 
 EXPECTED = {
@@ -111,6 +112,18 @@ BELOW = """() => {
 
 @pytest.fixture(scope="module")
 def weights(server: Server) -> Iterator[Server]:
+    with with_files(server):
+        yield server
+
+
+@pytest.fixture(scope="module")
+def oldest(servers: Servers) -> Iterator[Server]:
+    with with_files(servers(OLDEST)) as server:
+        yield server
+
+
+@contextmanager
+def with_files(server: Server) -> Iterator[Server]:
     """The server with a file for every link and the LoRAs that workflows name, and with a picture to start from."""
     files = {f"loras/{name}": stand_ins.lora(LORAS_FOR, seed=seed) for seed, name in enumerate(pictures.LORAS)}
     for model in itertools.chain.from_iterable(graph.models(graph.read(name)) for name in graph.NAMES):
@@ -195,6 +208,16 @@ def test_runs_as_the_user_interface_converts_it(name: str, page: Frontend, weigh
     assert picture.size == SIZES.get(name, (SIDE, SIDE))
     assert run.previews
     assert not page.exceptions, page.report()
+
+
+@pytest.mark.parametrize("name", [name for name in graph.NAMES if name != "sana_train_lora"])
+def test_runs_in_the_oldest_host(name: str, oldest: Server) -> None:
+    """But for the training, which runs inside each host."""
+    prompt = graph.shrunk(converters.comfy_cli(graph.read(name), oldest.object_info()), side=SIDE, steps=2)
+    run = oldest.queue(prompt)
+    assert run.failure is None
+    (picture,) = oldest.images(run, *graph.of_kind(prompt, "SaveImage"))
+    assert picture.size == SIZES.get(name, (SIDE, SIDE))
 
 
 def check_exported(workflow: dict, exported: dict) -> None:
