@@ -1,7 +1,7 @@
 """Whether a LoRA teaches: python -m bench.lora. Writes results/lora.json and docs/lora.png.
 
-The demo model learns a thing outside of its world, a heart with a round hole, from 40 pictures. Fresh prompts name combinations of colour, background and size that none of these shows. A picture is read by colour
-and geometry alone, as `scene_reader` does.
+The demo model learns a thing outside of its world, a heart with a round hole, from 40 pictures. Fresh prompts name combinations
+of colour, background and size that none of these shows. A picture is read by colour and geometry alone, as `scene_reader` does.
 """
 
 import argparse
@@ -77,8 +77,8 @@ CONFIG = LoraConfig(
 WATCH = Watch(stopping=postponed)
 LESSONS = (
     Lesson("scenes", 480, replace(CONFIG, steps=1500, learning_rate=2e-3)),
-    # At less than half the rate, and with scenes that the adapter has not learnt by heart, the old captions come back.
-    Lesson("more-scenes", 1200, replace(CONFIG, steps=500, learning_rate=7e-4, prior_weight=2.0)),
+    # At half the rate, and with scenes that the adapter has not learnt by heart, the old captions come back.
+    Lesson("more-scenes", 2000, replace(CONFIG, steps=500, learning_rate=1e-3, prior_weight=4.0)),
 )
 
 
