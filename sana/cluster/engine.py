@@ -96,11 +96,11 @@ def connected(workers: Workers) -> Iterator[None]:
             versions = " ".join(str(error).split())
             raise ValueError(f"{where} is of another version ({versions}); install the same on all machines") from error
         raise ValueError(f"{where} does not answer ({sentence(error)}); start it by `ray start --head`") from error
-    try:
-        with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr):
+        try:
             yield
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()  # during which it may still print
 
 
 def draw_rows(
