@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -185,6 +186,10 @@ def run_and_kill(path: Path, out: Path, chance: random.Random, kills: Counter[st
                 others = driver.children(recursive=True)
                 driver.kill()
                 driver.wait()
+                if chance.random() < 0.75:  # with all that it has started; else these end by themselves
+                    for other in others:
+                        with suppress(psutil.NoSuchProcess):
+                            other.kill()
                 psutil.wait_procs(others, timeout=30)
                 kills["driver"] += 1
                 return True
