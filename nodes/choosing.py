@@ -2,10 +2,11 @@
 
 import torch
 from comfy_api.latest import io
+from PIL import Image
 
-from ..sana.images import to_picture
 from .host.report import reported
 from .model_files import folder_names, part_path
+from .pixels import to_pixels
 
 FOLDER = "clip_vision"
 
@@ -48,8 +49,7 @@ class SanaBestPictures(io.ComfyNode):
         scorer = Scorer(part_path(FOLDER, clip))
         found: list[torch.Tensor] = []
         for group in images.split(TOGETHER):
-            colours = group.expand(-1, -1, -1, 3) if group.shape[-1] == 1 else group[..., :3]
-            pictures = [to_picture(image.movedim(-1, 0) * 2 - 1) for image in colours]
+            pictures = [Image.fromarray(to_pixels(image)) for image in group]
             found += scorer.score(pictures, [[prompt]] * len(pictures))
         scores, order = torch.cat(found).sort(descending=True, stable=True)
         best = scores[:keep].tolist()

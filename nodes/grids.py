@@ -9,6 +9,8 @@ import torch
 from comfy_api.latest import io
 from PIL import Image, ImageDraw, ImageFont
 
+from .pixels import to_pixels
+
 CATEGORY = "SANA/comparison"
 MOST_PICTURES = 100
 MOST_SEED = 2**64 - 1
@@ -60,8 +62,7 @@ def picture_grid(pictures: Sequence[torch.Tensor], labels: Sequence[str], column
     pen = ImageDraw.Draw(sheet)
     for place, picture in enumerate(pictures):
         left, top = place % columns * (width + GAP), place // columns * (strip + height + GAP)
-        colours = picture.expand(-1, -1, 3) if picture.shape[-1] == 1 else picture[..., :3]
-        pixels = Image.fromarray((colours.clamp(0, 1) * 255).round().byte().cpu().numpy())
+        pixels = Image.fromarray(to_pixels(picture))
         sheet.paste(pixels, (left + (width - pixels.width) // 2, top + strip + (height - pixels.height) // 2))
         if labels:
             font = _fitting_font(labels[place], size, width)

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..sana.saving import replacing
 from . import inputs
 from .host.report import reported
+from .pixels import to_pixels
 
 EXTRAS = ("accelerate", "peft", "pyarrow")
 FOLDER = "sana_training"  # in the output folder, for work folders
@@ -252,7 +253,7 @@ def material(data: str, images: Sequence[Tensor], captions: Sequence[str], folde
 
 def write_pictures(folder: Path, pictures: Sequence[Tensor], captions: Sequence[str]) -> Path:
     """Files of IMAGE pictures, each (height, width, 3) in [0, 1], in a folder named by what is in it, unless they are there."""
-    pixels = [(picture[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy() for picture in pictures]
+    pixels = [to_pixels(picture) for picture in pictures]
     digest = sha256(repr(captions).encode())
     for picture in pixels:
         digest.update(repr(picture.shape).encode() + picture.tobytes())
