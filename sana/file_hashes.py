@@ -9,9 +9,8 @@ from typing import BinaryIO
 from .reading import MOST_JSON_BYTES, parse_json, read_bytes
 from .saving import remove_leftovers, write_json
 
-NAME = (
-    "hashes.json"  # an object of paths, each with the size in bytes, the time of its last change in ns, and the digits
-)
+# An object of paths, each with the size in bytes, the time of its last change in ns, and the digits.
+NAME = "hashes.json"
 KEPT_FROM = 2**24  # bytes; smaller files are read as fast as what is kept
 MOST = 1000  # files that are remembered
 CHUNK = 2**20  # bytes

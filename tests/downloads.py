@@ -1,5 +1,5 @@
-"""Fetches what the tests need beside packages: the real hosts, the newest user interface, programs that
-read workflows, and a Chromium where there is none.
+"""Fetches what the tests need beside packages: the real hosts, the newest user interface, programs that read workflows, and a
+Chromium where there is none.
 
 Standard library only, run by `python3 tests` before anything is installed. Changes nothing outside .venv/.
 """

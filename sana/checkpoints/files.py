@@ -67,8 +67,9 @@ class TensorFile:
 def read_tensors(path: Path | str, component: str | None = None, *, mapped: Mapped | None = None) -> TensorFile:
     """Open a file, a folder with one model in one or several files, or a pipeline folder with `component` in it.
 
-    mapped: gives the tensors of a sound safetensors file in another way than that of its library, or None. Raises CheckpointError for anything that holds no tensors, is incomplete, or needs code to be read, and
-    FileNotFoundError if there is nothing at the path.
+    mapped: gives the tensors of a sound safetensors file in another way than that of its library, or None. Raises
+    CheckpointError for anything that holds no tensors, is incomplete, or needs code to be read, and FileNotFoundError if there
+    is nothing at the path.
     """
     path = Path(path)
     path = path if path.name else path.resolve()  # "." has no name to be told
