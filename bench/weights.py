@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from sana.networks.packed import PackedWeight, put_weight, scaled
+from sana.networks.packed import PackedWeight, scaled
+from sana.networks.packed_layers import put_weight
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from .config import TEXT_TOKENS
 from .networks.autoencoder import DCAutoencoder
 from .networks.autoencoder_layers import Decoder, Encoder
 from .networks.controlnet import SanaControlNet
-from .networks.packed import unpacking_bytes
+from .networks.packed_layers import unpacking_bytes
 from .networks.streaming import check_bound, least_bytes, whole_bytes
 from .networks.transformer import WORKING_BYTES, SanaTransformer
 from .offloading import Need

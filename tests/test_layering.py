@@ -119,6 +119,7 @@ STRANGERS = {
     "checkpoints.archives": {"config", "networks", "text", "checkpoints.files", "checkpoints.names"},
     "checkpoints.files": {"config", "networks", "text", "checkpoints.names", "checkpoints.kinds"},
     "networks.packed": {"networks.transformer", "networks.autoencoder"},
+    "networks.packed_layers": {"networks.transformer", "networks.autoencoder"},
     "checkpoints.names": {"config", "networks", "text", "checkpoints.files"},
     "checkpoints.tensor_writer": {"config", "networks", "text", "checkpoints.names", "checkpoints.files"},
 }

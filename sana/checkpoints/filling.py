@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from ..networks.adapters import Merge
 from ..networks.autoencoder import DCAutoencoder
-from ..networks.packed import PackedWeight, put_weight
+from ..networks.packed import PackedWeight
+from ..networks.packed_layers import put_weight
 from .files import CheckpointError
 from .formats import companions
 from .packing import FP8_DTYPES

@@ -193,8 +193,9 @@ def _int8(layer: Layer) -> PackedWeight:
     layer.expect(torch.int8)
     parts = {"packed": layer.weight.flatten(1), "scale": layer.row_scale()}
     group = _rotation(layer, parts["packed"].shape[1])
-    kind = "rotated int8" if group else "int8 with scales"
-    return PackedWeight(kind, partial(scaled, group=group), parts, layer.weight.shape)
+    if group:
+        return PackedWeight("rotated int8", partial(scaled, group=group), parts, layer.weight.shape)
+    return PackedWeight("int8 with scales", scaled, parts, layer.weight.shape)
 
 
 def _int4(layer: Layer) -> PackedWeight:

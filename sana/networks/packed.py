@@ -1,4 +1,4 @@
-"""Weights that stay in few bits: the arithmetic of their formats, and layers that unpack a weight whenever they use it.
+"""Weights that stay in few bits, and the arithmetic of their formats. `packed_layers.py` has the layers that use them.
 
 The parts of a packed weight are matrices with a row for each of its rows, or one row for all of them, so that a weight can
 be cut and looked up by rows without being unpacked whole. Here is no file and no name of one.
@@ -11,18 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .operations import linear
-
 Parts = Mapping[str, Tensor]
 Unpack = Callable[[Parts], Tensor]  # some rows of all parts -> these rows of the weight, in float32, of any shape
 
 # What the four bits of E2M1 mean, a sign and two powers of 2 with one digit (OCP Microscaling Formats 1.0, section 5.3.3).
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 INT4 = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, -8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0)  # two's complement
-UNPACKING_BYTES = 8  # for each number of a weight that is unpacked: in float32, and once more on the way
 MOST_AT_ONCE = 2**24  # numbers; the largest matrix of a block has 2**25
 MX_BLOCK, NV_BLOCK = 32, 16  # numbers of a row that share a scale
-ROWS = 4096  # that are unpacked at once where a weight is used in parts
+CACHED = 2**20  # numbers that are unpacked at once on a CPU where a weight is used in parts
 
 
 def scaled(parts: Parts, group: int = 0) -> Tensor:
@@ -155,15 +152,27 @@ class PackedWeight(nn.Module):
         rows = self.unpack(_rows(self.parts, index.flatten())).view(index.numel(), -1)
         return rows[:, : self.shape[1]].to(self.dtype).reshape(*index.shape, -1)
 
-    def blocks(self) -> Iterator[Tensor]:
-        """The weight in parts of some rows each, unpacked one at a time; whole where that is impossible."""
+    def blocks(self, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+        """A matrix in parts of some rows each, unpacked one at a time; whole where that is impossible. On a CPU a part stays
+        in the cache until it is used. dtype: of the result; None: the own one."""
         if self.changes or not self._has_rows:
-            yield self()
+            yield self(dtype)
             return
-        for start in range(0, self.shape[0], ROWS):
-            part = slice(start, min(start + ROWS, self.shape[0]))
+        most = CACHED if self.device.type == "cpu" else MOST_AT_ONCE
+        count = max(1, most // self.packed_shape[1])
+        for start in range(0, self.shape[0], count):
+            part = slice(start, min(start + count, self.shape[0]))
             rows = self.unpack(_rows(self.parts, part)).view(part.stop - start, -1)
-            yield rows[:, : self.shape[1]].to(self.dtype)
+            yield rows[:, : self.shape[1]].to(dtype or self.dtype)
+
+    def int8(self) -> tuple[Tensor, Tensor] | None:
+        """Whole numbers of 8 bits, (R, n), and what each row of them is to be multiplied by, (R, 1) in float32, where these
+        are all that a matrix is; else None."""
+        parts = self.parts
+        plain = self.unpack is scaled and parts["packed"].dtype is torch.int8 and "scale" in parts
+        if self.changes or not plain or self.ndim != 2 or self.shape != self.packed_shape:
+            return None
+        return parts["packed"], parts["scale"].float().expand(self.shape[0], 1)
 
     def tensor_split(self, count: int) -> tuple["PackedWeight | Tensor", ...]:
         """Equal parts of the rows; unpacked ones where blocks of numbers reach across rows."""
@@ -204,65 +213,3 @@ def _rows(parts: Parts, index: Tensor | slice) -> dict[str, Tensor]:
     return {
         name: part if len(part) == 1 else part.view(torch.uint8)[index].view(part.dtype) for name, part in parts.items()
     }
-
-
-class PackedLinear(nn.Linear):
-    """A linear layer to whoever asks, such as a library that puts adapters beside layers."""
-
-    def __init__(self, layer: nn.Linear, weight: PackedWeight) -> None:
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = weight.shape
-        self.weight, self.bias = weight, layer.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., D). Returns (..., outputs)."""
-        return linear(x, self.weight(x.dtype), self.bias)
-
-
-class PackedConv2d(nn.Module):
-    def __init__(self, layer: nn.Conv2d, weight: PackedWeight) -> None:
-        super().__init__()
-        self.weight, self.bias = weight, layer.bias
-        self.stride, self.padding = layer.stride, layer.padding
-        self.dilation, self.groups = layer.dilation, layer.groups
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, C, H, W)."""
-        weight = self.weight(x.dtype)
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-
-
-class PackedEmbedding(nn.Module):
-    def __init__(self, layer: nn.Embedding, weight: PackedWeight) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: of any shape. Unpacks their rows alone."""
-        return self.weight.rows(tokens)
-
-    def project(self, x: Tensor) -> Tensor:
-        """As `Operations.Embedding.project`, some rows at a time."""
-        return torch.cat([linear(x, rows.to(x.dtype), None) for rows in self.weight.blocks()], dim=-1)
-
-
-LAYERS = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d, nn.Embedding: PackedEmbedding}
-
-
-def unpacking_bytes(network: nn.Module, itemsize: int) -> int:
-    """About what unpacking a weight takes, of the largest one in a network that gives numbers of so many bytes."""
-    packed = (module.numel() for module in network.modules() if isinstance(module, PackedWeight))
-    return max(packed, default=0) * (UNPACKING_BYTES + itemsize)
-
-
-def put_weight(network: nn.Module, name: str, weight: PackedWeight) -> None:
-    """Replace a layer, which has its bias, by one with a packed weight. name: of the weight, such as "proj_out.weight".
-
-    Raises ValueError for a layer that has no packed form.
-    """
-    place, _, leaf = name.rpartition(".")
-    layer, (parent, _, last) = network.get_submodule(place), place.rpartition(".")
-    packed = next((packed for plain, packed in LAYERS.items() if isinstance(layer, plain)), None)
-    if packed is None or leaf != "weight":
-        raise ValueError(f"{name} is not the weight of a layer that takes a packed one")
-    setattr(network.get_submodule(parent), last, packed(layer, weight))

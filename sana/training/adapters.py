@@ -19,7 +19,7 @@ from ..checkpoints.adapters import HEADER, TEXT_COMPONENT
 from ..checkpoints.lora import Part, read_lora, tell_fit
 from ..checkpoints.names import POINTWISE
 from ..config import GemmaConfig, TransformerConfig
-from ..networks.packed import PackedLinear
+from ..networks.packed_layers import PackedLinear
 from ..text.gemma import Gemma2
 
 Kind = Literal["lora", "dora", "loha", "lokr"]

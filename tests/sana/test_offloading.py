@@ -12,7 +12,8 @@ from sana import offloading
 from sana.checkpoints.filling import fill, placed_bytes
 from sana.networks.adapters import Change, Changes, Factors
 from sana.networks.devices import FREE_SHARE, free_bytes
-from sana.networks.packed import PackedWeight, put_weight, scaled
+from sana.networks.packed import PackedWeight, scaled
+from sana.networks.packed_layers import put_weight
 from sana.offloading import Need, Offloader, Part, weight_bytes
 
 GPU = torch.device("cuda")

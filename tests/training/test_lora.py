@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sana.checkpoints.quantising import quantise
 from sana.checkpoints.transformer import load_transformer
 from sana.loading import MODELS
-from sana.networks.packed import PackedLinear
+from sana.networks.packed_layers import PackedLinear
 from sana.networks.transformer import SanaTransformer
 from sana.pipeline import SanaPipeline
 from sana.training.adapters import (

@@ -18,7 +18,7 @@ from sana.__main__ import main as shell
 from sana.checkpoints.lora import Part, read_lora
 from sana.checkpoints.quantising import quantise
 from sana.loading import MODELS
-from sana.networks.packed import PackedLinear
+from sana.networks.packed_layers import PackedLinear
 from sana.networks.transformer import SanaTransformer
 from sana.pipeline import SanaPipeline
 from sana.text.prompt import INSTRUCTION

@@ -17,7 +17,7 @@ from sana.checkpoints.gguf_container import is_gguf, read_container
 from sana.checkpoints.gguf_files import read_gguf
 from sana.checkpoints.inspection import describe_file
 from sana.jobs import fingerprint
-from sana.networks.packed import PackedEmbedding, PackedLinear
+from sana.networks.packed_layers import PackedEmbedding, PackedLinear
 from sana.text.enhancement import enhance
 from sana.text.gemma import Gemma2
 from sana.text.generation import Sampling

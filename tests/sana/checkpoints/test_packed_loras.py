@@ -12,7 +12,7 @@ from sana import SanaPipeline
 from sana.checkpoints.files import read_tensors
 from sana.checkpoints.lora import read_merges
 from sana.checkpoints.transformer import build_transformer, find_transformer
-from sana.networks.packed import PackedEmbedding, PackedLinear
+from sana.networks.packed_layers import PackedEmbedding, PackedLinear
 from sana.networks.transformer import SanaTransformer
 from tests.sana.measures import relative_error
 from tests.sana.models import PROMPTS, TRANSFORMER, gemma, transformer, write_model

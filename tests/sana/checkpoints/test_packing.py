@@ -16,7 +16,8 @@ from sana.checkpoints.packing import with_packed
 from sana.checkpoints.text_encoder import gemma_json
 from sana.checkpoints.transformer import find_transformer
 from sana.checkpoints.writing import convert
-from sana.networks.packed import PackedConv2d, PackedEmbedding, PackedLinear, PackedWeight
+from sana.networks.packed import PackedWeight
+from sana.networks.packed_layers import PackedConv2d, PackedEmbedding, PackedLinear
 from sana.plan import Settings
 from sana.training.finetune import FinetuneConfig, finetune
 from tests.sana.dialects import official_transformer

@@ -10,7 +10,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from transformers.generation import logits_process as reference_rules
 
 from sana.checkpoints.text_encoder import gemma_json
-from sana.networks.packed import PackedWeight, put_weight, scaled
+from sana.networks.packed import PackedWeight, scaled
+from sana.networks.packed_layers import put_weight
 from sana.text.gemma import Gemma2
 from sana.text.generation import BLOCK, CONTEXT, PART, Reader, Sampling, choose, continuation, probabilities
 from sana.text.text_encoder import GemmaTextEncoder
@@ -175,7 +176,7 @@ def test_bfloat16_logits_are_as_near_to_float32_as_those_of_transformers() -> No
 @pytest.mark.parametrize("factor", [None, 1.5])
 def test_a_packed_embedding_is_the_output_too(factor: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some rows at a time, or whole where a LoRA changes it."""
-    monkeypatch.setattr("sana.networks.packed.ROWS", 250)
+    monkeypatch.setattr("sana.networks.packed.CACHED", 250 * GEMMA.hidden_size)
     numbers = torch.randint(-127, 128, (GEMMA.vocab_size, GEMMA.hidden_size), dtype=torch.int8)
     weight = PackedWeight("int8", scaled, {"packed": numbers, "scale": torch.tensor([[0.002]])}, numbers.shape)
     if factor:
