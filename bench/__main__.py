@@ -18,11 +18,12 @@ import torch
 
 from sana.interruption import INTERRUPTED, begin
 
-from .cases import Case, all_cases
+from .cases import Case, all_cases, int8_cases
 from .machine import device_name, write_result
 from .race import Floor, count_flops, counterpart, race
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+INT8_TOLERANCE = 5e-2  # what comes into a layer is rounded as well
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BUILD_RATE = 1e8  # random weights a second on one core
 
@@ -31,7 +32,10 @@ def main() -> int:
     options = parse()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[options.dtype or ("bfloat16" if device == "cuda" else "float32")]
-    cases = all_cases(options.steps or (20 if device == "cuda" else 2))
+    if options.in_int8 and device != "cpu":
+        print("--in-int8 is for a CPU.")
+        return 2
+    cases = int8_cases() if options.in_int8 else all_cases(options.steps or (20 if device == "cuda" else 2))
     cases = [case for case in cases if options.only is None or options.only.search(case.title)]
     if not cases:
         print("No case has such a title.")
@@ -42,15 +46,16 @@ def main() -> int:
         f"{device_name()}, {dtype}: {floor.flops_per_second / 1e12:.2f} TFLOP/s, {floor.bytes_per_second / 1e9:.0f} GB/s"
     )
     compiled = device == "cuda" if options.compiled is None else options.compiled
+    tolerance = INT8_TOLERANCE if options.in_int8 else TOLERANCE[dtype]
     result = {"dtype": str(dtype), "floor": asdict(floor), "repeats": options.repeats, "rows": []}
     result |= {"left_out": [case.title for case in cases], "failed": [], "load_before": psutil.getloadavg()[0]}
-    name = f"speed-{device}-{str(dtype).removeprefix('torch.')}"
+    name = f"{'int8' if options.in_int8 else 'speed'}-{device}-{str(dtype).removeprefix('torch.')}"
     print("\n| case | candidate | ms | spread | x faster than reference | peak MB | error | of the floor |")
     print("|---|---|---:|---:|---:|---:|---:|---:|", flush=True)
     for case in choose(cases, floor, options.minutes * 60, memory(device), dtype, options.repeats, compiled):
         result["left_out"].remove(case.title)
         try:
-            result["rows"] += run(case, floor, dtype, device, compiled, options.repeats)
+            result["rows"] += run(case, floor, dtype, device, compiled, options.repeats, tolerance)
         except (ArithmeticError, RuntimeError) as error:  # a result that is unequal, or none for want of memory
             result["failed"].append(f"{case.title}: {error}")
             print(f"| {result['failed'][-1]} |", flush=True)
@@ -68,6 +73,9 @@ def parse() -> argparse.Namespace:
     top.add_argument("--repeats", type=count, default=5, help="timed calls of each candidate (default: 5)")
     top.add_argument("--steps", type=count, help="of whole pictures (default: 20 on a GPU, 2 on a CPU)")
     top.add_argument("--only", type=expression, help="cases whose title matches this regular expression; needs --out")
+    top.add_argument(
+        "--in-int8", action="store_true", help="on a CPU, files in int8 instead; writes int8-cpu-DTYPE.json"
+    )
     top.add_argument(
         "--compiled",
         action=argparse.BooleanOptionalAction,
@@ -120,14 +128,14 @@ def memory(device: str) -> float:
 
 
 def run(
-    case: Case, floor: Floor, dtype: torch.dtype, device: str, compiled: bool, repeats: int
+    case: Case, floor: Floor, dtype: torch.dtype, device: str, compiled: bool, repeats: int, tolerance: float
 ) -> Iterator[dict[str, object]]:
     """Race one case, print its lines and return them."""
     if compiled:
         torch.compiler.reset()  # what is compiled for a second size, in the same process, is for all sizes and slower
     calls = case.build(dtype, device, compiled)
     least = count_flops(next(iter(calls.values()))) / floor.flops_per_second
-    measured = race(calls, repeats, TOLERANCE[dtype])
+    measured = race(calls, repeats, tolerance)
     for name, found in measured.items():
         against = measured[counterpart(name, measured)]
         row = {"case": case.title, "candidate": name, **asdict(found)}

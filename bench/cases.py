@@ -12,26 +12,30 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from sana.config import AUTOENCODERS, VARIANTS, TransformerIdentity
+from sana.networks.packed_layers import multiply_in_int8
 from sana.networks.streaming import least_bytes, whole_bytes
 from sana.networks.transformer import SanaTransformer
 from sana.pipeline import SanaPipeline
 from sana.plan import Settings
-from sana.text.gemma import KeysValues
+from sana.text.gemma import Gemma2, KeysValues
 from sana.text.generation import Reader, Sampling, choose, continuation
 from sana.text.prompt import INSTRUCTION
 from sana.text.text_encoder import GemmaTextEncoder
 
 from .race import Call
 from .twins import PaddingTokenizer, autoencoder_pair, gemma_pair, transformer_pair, writer
+from .weights import rounded_to_int8
 
 SIDES = (512, 1024, 2048, 4096)
 TRANSFORMERS = ("sana-0.6b-1024px", "sana-1.6b-1024px", "sana-1.5-4.8b-1024px", "sana-sprint-0.6b-1024px")
+INT8_TRANSFORMERS = ("sana-0.6b-1024px", "sana-1.6b-1024px", "sana-sprint-0.6b-1024px")
 AUTOENCODER = "dc-ae-f32c32-sana-1.1"
 PARAMETERS = {"0.6b": 0.59e9, "1.6b": 1.6e9, "4.8b": 4.72e9}
 TEXT_TOKENS, WORDS = 300, 20
 PROMPT_WORDS = (5, 20, 200)
 DECODE_FLOPS = 8.0e6  # per pixel, of the decoder; the encoder needs 5.0e6
 ENCODE_FLOPS = 5.0e6
+TOKEN = 1000
 READ, WRITTEN = 400, 16  # tokens: of the official instruction with a text, and after it
 ENHANCED = 20, 64  # words and tokens
 WRITING_FLOPS = 2e11  # of a token: it takes as long as reading the weights, in which a CPU does about so many
@@ -97,6 +101,65 @@ def all_cases(picture_steps: int) -> Iterator[Case]:
         name = f"prompt to picture in {picture_steps} steps, {variant}"
         build = partial(picture_calls, variant, side, picture_steps)
         yield Case(name, side, flops, parameters + 2.9e9, build, 900 * side**2)
+
+
+def int8_cases() -> Iterator[Case]:
+    """What files in int8 are for on a CPU."""
+    for variant in INT8_TRANSFORMERS:
+        parameters = next(count for name, count in PARAMETERS.items() if name in variant)
+        for side in SIDES[:2]:
+            flops = 2 * parameters * (1 if "sprint" in variant else 2) * (side // 32) ** 2
+            name = f"transformer step in int8, {variant}"
+            yield Case(name, side, flops, 2 * parameters, partial(int8_step_calls, variant, side))
+    build = partial(int8_token_calls, READ)
+    yield Case(f"a written token in int8 after {READ}, Gemma-2-2b", 0, WRITING_FLOPS, 5.2e9, build)
+
+
+def int8_step_calls(variant: str, side: int, dtype: torch.dtype, device: str, compiled: bool) -> dict[str, Call]:
+    """The same weights in all: in int8 multiplied in 8 bits, or unpacked, and in the dtype."""
+    config = VARIANTS[variant].transformer
+    ours, theirs = transformer_pair(config, dtype, device)
+    packed = [SanaTransformer(config, device="meta").eval().requires_grad_(False) for _ in range(2)]
+    for network in packed:  # numbers that are rounded already stay as they are
+        network.load_state_dict(ours.state_dict(), assign=True)
+        rounded_to_int8(ours.transformer_blocks, network.transformer_blocks)
+    multiply_in_int8(packed[0])
+    batch = 1 if config.guidance_embed else 2
+    x = torch.randn(batch, 32, side // 32, side // 32, device=device).to(dtype)
+    text, mask = random_text(ours, batch, dtype, device)
+    timestep = torch.full((batch,), 0.5 if config.continuous_time else 500.0, device=device)
+    embed = torch.full((batch,), 0.45, device=device) if config.guidance_embed else None
+    others = {"encoder_attention_mask": mask.to(dtype), "timestep": timestep, "return_dict": False}
+    if embed is not None:
+        others["guidance"] = embed
+
+    def step(network: SanaTransformer) -> Call:
+        modulation, context = call(network.modulation, timestep, embed)(), call(network.text_context, text, mask)()
+        return call(network.velocity, x, modulation, context)
+
+    calls = {"ours": step(packed[0]), "diffusers": call(lambda: theirs(x, encoder_hidden_states=text, **others)[0])}
+    return {**calls, "ours, unpacked": step(packed[1]), "ours, not quantised": step(ours)}
+
+
+def int8_token_calls(read: int, dtype: torch.dtype, device: str, compiled: bool) -> dict[str, Call]:
+    """What a token makes of the next one, after keys and values of so many. The same weights in all."""
+    ours, model = gemma_pair(dtype, device)
+    config, theirs = ours.model.config, writer(model)
+    network = Gemma2(config, device="meta").eval().requires_grad_(False)
+    network.load_state_dict(ours.model.state_dict(), assign=True)
+    rounded_to_int8(ours.model.layers, network.layers)
+    packed = GemmaTextEncoder(network, ours.tokenizer)
+    shape = (1, config.num_key_value_heads, read, config.head_dim)
+    known = [KeysValues(*(torch.randn(shape, device=device).to(dtype) for _ in range(2))) for _ in network.layers]
+
+    def reference() -> Tensor:
+        cache = DynamicCache(config=model.config)
+        for i, (keys, values) in enumerate(known):
+            cache.update(keys, values, i)
+        return theirs(torch.tensor([[TOKEN]], device=device), past_key_values=cache).logits[0, -1]
+
+    calls = {"ours": call(lambda: Reader(packed, known).read([TOKEN])), "transformers": call(reference)}
+    return {**calls, "ours, not quantised": call(lambda: Reader(ours, known).read([TOKEN]))}
 
 
 def transformer_calls(
@@ -179,7 +242,7 @@ def writing_calls(read: int, written: int, dtype: torch.dtype, device: str, comp
     config, theirs = ours.model.config, writer(model)
     shape = (1, config.num_key_value_heads, read, config.head_dim)
     known = [KeysValues(*(torch.randn(shape, device=device).to(dtype) for _ in range(2))) for _ in ours.model.layers]
-    ids = torch.full((1, read + 1), 1000, device=device)
+    ids = torch.full((1, read + 1), TOKEN, device=device)
     sampling, generator = Sampling(written, temperature=0), torch.Generator()
 
     def write() -> Tensor:

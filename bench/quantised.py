@@ -21,6 +21,7 @@ from sana.checkpoints.text_encoder import load_text_encoder
 from sana.checkpoints.transformer import load_transformer
 from sana.config import VARIANTS, GemmaConfig, TransformerIdentity
 from sana.loading import MODELS
+from sana.networks.packed_layers import HAS_INT8_PRODUCTS
 from sana.networks.transformer import SanaTransformer
 from sana.offloading import weight_bytes
 from sana.pipeline import SanaPipeline
@@ -50,7 +51,8 @@ TOKENS = 256
 def demo_rows(
     folder: Path, items: Sequence[CaptionedScene], few: int, steps: int = DEFAULT_STEPS
 ) -> Iterator[dict[str, object]]:
-    """The demo unquantised, in each format, and in each with its ends packed too; of the last no accuracy. few: captions for errors."""
+    """The demo unquantised, in each format, in int8 multiplied in 8 bits, and in each format with its ends packed too; of the last no
+    accuracy. few: captions for errors."""
     plain, whole = SanaPipeline.load("demo"), Settings(steps=steps)
     one, last = (latents(plain, items[:few], settings) for settings in (Settings(steps=1), whole))
     texts = plain.text_encoder([item.caption for item in items[:few]])[0]
@@ -61,14 +63,15 @@ def demo_rows(
             files = [folder / f"{part}-{form}-{ends}.safetensors" for part in ("transformer", "text_encoder")]
             for part, target in zip(("", "text_encoder"), files, strict=True):
                 quantise(MODELS["demo"] / part, target, form, ends=ends)
-            packed = SanaPipeline.load(files[0], autoencoder="demo", text_encoder=files[1])
-            errors = {
-                "text_error": relative(packed.text_encoder([item.caption for item in items[:few]])[0], texts),
-                "step_error": mean_error(latents(packed, items[:few], Settings(steps=1)), one),
-                "latent_error": mean_error(latents(packed, items[:few], whole), last),
-            }
-            right = {} if ends else accuracy(packed, items, whole)
-            yield {"format": form, "ends": ends, **sizes(*files), **errors, **right}
+            for in_int8 in [False, True] if form == "int8" and not ends and HAS_INT8_PRODUCTS else [False]:
+                packed = SanaPipeline.load(files[0], autoencoder="demo", text_encoder=files[1], in_int8=in_int8)
+                errors = {
+                    "text_error": relative(packed.text_encoder([item.caption for item in items[:few]])[0], texts),
+                    "step_error": mean_error(latents(packed, items[:few], Settings(steps=1)), one),
+                    "latent_error": mean_error(latents(packed, items[:few], whole), last),
+                }
+                right = {} if ends else accuracy(packed, items, whole)
+                yield {"format": form, "ends": ends, "in_int8": in_int8, **sizes(*files), **errors, **right}
 
 
 def sizes(transformer: Path, text_encoder: Path) -> dict[str, int]:

@@ -95,7 +95,8 @@ def quantised(result: Result) -> Iterator[str]:
         megabytes = [f"{row[name] / 1e6:.1f} MB" for name in ("disk", "memory")]
         errors = [f"{100 * row[name]:.1f} %" if name in row else "" for name in ERRORS]
         right = f"{row['right']:.0f}" if "right" in row else ""
-        yield line(row["format"] + (", ends too" if row["ends"] else ""), *megabytes, *errors, right)
+        suffix = ", ends too" if row["ends"] else ", multiplied in 8 bits" if row.get("in_int8") else ""
+        yield line(row["format"] + suffix, *megabytes, *errors, right)
 
 
 def quantised_sizes(result: Result) -> Iterator[str]:

@@ -36,6 +36,19 @@ def _randomise_packed(name: str, tensor: torch.Tensor, generator: torch.Generato
         tensor.random_(0, 256, generator=generator)
 
 
+@torch.no_grad()
+def rounded_to_int8(layers: nn.Module, twin: nn.Module) -> None:
+    """Round every matrix to int8 with a scale for each row: in the twin, which has the same weights, these are packed."""
+    for name, layer in list(layers.named_modules()):
+        if isinstance(layer, nn.Linear):
+            weight = layer.weight.float()
+            scale = weight.abs().amax(dim=1, keepdim=True) / 127
+            parts = {"packed": (weight / scale).round_().to(torch.int8), "scale": scale}
+            packed = PackedWeight("int8", scaled, parts, weight.shape).to(layer.weight.dtype)
+            put_weight(twin, f"{name}.weight", packed)
+            layer.weight.copy_(packed())
+
+
 def in_8_bits(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A network with every matrix in 8 bits, and a scale for each of its rows, on the device where the network is.
 

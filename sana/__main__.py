@@ -152,7 +152,8 @@ def read_model(options: argparse.Namespace) -> dict[str, object]:
     """The arguments of `SanaPipeline.load`, but for LoRAs."""
     same = ("model", "autoencoder", "text_encoder", "variant", "device", "control", "offload")
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    return {**{name: getattr(options, name) for name in same}, "dtype": dtype, "compiled": options.compile}
+    how = {"dtype": dtype, "compiled": options.compile, "in_int8": options.in_int8}
+    return {**{name: getattr(options, name) for name in same}, **how}
 
 
 def plan_job(pipeline: SanaPipeline, job: Job, settings: Settings, enhanced: bool, bar: tqdm) -> Plan:

@@ -19,6 +19,7 @@ from .needs import CONTROLNET, DECODER, ENCODER, TEXT_ENCODER, TRANSFORMER
 from .networks.autoencoder import DCAutoencoder
 from .networks.controlnet import SanaControlNet
 from .networks.devices import computes_bfloat16
+from .networks.packed_layers import HAS_INT8_PRODUCTS, multiply_in_int8
 from .networks.transformer import SanaTransformer
 from .offloading import CPU, Offloader
 from .text.text_encoder import GemmaTextEncoder
@@ -87,6 +88,23 @@ def load_writer(
     text = find_text_encoder(read_text_encoder(model_path(model)))
     _, merges = read_merges(loras, None, text.config)
     return build_text_encoder(text, dtype or default_dtypes("bfloat16", device)[1], device, merges=merges)
+
+
+def multiply_in_8_bits(transformer: SanaTransformer, model: Path | str, device: torch.device, compiled: bool) -> None:
+    """See in_int8 of `SanaPipeline.load`. Raises ValueError where that cannot be."""
+    option = "in_int8 (in the shell --in-int8)"
+    if device.type != "cpu":
+        raise ValueError(f"{option} is for a CPU, and the device is {device}; leave it out")
+    if compiled:
+        raise ValueError(f"{option} and compiled (--compile) exclude each other; leave one out")
+    if not HAS_INT8_PRODUCTS:
+        raise ValueError(
+            f"{option} needs a processor that multiplies 8 bits (VNNI), which this one does not; leave it out"
+        )
+    if not multiply_in_int8(transformer):
+        raise ValueError(
+            f"{option} needs a transformer in int8, and {model} is none; write one with sana convert --quantize int8"
+        )
 
 
 def _hand_over(parts: Parts, offloader: Offloader) -> None:

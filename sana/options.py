@@ -176,6 +176,11 @@ def add_generate(command: argparse.ArgumentParser) -> None:
         "never: all stay there (default: auto)",
     )
     add("--compile", action="store_true", help="compile the transformer first; pays for many pictures of one size")
+    add(
+        "--in-int8",
+        action="store_true",
+        help="on a CPU, multiply a transformer in int8 in 8 bits: faster, and what comes into a layer is rounded as well",
+    )
 
 
 def add_enhance(command: argparse.ArgumentParser) -> None:

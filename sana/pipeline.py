@@ -18,7 +18,7 @@ from .compiling import compiled_velocity
 from .config import TransformerIdentity
 from .images import to_picture
 from .inputs import Inputs, encode_picture, encode_texts, latent_mask
-from .loading import load_parts
+from .loading import load_parts, multiply_in_8_bits
 from .needs import check_bounds, decoding_need, latent_shape, needs, writing_need
 from .networks.autoencoder import DCAutoencoder, decode_within_memory
 from .networks.controlnet import SanaControlNet
@@ -85,6 +85,7 @@ class SanaPipeline:
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         compiled: bool = False,
+        in_int8: bool = False,
         loras: Sequence[tuple[Path | str, float]] = (),
         control: Path | str | None = None,
         offload: Offload = "auto",
@@ -95,12 +96,14 @@ class SanaPipeline:
         variant: a name from VARIANTS, for files that cannot tell. dtype: of all parts, but float16, which overflows elsewhere,
         of the transformer only; None: float32 on a CPU, else that of the release for the transformer and bfloat16 for the
         rest, with float32 in the place of bfloat16 on GPUs that only emulate it. compiled: run the transformer through torch.compile.
+        in_int8: on a CPU, multiply weights of the transformer that are stored in int8 in 8 bits, for which what comes into a layer is
+        rounded as well, as in ComfyUI; False: unpack them.
         loras: files or folders, each with its strength, for the transformer, the text encoder or both; 1 is as it was trained.
         control: file or folder of a ControlNet, which then needs `Settings.control_image`.
         offload: "auto" lets parts leave a GPU for one another where it has no room for all, with Gemma's embedding on the
         CPU in any case; "never" keeps everything on the device.
         Raises CheckpointError for files that are something else, ValueError for a LoRA without a strength or with one that is
-        no finite number and for an unknown offload, and FileNotFoundError.
+        no finite number, for an unknown offload and for in_int8 where that cannot be, and FileNotFoundError.
         """
         offloader = Offloader(torch.device(device), offload)
         *parts, controlnet = load_parts(
@@ -113,6 +116,8 @@ class SanaPipeline:
             loras=loras,
             control=control,
         )
+        if in_int8:
+            multiply_in_8_bits(parts[0], model, offloader.device, compiled)
         return cls(*parts, compiled=compiled, controlnet=controlnet, offloader=offloader)
 
     def __call__(self, prompt: str | Sequence[str], *, batch_size: int = 1, **options: object) -> list[Image.Image]:

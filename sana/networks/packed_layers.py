@@ -10,11 +10,11 @@ from .operations import linear
 from .packed import PackedWeight
 
 UNPACKING_BYTES = 8  # for each number of a weight that is unpacked: in float32, and once more on the way
-FEW_ROWS = 512  # of what comes in, up to which a CPU uses a weight in parts
+FEW_ROWS = 512  # of what comes in, up to which a CPU uses a weight in parts; so many it multiplies in 8 bits at once
 VERY_FEW_ROWS = 8  # up to which it takes int8 as it is
 REGISTER = 32  # bytes of x, and whole numbers
 INT8_MAX = 127
-# Without VNNI, sums of two products of 8 bits can be too large for the 16 that x86 has for them.
+# Without VNNI, sums of two products can be too large for the 16 bits that x86 has for them.
 HAS_INT8_PRODUCTS = getattr(torch.cpu, "_is_vnni_supported", bool)()
 
 
@@ -67,24 +67,29 @@ def _lies_in_registers(matrix: Tensor) -> bool:
 def int8_product(x: Tensor, numbers: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., D) times int8 numbers (R, D) and the scales of their rows (R, 1): (..., R). Each row of x is rounded to 8 bits and a
     scale as well, so that the product is one of whole numbers, which is exact."""
-    rows = x.reshape(-1, x.shape[-1]).float()
-    largest = rows.abs().amax(dim=1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
-    rounded = (rows * (INT8_MAX / largest)).round_().to(torch.int8)
-    out = torch._int_mm(rounded, numbers.T).float().mul_(largest / INT8_MAX).mul_(scale.T)
-    return (out if bias is None else out.add_(bias)).to(x.dtype).view(*x.shape[:-1], -1)
+    out, smallest = x.new_empty(*x.shape[:-1], len(numbers)), torch.finfo(torch.float32).tiny
+    for rows, found in zip(
+        x.reshape(-1, x.shape[-1]).split(FEW_ROWS), out.view(-1, len(numbers)).split(FEW_ROWS), strict=True
+    ):
+        rows = rows.float()
+        largest = rows.abs().amax(dim=1, keepdim=True).clamp_(min=smallest)
+        rounded = (rows * (INT8_MAX / largest)).round_().to(torch.int8)
+        product = torch._int_mm(rounded, numbers.T).float().mul_(largest / INT8_MAX).mul_(scale.T)
+        found.copy_(product if bias is None else product.add_(bias))
+    return out
 
 
 def multiply_in_int8(network: nn.Module) -> int:
     """Let layers whose weights are int8 multiply in 8 bits on a CPU. Returns how many do.
 
-    What they are given is rounded to 255 values for each token, as ComfyUI does with such files. A processor without
-    instructions for it, or a layer that a LoRA changes, multiplies unpacked numbers as before.
+    What they are given is rounded to 255 values for each token, as ComfyUI does with such files. A layer that a LoRA changes,
+    or that a gradient is wanted of, multiplies unpacked numbers as before.
     """
     layers = [
         layer for layer in network.modules() if isinstance(layer, PackedLinear) and layer.weight.int8() is not None
     ]
     for layer in layers:
-        layer.in_int8 = HAS_INT8_PRODUCTS
+        layer.in_int8 = True
     return len(layers)
 
 

@@ -39,6 +39,24 @@ def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "SIDES", (64, 128))
 
 
+@pytest.mark.parametrize("variant", ["sana-0.6b-1024px", "sana-sprint-0.6b-1024px"])
+def test_candidates_in_int8_have_the_same_weights(variant: str) -> None:
+    """Only where the inputs of layers are rounded too the result differs, by little."""
+    torch.manual_seed(0)
+    calls = cases.int8_step_calls(variant, 64, torch.float32, "cpu", False)
+    assert [*calls] == ["ours", "diffusers", "ours, unpacked", "ours, not quantised"]
+    rounded, expected, *others = (run() for run in calls.values())
+    assert 1e-3 < relative_error(rounded, expected) < 5e-2
+    assert all(relative_error(found, expected) < 1e-5 for found in others)
+
+
+def test_a_token_in_int8_is_the_same() -> None:
+    torch.manual_seed(0)
+    calls = cases.int8_token_calls(20, torch.float32, "cpu", False)
+    expected, *others = (run() for run in calls.values())
+    assert len(others) == 2 and all(relative_error(found, expected) < 1e-4 for found in others)
+
+
 @pytest.mark.parametrize("name", BUILDS)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_all_candidates_agree(name: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:

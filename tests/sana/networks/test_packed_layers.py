@@ -150,8 +150,10 @@ def test_only_plain_int8_is_taken_as_it_is() -> None:
     assert [weight.int8() for weight in others] == [None] * len(others)
 
 
-def test_a_product_in_8_bits_is_that_of_rounded_rows() -> None:
+@pytest.mark.parametrize("at_once", [1, 4, 512])
+def test_a_product_in_8_bits_is_that_of_rounded_rows(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against whole numbers counted in float64, with rows of very different sizes, one of them zero."""
+    monkeypatch.setattr(packed_layers, "FEW_ROWS", at_once)
     numbers, scale = torch.randint(-127, 128, (48, 80), dtype=torch.int8), torch.rand(48, 1) + 0.5
     x = torch.randn(2, 3, 80) * torch.tensor([1e-30, 1.0, 1e30])[:, None]
     x[0, 1] = 0
@@ -167,17 +169,13 @@ def test_a_product_in_8_bits_is_that_of_rounded_rows() -> None:
     assert 1e-3 < relative_error(with_bias[1], exact[1]) < 2e-2
 
 
-def test_layers_in_int8_multiply_in_8_bits_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer that is changed, or in another format, and a processor without the instructions multiply as before."""
+def test_layers_in_int8_multiply_in_8_bits_when_told() -> None:
+    """A layer that is changed, or in another format, or that a gradient is wanted of multiplies as before."""
     plain, changed, other = (PackedLinear(nn.Linear(4, 6), packed()[0]) for _ in range(3))
     other.weight = PackedWeight("int8", scaled, {"packed": other.weight.parts["packed"]}, (6, 4))
     network, x = nn.Sequential(plain, nn.Linear(6, 4), changed, nn.Linear(6, 4), other), torch.randn(700, 4)
     with torch.no_grad():
         exact = [layer(x) for layer in (plain, changed, other)]
-        monkeypatch.setattr(packed_layers, "HAS_INT8_PRODUCTS", False)
-        assert multiply_in_int8(network) == 2
-        assert torch.equal(plain(x), exact[0])
-        monkeypatch.setattr(packed_layers, "HAS_INT8_PRODUCTS", True)
         assert multiply_in_int8(network) == 2
         assert torch.equal(plain(x), int8_product(x, *plain.weight.int8(), plain.bias)) and not torch.equal(
             plain(x), exact[0]
