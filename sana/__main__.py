@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from .capturing import check_fast
 from .checkpoints.files import read_tensors
 from .checkpoints.inspection import describe_file
 from .checkpoints.lora import lora_files, read_strength
@@ -149,10 +150,12 @@ def run_cluster(options: argparse.Namespace) -> int:
 
 
 def read_model(options: argparse.Namespace) -> dict[str, object]:
-    """The arguments of `SanaPipeline.load`, but for LoRAs."""
+    """The arguments of `SanaPipeline.load`, but for LoRAs. Raises ValueError as `check_fast`."""
     same = ("model", "autoencoder", "text_encoder", "variant", "device", "control", "offload")
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    how = {"dtype": dtype, "compiled": options.compile, "in_int8": options.in_int8}
+    if options.fast:
+        check_fast(torch.device(options.device), options.compile)  # here, before workers find out
+    how = {"dtype": dtype, "compiled": options.compile, "fast": options.fast, "in_int8": options.in_int8}
     return {**{name: getattr(options, name) for name in same}, **how}
 
 

@@ -30,13 +30,17 @@ class Need(NamedTuple):
 
 
 class Part:
-    """Modules that move together. on_leave: called when they have left, for what was computed with them."""
+    """Modules that move together. on_leave: called when they have left, for what was computed with them.
+
+    reserved: tells the bytes that nothing but them may take on the device, and that count as free there.
+    """
 
     def __init__(self, modules: Iterable[nn.Module], on_leave: Callable[[], None], is_there: bool) -> None:
         self.modules = tuple(modules)
         self.nbytes = sum(map(weight_bytes, self.modules))
         self.on_leave = on_leave
         self.is_there = is_there  # on the device
+        self.reserved: Callable[[], int] = lambda: 0
 
     def move(self, device: torch.device) -> None:
         for module in self.modules:
@@ -77,6 +81,11 @@ class Offloader:
         if self.is_active:
             self.parts[name] = Part(modules, on_leave, is_there=self.home == self.device)
 
+    def attach(self, name: str, reserved: Callable[[], int], on_leave: Callable[[], None]) -> None:
+        """Tell what is reserved for a part, as `Part` has it, and what gives that back."""
+        if name in self.parts:
+            self.parts[name].reserved, self.parts[name].on_leave = reserved, on_leave
+
     def bring(self, need: Need) -> None:
         """Put the parts of a phase on the device. Others leave, the largest first, as far as there is no room beside them."""
         if not self.is_active:
@@ -113,7 +122,7 @@ class Offloader:
         return [part for part in self.parts.values() if part.is_there]
 
     def _fits(self, parts: Iterable[Part], working: int) -> bool:
-        return sum(part.nbytes for part in parts) + working <= self._capacity(FREE_SHARE)
+        return sum(part.nbytes + part.reserved() for part in parts) + working <= self._capacity(FREE_SHARE)
 
     def _capacity(self, share: float) -> int:
         """Bytes on the device for parts and all that they do: a share of what is free, or would be without the parts."""

@@ -177,6 +177,11 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     )
     add("--compile", action="store_true", help="compile the transformer first; pays for many pictures of one size")
     add(
+        "--fast",
+        action="store_true",
+        help="on a GPU: record each kind of step as a CUDA graph, and launch it whole; the pictures are the same",
+    )
+    add(
         "--in-int8",
         action="store_true",
         help="on a CPU, multiply a transformer in int8 in 8 bits: faster, and what comes into a layer is rounded as well",

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .capturing import CapturedVelocity, check_fast
 from .checkpoints.autoencoder import check_autoencoder
 from .checkpoints.controlnet import check_controlnet
 from .checkpoints.text_encoder import check_text_encoder
@@ -19,7 +20,7 @@ from .config import TransformerIdentity
 from .images import to_picture
 from .inputs import Inputs, encode_picture, encode_texts, latent_mask
 from .loading import load_parts, multiply_in_8_bits
-from .needs import check_bounds, decoding_need, latent_shape, needs, writing_need
+from .needs import TRANSFORMER, check_bounds, decoding_need, latent_shape, needs, writing_need
 from .networks.autoencoder import DCAutoencoder, decode_within_memory
 from .networks.controlnet import SanaControlNet
 from .networks.transformer import SanaTransformer
@@ -42,9 +43,10 @@ log = logging.getLogger(__name__)
 class SanaPipeline:
     """A SANA transformer with its autoencoder and its text encoder.
 
-    text_encoder: None for a caller that encodes the texts itself, see `follow`. compiled: as for `load`. controlnet: one whose
-    image each plan gives; None: none. offloader: has the parts where they take turns on a device; None: they stay.
-    Raises CheckpointError for an autoencoder, a text encoder or a ControlNet that is not made for the transformer.
+    text_encoder: None for a caller that encodes the texts itself, see `follow`. compiled, fast: as for `load`. controlnet: one
+    whose image each plan gives; None: none. offloader: has the parts where they take turns on a device; None: they stay.
+    Raises CheckpointError for an autoencoder, a text encoder or a ControlNet that is not made for the transformer, and
+    ValueError as `load` for fast.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class SanaPipeline:
         identity: TransformerIdentity,
         *,
         compiled: bool = False,
+        fast: bool = False,
         controlnet: SanaControlNet | None = None,
         offloader: Offloader | None = None,
     ) -> None:
@@ -71,6 +74,10 @@ class SanaPipeline:
         self.offloader = offloader or Offloader(CPU, "never")
         self._counted: WeakKeyDictionary[Plan, dict[str, Need]] = WeakKeyDictionary()
         self.velocity = compiled_velocity(transformer) if compiled else transformer.velocity
+        if fast:
+            check_fast(self.device, compiled)
+            self.velocity = graphs = CapturedVelocity(transformer, self.device)
+            self.offloader.attach(TRANSFORMER, graphs.reserved, graphs.release)
         self.texts_kept = 0  # encoded prompts that are kept, the last ones, for who draws the same again; 1.4 MB each
         self._texts: dict[object, Inputs] = {}
 
@@ -85,6 +92,7 @@ class SanaPipeline:
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         compiled: bool = False,
+        fast: bool = False,
         in_int8: bool = False,
         loras: Sequence[tuple[Path | str, float]] = (),
         control: Path | str | None = None,
@@ -96,6 +104,8 @@ class SanaPipeline:
         variant: a name from VARIANTS, for files that cannot tell. dtype: of all parts, but float16, which overflows elsewhere,
         of the transformer only; None: float32 on a CPU, else that of the release for the transformer and bfloat16 for the
         rest, with float32 in the place of bfloat16 on GPUs that only emulate it. compiled: run the transformer through torch.compile.
+        fast: record its steps as CUDA graphs, each kind once, and launch them whole, which takes no less arithmetic but less of
+        the CPU: on GPUs that wait for it.
         in_int8: on a CPU, multiply weights of the transformer that are stored in int8 in 8 bits, for which what comes into a layer is
         rounded as well, as in ComfyUI; False: unpack them.
         loras: files or folders, each with its strength, for the transformer, the text encoder or both; 1 is as it was trained.
@@ -103,8 +113,11 @@ class SanaPipeline:
         offload: "auto" lets parts leave a GPU for one another where it has no room for all, with Gemma's embedding on the
         CPU in any case; "never" keeps everything on the device.
         Raises CheckpointError for files that are something else, ValueError for a LoRA without a strength or with one that is
-        no finite number, for an unknown offload and for in_int8 where that cannot be, and FileNotFoundError.
+        no finite number, for an unknown offload, for in_int8 where that cannot be, and for fast on a device without graphs or
+        with compiled, and FileNotFoundError.
         """
+        if fast:
+            check_fast(torch.device(device), compiled)
         offloader = Offloader(torch.device(device), offload)
         *parts, controlnet = load_parts(
             model,
@@ -118,7 +131,7 @@ class SanaPipeline:
         )
         if in_int8:
             multiply_in_8_bits(parts[0], model, offloader.device, compiled)
-        return cls(*parts, compiled=compiled, controlnet=controlnet, offloader=offloader)
+        return cls(*parts, compiled=compiled, fast=fast, controlnet=controlnet, offloader=offloader)
 
     def __call__(self, prompt: str | Sequence[str], *, batch_size: int = 1, **options: object) -> list[Image.Image]:
         """Pictures of a prompt: batch_size of them, or one for each of several prompts.

@@ -1,8 +1,17 @@
-"""What a device can do, where the answer is not the same for all: arithmetic in bfloat16, and how much memory is free."""
+"""What a device can do, where the answer is not the same for all: arithmetic in bfloat16, how much memory is free, and graphs."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import cached_property
+from weakref import WeakSet
 
 import torch
+from torch import Tensor
+
+Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]  # see `GraphRecorder.__call__`
 
 FREE_SHARE = 0.8  # of the free memory of a GPU, to take at most
+WARM_UPS = 2  # runs before a graph is recorded, in which libraries load kernels and take their workspaces
 
 
 def checked_device(name: str | None) -> str:
@@ -36,3 +45,60 @@ def free_bytes(device: torch.device, share: float = FREE_SHARE) -> int | None:
     if hasattr(backend, "memory_reserved"):
         free += backend.memory_reserved(device) - backend.memory_allocated(device)
     return int(share * free)
+
+
+class GraphRecorder:
+    """Records what a function launches on a GPU, to launch it again in one call: `torch.cuda.CUDAGraph`.
+
+    All graphs share their memory, which is free again when the last one is. So what one gives lasts until another one runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """Returns what launches the graph, and the tensor that it then writes. run: must neither read numbers of tensors nor
+        copy from or to the CPU; all that it reads must stay where it is as long as the graph is used."""
+        graph, alive = torch.cuda.CUDAGraph(), next(iter(self._graphs), None)
+        with torch.cuda.device(self.device):
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            try:
+                with torch.cuda.stream(self._stream):
+                    for _ in range(WARM_UPS):
+                        run()
+                # A pool whose graphs are all gone takes no new one. Another thread may go on allocating meanwhile.
+                pool = None if alive is None else alive.pool()
+                with _first_failure(
+                    torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local")
+                ):
+                    out = run()
+            finally:
+                torch.cuda.set_stream(current)  # PyTorch stays on the other one where recording fails
+            current.wait_stream(self._stream)
+        self._graphs.add(graph)
+        return graph.replay, out
+
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        """Not the current one, as recording needs, and one for all, so that their memory can be shared."""
+        return torch.cuda.Stream(self.device)
+
+
+@contextmanager
+def _first_failure(context: AbstractContextManager) -> Iterator[None]:
+    """A context in which what goes wrong is raised as it is, although leaving fails because of it."""
+    context.__enter__()
+    try:
+        yield
+    except Exception:
+        with suppress(Exception):
+            context.__exit__(None, None, None)
+        raise
+    context.__exit__(None, None, None)
+
+
+def graph_recorder(device: torch.device) -> Record | None:
+    """None: the device records no graphs."""
+    return GraphRecorder(device) if device.type == "cuda" else None

@@ -22,7 +22,7 @@ def rectified(layer: nn.Module, x: Tensor) -> Tensor | None:
 
     None: there is no such kernel for them, or the layer is another's, replaced or watched, who would be passed over.
     """
-    if type(layer) is not Operations.Linear or _is_watched(layer):
+    if type(layer) is not Operations.Linear or is_watched(layer):
         return None
     weight, bias = layer.weight, layer.bias
     if x.is_cpu:
@@ -39,7 +39,7 @@ def addmm_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch._addmm_activation(bias, x.flatten(0, -2), weight.T).unflatten(0, x.shape[:-1])
 
 
-def _is_watched(layer: nn.Module) -> bool:
+def is_watched(layer: nn.Module) -> bool:
     """Whether calling the layer does more, or something else, than its class says."""
     return bool(
         layer._forward_hooks

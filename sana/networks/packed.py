@@ -6,6 +6,7 @@ be cut and looked up by rows without being unpacked whole. Here is no file and n
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -60,12 +61,22 @@ def code_blocks(parts: Parts, block: int) -> Tensor:
     return weight
 
 
-def nibbles(packed: Tensor, values: Iterable[float] | Tensor, low_first: bool = False) -> Tensor:
+def nibbles(packed: Tensor, values: tuple[float, ...] | Tensor, low_first: bool = False) -> Tensor:
     """The value of each half of every byte: (R, n) to (R, 2 n), in float32. The higher half comes first unless told."""
+    known = (
+        isinstance(values, Tensor) or torch.compiler.is_compiling()
+    )  # a compiler looks through caches, and warns of them
+    table = torch.as_tensor(values, device=packed.device) if known else _table(values, packed.device)
     byte = torch.arange(256, device=packed.device)
     halves = [byte & 15, byte >> 4] if low_first else [byte >> 4, byte & 15]
-    pairs = torch.as_tensor(values, dtype=torch.float32, device=packed.device)[torch.stack(halves, dim=1)]
+    pairs = table.float()[torch.stack(halves, dim=1)]
     return F.embedding(packed.int(), pairs).flatten(1)
+
+
+@cache
+def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Copied to the device once: a GPU would wait for the copy, and graphs of it allow none."""
+    return torch.tensor(values, device=device)
 
 
 def rotated(weight: Tensor, group: int) -> Tensor:

@@ -264,6 +264,7 @@ class SanaTransformer(nn.Module):
         control: Control | None = None,
         max_bytes: int = WORKING_BYTES,
         run_block: RunBlock | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """x: (B, 32, H, W) in the dtype of the activations. Returns (B, 32, H, W).
 
@@ -273,10 +274,11 @@ class SanaTransformer(nn.Module):
         max_bytes: activations larger than this are processed in bands of rows, when no gradient is wanted. The result is
         the same; one row at a time is the smallest band.
         run_block: is called for every block in the place of `self.run_block`, which it may call in turn.
+        positions: what `self.positions` gives for x, if it is there already.
         """
         run_block = run_block or self.run_block
         band = None if torch.is_grad_enabled() else self.band_rows(x.shape, x.element_size(), max_bytes)
-        tokens = self.embed(x)
+        tokens = self.embed(x, positions)
         corrections: Sequence[Tensor | None] = ()
         for i, (rows, text) in enumerate(zip(modulation.blocks.unbind(0), context.keys_values, strict=True)):
             self_attention = LinearAttention.identity if i in identity_blocks else None
@@ -302,12 +304,17 @@ class SanaTransformer(nn.Module):
             return checkpoint(block, tokens, *inputs, use_reentrant=False)
         return block(tokens, *inputs)
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Latent (B, 32, H, W) to tokens (B, H * W, D)."""
+    def embed(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Latent (B, 32, H, W) to tokens (B, H * W, D). positions: as for `velocity`."""
         tokens = self.patch_embed.proj(x.flatten(2).transpose(1, 2).contiguous())
+        positions = self.positions(x) if positions is None else positions
+        return tokens if positions is None else tokens + positions
+
+    def positions(self, x: Tensor) -> Tensor | None:
+        """What is added to the tokens of a latent x (B, 32, H, W) in the dtype of the activations: (H * W, D); None: nothing."""
         if self.config.position_base is None:
-            return tokens
-        return tokens + position_table(x.shape[-2], x.shape[-1], self.config, tokens.dtype, tokens.device)
+            return None
+        return position_table(x.shape[-2], x.shape[-1], self.config, x.dtype, x.device)
 
     def unembed(self, tokens: Tensor, modulation: Modulation, shape: torch.Size) -> Tensor:
         """Tokens (B, H * W, D) to a velocity of the given shape (B, 32, H, W)."""

@@ -105,6 +105,20 @@ def test_what_was_computed_with_a_part_goes_when_it_leaves(offloader: Callable[[
     assert gone == ["large"]
 
 
+def test_what_is_reserved_for_a_part_counts_until_it_leaves(offloader: Callable[[int], tuple[Offloader, Card]]) -> None:
+    made, card = offloader(900)
+    reserved = [0]
+    made.attach("large", lambda: sum(reserved), reserved.clear)
+    made.attach("no part", lambda: 1000, reserved.clear)
+    every = Need(tuple(SIZES), 0, 0)
+    made.bring(every)
+    assert made.has_room(every) and sorted(card.moves) == ["+large", "+middle", "+small"]
+    reserved[0] = 1
+    assert not made.has_room(every)
+    made.bring(Need(("small", "middle"), 0, 0))
+    assert card.moves[-1] == "-large" and not reserved and made.has_room(every)
+
+
 @pytest.mark.parametrize(("budget", "fits"), [(800, True), (790, False)])
 def test_a_phase_that_never_fits_is_refused_by_all_of_the_memory(
     offloader: Callable[[int], tuple[Offloader, Card]], budget: int, fits: bool
