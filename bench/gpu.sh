@@ -22,7 +22,7 @@ while [ $# -gt 0 ]; do
     shift
 done
 
-parts="precision speed compiled memory training host-demo host-low host"
+parts="precision speed captured compiled memory training host-demo host-low host"
 for part in $chosen; do
     case " $parts " in
         *" $part "*) ;;
@@ -57,15 +57,16 @@ fi
 step="step, sana-(0.6b|1.6b|sprint-0.6b)-1024px, $side px"
 
 part precision 60 bench.precision ${small:+--side 128}
-part speed 100 bench --no-compiled --minutes 1.5 --steps $steps "${budget[@]}" \
+part speed 90 bench --no-compiled --minutes 1.35 --steps $steps "${budget[@]}" \
     --only "$step|(encode|decode), $side px|^prompt of 20 words|picture.*0.6b.*, $picture px"
-part compiled 90 bench --compiled --minutes 1.3 --steps $steps "${budget[@]}" --only "$step|decode, $side px"
-part memory 50 bench.memory --measure $largest
-part training 45 bench.training --side $side "${trained[@]}"
+part captured 40 bench.captured --side $side --steps $steps "${budget[@]}"
+part compiled 80 bench --compiled --minutes 1.15 --steps $steps "${budget[@]}" --only "$step|decode, $side px"
+part memory 45 bench.memory --measure $largest
+part training 40 bench.training --side $side "${trained[@]}"
 if [ -d .venv/hosts ]; then
     part host-demo 25 tests.host.card --real --variant demo --side 256
     part host-low 25 tests.host.card --real --vram low --variant demo --side 256
-    part host 80 tests.host.card --real "${card[@]}"
+    part host 70 tests.host.card --real "${card[@]}"
 else
     echo "== left out: ComfyUI, which python3 tests fetches"
 fi

@@ -1,13 +1,13 @@
 """A benchmark with networks of a few channels, in seconds on any machine: python -m bench.small MODULE ARGUMENTS.
 
 Not for its numbers: it shows that every line of a command runs, before the command meets a machine that is lent for minutes.
-Sizes become 64 px, and what is to be compiled runs as it is.
+Sizes become 64 px, what is to be compiled runs as it is, and a CPU records graphs.
 """
 
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib import import_module
 from unittest.mock import patch
@@ -19,6 +19,7 @@ from sana.config import AUTOENCODERS, VARIANTS, GemmaConfig, StageConfig, Transf
 from . import __main__ as speed
 from . import cases, memory, race, twins
 from .race import Floor
+from .recorder import graphs_on_cpu
 
 SIDE = 64  # px
 GEMMA = GemmaConfig(
@@ -56,8 +57,10 @@ def shrunk() -> Iterator[None]:
         patch.object(memory, "SIDES", (SIDE,)),
         patch.object(speed, "memory", lambda device: math.inf),  # cases tell what they need at their real sizes
         patch.object(race, "cpu_peak_memory", lambda call: (call(), 0)),  # a profiler takes a second to start
+        patch("gc.collect", lambda: 0),  # half a second of it, with all libraries imported
         patch.object(Floor, "measure", lambda dtype, device: Floor(math.inf, math.inf)),
         torch.compiler.set_stance("force_eager"),
+        nullcontext() if torch.cuda.is_available() else graphs_on_cpu(),
     ):
         yield
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import precision, small
+from bench import captured, precision, small
 from bench.precision import Check, checked
 from bench.training import KINDS
 
@@ -39,8 +39,8 @@ def test_every_part_has_a_limit_and_a_failed_one_costs_no_other(tmp_path: Path) 
     run, commands = script(tmp_path, failing="bench.memory")
     limits = [int(line.split()[-2]) for line in run.stdout.splitlines() if "at most" in line]
     assert len(limits) == len(commands) >= 5 and sum(limits) <= LIMIT
-    modules = [command.split()[1] for command in commands[:5]]
-    assert modules == ["bench.precision", "bench", "bench", "bench.memory", "bench.training"]
+    modules = [command.split()[1] for command in commands[:6]]
+    assert modules == ["bench.precision", "bench", "bench.captured", "bench", "bench.memory", "bench.training"]
     assert run.returncode == 1 and run.stdout.splitlines()[-1] == "failed or stopped: memory"
 
 
@@ -50,7 +50,7 @@ def test_every_part_has_a_limit_and_a_failed_one_costs_no_other(tmp_path: Path) 
         (["--large"], "option --large is unknown; use --small or --out FOLDER"),
         (
             ["speeds"],
-            "part speeds is unknown; use one of precision speed compiled memory training host-demo host-low host",
+            "part speeds is unknown; use one of precision speed captured compiled memory training host-demo host-low host",
         ),
         (["--out"], "--out needs a folder"),
     ],
@@ -65,7 +65,7 @@ def test_chosen_parts_alone_run(tmp_path: Path) -> None:
     assert [command.split()[1] for command in commands] == ["bench", "bench.training"] and run.returncode == 0
 
 
-@pytest.mark.parametrize("name", ["precision", "speed", "compiled", "memory", "training"])
+@pytest.mark.parametrize("name", ["precision", "speed", "captured", "compiled", "memory", "training"])
 def test_each_part_runs_with_small_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     noted = tmp_path / "arguments"
@@ -89,12 +89,23 @@ def test_each_part_runs_with_small_networks(tmp_path: Path, monkeypatch: pytest.
     elif name == "speed":
         assert not result["left_out"] and len({row["case"] for row in rows}) == 7
         assert not any("compiled" in row["candidate"] for row in rows)
+    elif name == "captured":
+        assert not result["failed"] and len({row["case"] for row in rows}) == 6
+        assert [row["candidate"] for row in rows] == ["ours", "ours, graphs"] * 6
     elif name == "compiled":
         assert len({row["case"] for row in rows if "ours, compiled" in row["candidate"]}) == 4
     elif name == "memory":
         assert len(rows) == 3 and all(phase["measured"] is not None for phase in rows)
     else:
         assert [row["trained"] for row in rows] == [*KINDS] and all(row["steps_per_second"] > 0 for row in rows)
+
+
+def test_graphs_need_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench.captured"])
+    assert captured.main() == 2
+    message = "Left out: graphs are recorded on a GPU by CUDA or ROCm, and PyTorch finds none here.\n"
+    assert capsys.readouterr() == ("", message)
 
 
 def test_what_is_too_far_off_or_cannot_be_computed_fails() -> None:
