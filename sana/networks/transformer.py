@@ -243,7 +243,7 @@ class SanaTransformer(nn.Module):
             timestep = timestep.floor()
         time, last = self.time_embed(timestep, guidance_embed, dtype or self.dtype)
         out = self.scale_shift_table.to(last) + last.unsqueeze(1)
-        out[:, 1] += 1
+        out[:, 1].add_(1)
         return Modulation(time, block_modulation(self.transformer_blocks, time), out)
 
     def text_context(self, text: Tensor, text_mask: Tensor | None = None) -> TextContext:
@@ -351,7 +351,7 @@ def block_modulation(blocks: Iterable[Block], time: Tensor) -> Tensor:
     Returns (blocks, B, 6, D).
     """
     rows = torch.stack([block.scale_shift_table.to(time) for block in blocks]).unsqueeze(1) + time
-    rows[:, :, 1::3] += 1
+    rows[:, :, 1::3].add_(1)  # `+=` would copy the sums to where they are
     return rows
 
 
