@@ -3,6 +3,7 @@
 Networks of the real sizes run on meta tensors, which have no content. Counted are the kernels that a network launches without a compiler,
 and the bytes that they read and write. PyTorch's attention and RMS norm are one kernel each, as on a GPU; views and allocations
 are none. The floor is what products and convolutions alone read and write.
+`python -m tests.host.steps launches` counts steps inside ComfyUI, too, for the same table.
 """
 
 import argparse
@@ -224,7 +225,8 @@ def numbers(count: int) -> Tensor:
     return torch.empty(1, count, dtype=torch.long, device="meta")
 
 
-def main() -> None:
+def main(in_host: Callable[[str], Counted | None] | None = None) -> None:
+    """in_host: counts a step of a variant inside a host, or none; None: there is no host."""
     parser = argparse.ArgumentParser(prog="python -m bench.launches", description=__doc__.splitlines()[0])
     parser.add_argument("--kernels", action="store_true", help="print how often each of ours is launched")
     parser.add_argument(
@@ -240,9 +242,15 @@ def main() -> None:
         ours, theirs = here(name), there(name)
         title = {our_pass: f"{name}, {SIDE} px", our_step: f"step, {name}", our_prompt: name}[here]
         row = {"title": title, "launches": [theirs.launches, ours.launches], "bytes": [theirs.bytes, ours.bytes]}
+        hosted = in_host(name) if in_host and here is our_step else None
+        row["host"] = None if hosted is None else {"launches": hosted.launches, "bytes": hosted.bytes}
         rows.append({**row, "product_bytes": ours.product_bytes})
         print(rows[-1], *([dict(ours.kernels.most_common())] if options.kernels else []), flush=True)
     print(write_result("launches", {"rows": rows}, options.out))
+    if in_host is None:
+        print(
+            "Steps inside ComfyUI are left out: python -m tests.host.steps launches counts them, after python3 tests."
+        )
 
 
 if __name__ == "__main__":

@@ -162,10 +162,14 @@ def preemption(result: Result) -> Iterator[str]:
 
 def launches(result: Result) -> Iterator[str]:
     """Kernels and bytes of a step, a pass or a prompt, against the reference's."""
-    yield from header("", "launches: reference", "here", "bytes: reference", "here", "products alone")
+    columns = ("reference", "here", "in ComfyUI")
+    yield from header("", *(f"{what}: {name}" for what in ("launches", "bytes") for name in columns), "products alone")
     for row in result["rows"]:
-        sizes = (f"{size / 1e9:.1f} GB" for size in (*row["bytes"], row["product_bytes"]))
-        yield line(row["title"], *(f"{count:,}" for count in row["launches"]), *sizes)
+        host = row["host"] or {}
+        counts = [*row["launches"], host.get("launches")]
+        sizes = [*row["bytes"], host.get("bytes"), row["product_bytes"]]
+        cells = ["" if count is None else f"{count:,}" for count in counts]
+        yield line(row["title"], *cells, *("" if size is None else f"{size / 1e9:.1f} GB" for size in sizes))
 
 
 def workers(result: Result) -> Iterator[str]:
