@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..config import HEAD_WIDTH
 from .operations import Operations, rectified
+from .parts import parts
 
 # attention(q, k, v, mask): q (B, h, N, d), k and v (B, h, L, d), mask (B, 1, 1, L) bool or None; returns (B, h, N, d)
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -71,7 +72,7 @@ def split_heads(x: Tensor, head_width: int) -> Tensor:
 
 def last(layers: nn.ModuleList) -> nn.Module:
     """The only layer of a list, which is one for the names of its weights. Asking the list for it takes ten times as long."""
-    return getattr(layers, "0")
+    return layers._modules["0"]
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -85,6 +86,7 @@ class LinearAttention(nn.Module):
     The sum over tokens, `state`, is separate from its use, `attend`, so that both can run over parts of an image.
     """
 
+    to_q, to_k, to_v, to_out, norm_q, norm_k = parts(6)
     EPS = 1e-15  # of the denominator: diffusers models/attention_processor.py, SanaLinearAttnProcessor2_0
 
     def __init__(self, width: int, qk_norm: bool, build: Build) -> None:
@@ -204,6 +206,8 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
 class CrossAttention(nn.Module):
     """Softmax attention of image tokens to text tokens. Keys and values depend on the text alone."""
 
+    to_q, to_k, to_v, to_out, norm_q, norm_k = parts(6)
+
     def __init__(self, width: int, heads: int, qk_norm: bool, build: Build) -> None:
         super().__init__()
         self.head_width = width // heads
@@ -231,6 +235,8 @@ class CrossAttention(nn.Module):
 class MixFFN(nn.Module):
     """Gated feed-forward layer with a 3x3 depthwise convolution, the only layer that sees neighbours (arXiv 2410.10629,
     section 3.2)."""
+
+    conv_inverted, conv_depth, conv_point = parts(3)
 
     def __init__(self, width: int, inner: int, build: Build) -> None:
         super().__init__()

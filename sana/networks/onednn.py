@@ -21,12 +21,17 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: st
     return ONEDNN_LINEAR(x, weight, bias, activation, [], "")
 
 
+def is_small(x: Tensor, outputs: int) -> bool:
+    """Whether x (..., D) by so many outputs takes less work than calling oneDNN."""
+    return x.numel() * outputs < LEAST_WORK
+
+
 def suits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the function is quicker for x on a CPU without gradients, takes all three, and knows all who watch.
 
     It checks nothing itself: it reads a bias with gaps as if it had none. The commonest reasons against it come first.
     """
-    if x.numel() * weight.shape[0] < LEAST_WORK:
+    if is_small(x, weight.shape[0]):
         return False
     dtype = x.dtype
     if dtype is torch.bfloat16:

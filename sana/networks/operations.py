@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as modules
 
-from .onednn import PLAIN, onednn_linear, suits_onednn
+from .onednn import PLAIN, is_small, onednn_linear, suits_onednn
+from .parts import weights
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`, by oneDNN on a CPU where that is quicker; elsewhere the two questions asked here are all it takes."""
+    """`F.linear`, by oneDNN on a CPU where that is quicker."""
     if x.is_cpu and not torch.is_grad_enabled() and suits_onednn(x, weight, bias):
         return onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
@@ -22,7 +23,7 @@ def rectified(layer: nn.Module, x: Tensor) -> Tensor | None:
 
     None: there is no such kernel for them, or the layer is another's, replaced or watched, who would be passed over.
     """
-    if type(layer) is not Operations.Linear or is_watched(layer):
+    if type(layer) is not Operations.Linear or (x.is_cpu and is_small(x, layer.out_features)) or is_watched(layer):
         return None
     weight, bias = layer.weight, layer.bias
     if x.is_cpu:
@@ -59,12 +60,17 @@ def _zeros(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 class Operations:
     """A namespace like `torch.nn`, for the argument `operations` of every network."""
 
-    Conv2d = nn.Conv2d
+    class Conv2d(nn.Conv2d):
+        weight, bias = weights(2)
 
     class Linear(nn.Linear):
+        weight, bias = weights(2)
+
         def forward(self, x: Tensor) -> Tensor:
             """x: (..., D). Returns (..., outputs)."""
-            return linear(x, self.weight, self.bias)
+            if x.is_cpu and not (torch.is_grad_enabled() or is_small(x, self.out_features)):
+                return linear(x, self.weight, self.bias)
+            return F.linear(x, self.weight, self.bias)  # at once: what is asked before takes time as well
 
     class RMSNorm(nn.RMSNorm):
         """Under autocast too in the dtype of what comes in: for a weight of another, PyTorch warns and takes longer."""

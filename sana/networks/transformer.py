@@ -27,6 +27,7 @@ from .layers import (
     scaled_dot_product,
 )
 from .operations import Operations
+from .parts import parts
 
 NORM_EPS = 1e-6
 WORKING_BYTES = 2**30  # default bound on the memory of activations; larger images are processed in bands of rows
@@ -90,11 +91,13 @@ def branches(modulation: Tensor) -> tuple[AdaLN, AdaLN]:
 
 def sample_rows(rows: Tensor) -> tuple[Tensor, ...]:
     """The n rows of (B, n, D), each as (B, 1, D); as (D,) if they are for all samples."""
-    return rows[0].unbind(0) if rows.shape[0] == 1 else rows.unsqueeze(2).unbind(1)
+    return rows.squeeze(0).unbind(0) if rows.shape[0] == 1 else rows.unsqueeze(2).unbind(1)
 
 
 class Block(nn.Module):
     """Linear self-attention and Mix-FFN, modulated by time, around an unmodulated cross-attention (AdaLN-single)."""
+
+    attn1, attn2, ff = parts(3)
 
     def __init__(self, config: TransformerConfig, build: Build) -> None:
         super().__init__()
