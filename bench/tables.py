@@ -172,6 +172,21 @@ def launches(result: Result) -> Iterator[str]:
         yield line(row["title"], *cells, *("" if size is None else f"{size / 1e9:.1f} GB" for size in sizes))
 
 
+def program(result: Result) -> Iterator[str]:
+    """Time of a step without arithmetic, of each candidate in each dtype."""
+    rows = result["rows"]
+    widest = max(row["spread"] for row in rows)
+    versions = ", ".join(f"{name} {result[name]}" for name in ("torch", "diffusers"))
+    yield f"{result['device']}, {versions}, {result['date']}, medians of {result['repeats']}, middle half of the ratios"
+    yield f"within {widest:.0%}:\n"
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    yield from header("", *(cell for dtype in dtypes for cell in (dtype, "faster")))
+    for name in dict.fromkeys(row["candidate"] for row in rows):
+        found = {row["dtype"]: row for row in rows if row["candidate"] == name}
+        cells = [(f"{1e3 * found[dtype]['seconds']:.1f} ms", f"{found[dtype]['ratio']:.2f} x") for dtype in dtypes]
+        yield line(name, *(cell for pair in cells for cell in pair))
+
+
 def workers(result: Result) -> Iterator[str]:
     """One worker and two against a bare loop, the start, a long file, and kills."""
     scaling, stream = result["scaling"], result["stream"]
@@ -236,6 +251,7 @@ KINDS: dict[str, Callable[[Result], Iterator[str]]] = {
     "preemption": preemption,
     "workers": workers,
     "launches": launches,
+    "program": program,
 }
 
 

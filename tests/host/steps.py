@@ -1,6 +1,6 @@
 """Steps inside the real ComfyUI beside the shell's: .venv/tests/bin/python -m tests.host.steps BENCHMARK, after python3 tests.
 
-Runs a benchmark, which without a host leaves them out, with the newest host in its process: launches.
+Runs a benchmark, which without a host leaves them out, with the newest host in its process: launches or program.
 A step begins where the host's sampler calls the model, and ends with what the model gives the sampler; attention is PyTorch's,
 as ComfyUI chooses on an NVIDIA GPU.
 """
@@ -8,13 +8,16 @@ as ComfyUI chooses on an NVIDIA GPU.
 import importlib
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
-from bench import launches
+from bench import launches, program
+from bench.cases import call
+from bench.race import Call
 from sana.config import TransformerConfig
 from tests.host.boot import ON_CPU, Host, boot
 from tests.host.hosts import NEWEST, host_folder
@@ -40,7 +43,7 @@ def host_step(host: Host, model: torch.nn.Module, x: Tensor, text: Tensor) -> Ca
     """
     run = host.pack("nodes.host.run")
     x, sides = x.float(), list(range(len(x)))
-    sigma = torch.full((1,), 0.5, device=x.device)
+    sigma = torch.full((1,), program.SIGMA, device=x.device)
     options = {run.RUN: run.SamplingRun({}), "sigmas": sigma, "cond_or_uncond": sides, "uuids": sides}
     attention = importlib.import_module("comfy.ldm.modules.attention").attention_pytorch
     options["optimized_attention_override"] = lambda chosen, *given, **named: attention(*given, **named)
@@ -62,17 +65,29 @@ def counted_step(host: Host, variant: str) -> launches.Counted | None:
     return counted
 
 
+def timed_step(host: Host, step: program.Step) -> Call:
+    """As `program.candidates`, by the host. What its model gives is turned into a velocity, by two operations more."""
+    model = host_model(host, step.network.config, step.x.dtype, "cpu")
+    model.diffusion_model.load_state_dict(step.network.state_dict(), strict=True, assign=True)
+    x, run = step.x.float(), call(host_step(host, model, step.x, step.text))
+    run()  # the keys and values of the text
+    return lambda: (x - run()) / program.SIGMA
+
+
 def main() -> int:
-    if sys.argv[1:2] != ["launches"]:
-        print("python -m tests.host.steps needs the name of a benchmark: launches", file=sys.stderr)
+    if sys.argv[1:2] not in (["launches"], ["program"]):
+        print("python -m tests.host.steps needs the name of a benchmark: launches or program", file=sys.stderr)
         return 2
-    del sys.argv[0]
+    name = sys.argv.pop(1)
     if not host_folder(NEWEST).is_dir():
         print(f"ComfyUI {NEWEST} is not there; python3 tests fetches it", file=sys.stderr)
         return 2
     with TemporaryDirectory() as folder:
         host = boot(NEWEST, Path(folder, "host"), *ON_CPU)
-        launches.main(lambda variant: counted_step(host, variant))
+        if name == "launches":
+            launches.main(partial(counted_step, host))
+        else:
+            program.main(partial(timed_step, host))
     return 0
 
 

@@ -1,15 +1,18 @@
 """Kernels and bytes of a step inside the host, which docs/speed.md shows beside the shell's, are what they were."""
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
+from bench import program
 from bench.launches import our_step
 from bench.machine import RESULTS
 from tests.host.boot import Host
 from tests.host.inprocess.small import EQUAL, Small
-from tests.host.steps import counted_step, host_step
+from tests.host.steps import counted_step, host_step, timed_step
 
 KEPT = {row["title"]: row for row in json.loads((RESULTS / "launches.json").read_text())["rows"]}
 TIME = 28  # launches at most by which time becomes modulation, once a step; the shell does it once a run
@@ -39,3 +42,11 @@ def test_the_step_is_that_of_the_sampler(small: Small, host: Host) -> None:
     expected = model.apply_model(x, sigma, transformer_options={"sigmas": sigma}, **given)
     counts = text[:, told["attention_mask"][0] > 0]
     torch.testing.assert_close(host_step(host, model, x, counts)(), expected, rtol=0, atol=EQUAL)
+
+
+@torch.inference_mode(False)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_step_that_is_timed_is_that_of_the_others(host: Host, dtype: torch.dtype) -> None:
+    config = replace(program.CONFIG, depth=2)
+    calls = program.candidates(dtype, config, partial(timed_step, host))
+    assert program.measured(calls, 1, program.TOLERANCE[dtype])[-1]["candidate"] == program.HOST
