@@ -79,7 +79,7 @@ def place_phases(phases: Tensor, x: Tensor | None = None) -> Tensor:
         phase, place = phase[:, :, dy : dy + height, dx : dx + width], out[:, :, dy::2, dx::2]
         if x is None:
             place.copy_(phase)
-        elif torch.is_grad_enabled():
+        elif torch.is_grad_enabled() or torch.compiler.is_compiling():  # neither takes a strided `out`
             place.copy_(phase + shared_channels(x, outputs, pixel))
         else:
             torch.add(phase, shared_channels(x, outputs, pixel), out=place)

@@ -69,6 +69,15 @@ def test_error_of_bfloat16_is_its_rounding(family: str) -> None:
     assert errors / 4 < 0.02
 
 
+@torch.no_grad()
+def test_decoding_compiles_to_one_graph() -> None:
+    ours, _ = autoencoder_pair(config := tiny_autoencoder_config("dc-ae-f32c32-sana-1.1"))
+    ae_latent = torch.randn(1, config.latent_channels, 1, 2)
+    torch._dynamo.reset()
+    found = torch.compile(ours.decode, backend="eager", fullgraph=True)(ae_latent)
+    assert relative_error(found, ours.decode(ae_latent)) < TOLERANCE
+
+
 def test_result_has_the_dtype_of_the_input() -> None:
     ours, _ = autoencoder_pair(tiny_autoencoder_config("dc-ae-f32c32-sana-1.1"))
     ae_latent = torch.randn(1, 32, 2, 2)
