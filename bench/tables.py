@@ -172,6 +172,14 @@ def launches(result: Result) -> Iterator[str]:
         yield line(row["title"], *cells, *("" if size is None else f"{size / 1e9:.1f} GB" for size in sizes))
 
 
+def compiled(result: Result) -> Iterator[str]:
+    """What torch.compile makes of a step or a pass, and of the reference's."""
+    columns = ("graph breaks", "loops", "kernels of libraries")
+    yield from header("", *(f"{what}: {name}" for what in columns for name in ("reference", "here")))
+    for row in result["rows"]:
+        yield line(row["title"], *row["breaks"], *row["generated"], *row["library"])
+
+
 def program(result: Result) -> Iterator[str]:
     """Time of a step without arithmetic, of each candidate in each dtype."""
     rows = result["rows"]
@@ -251,6 +259,7 @@ KINDS: dict[str, Callable[[Result], Iterator[str]]] = {
     "preemption": preemption,
     "workers": workers,
     "launches": launches,
+    "compiled": compiled,
     "program": program,
 }
 
