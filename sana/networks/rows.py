@@ -4,7 +4,8 @@ This module knows rows only. The layers in `autoencoder_layers.py` say which ope
 makes a network of them and of attention, which looks at all rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -120,10 +121,33 @@ class RowStream:
         return self.cursor.op.apply(x[:, :, step.used.within(step.window)])[:, :, step.given.within(step.made)]
 
 
-def push(streams: list[RowStream], rows: Tensor) -> Tensor | None:
-    """Rows through a chain of operations. Returns the rows that come out at the end, None if none does yet."""
-    for operation in streams:
-        rows = operation.push(rows)
-        if rows is None:
-            return None
-    return rows
+def heights(ops: Sequence[RowOp], rows: int) -> list[int]:
+    """Rows of the input of each operation of a chain, the first of which has an input of `rows` rows."""
+    return [*accumulate(ops[:-1], lambda size, op: size * op.up // op.down, initial=rows)]
+
+
+class Pass(NamedTuple):
+    """An operation of a chain takes rows."""
+
+    index: int  # of the operation
+    step: Advance
+    count: int  # rows taken
+    waiting: int  # rows that the operation before it has given, beside those
+
+
+def passes(ops: Sequence[RowOp], rows: int, band: int) -> Iterator[Pass]:
+    """In which order an input of `rows` rows passes through a chain of operations, `band` input rows at a time.
+
+    Rows that an operation gives go on to the end of the chain before any come after them. What it gives at the end of the
+    input, when nothing more has to be waited for, may be many bands: they go on one by one, too.
+    """
+    sizes = heights(ops, rows)
+    cursors = [RowCursor(op, size) for op, size in zip(ops, sizes, strict=True)]
+    waiting = [rows] + [0] * len(ops)
+    while any(waiting[: len(ops)]):
+        index = max(k for k in range(len(ops)) if waiting[k])
+        count = min(waiting[index], -(-band * sizes[index] // rows))
+        waiting[index] -= count
+        step = cursors[index].advance(count)
+        waiting[index + 1] = step.given.count
+        yield Pass(index, step, count, waiting[index])

@@ -16,27 +16,15 @@ from torch import Tensor, nn
 
 from ..config import HEAD_WIDTH
 from . import autoencoder_layers as layers
-from .rows import RowCursor, RowOp, RowStream, push
+from .rows import RowOp, RowStream, heights, passes
 
 LIBRARY_BYTES = 2**21  # left for what libraries take inside an operation
 # Kernels of some libraries end at tensors of 2^31 numbers. Within this many in all, beside each there is another one.
 MOST_NUMBERS = 2**32
+# Rows at a time, at least. One would take hardly less memory than two, but weights are read, and some copied, for each band;
+# and what bands share is computed for each, most of it in a long stretch of operations, of more than LONG.
+LEAST_ROWS, LEAST_ROWS_OF_LONG, LONG = 2, 6, 5
 WHOLE_MAPS_FROM = 3  # decoder stages from this index on are shallow enough in pixels to keep their map between sweeps
-
-
-class RowSum:
-    """Forms the state of an attention from the rows of its input as they come."""
-
-    def __init__(self, attention: layers.MultiscaleLinearAttention, rows: int, itemsize: int) -> None:
-        self.stream = RowStream(attention.projection_op(itemsize), rows)
-        self.state: Tensor | None = None
-
-    def push(self, rows: Tensor) -> None:
-        planes = self.stream.push(rows)
-        if planes is not None:
-            qkv = planes.permute(0, 2, 3, 1).unflatten(-1, (-1, 3 * HEAD_WIDTH))
-            state = layers.MultiscaleLinearAttention.state(qkv)
-            self.state = state if self.state is None else self.state + state
 
 
 @dataclass(frozen=True)
@@ -78,6 +66,11 @@ class Stretch(NamedTuple):
     size: Map
     maps: int  # numbers in the whole maps it needs
 
+    @property
+    def least_rows(self) -> int:
+        """The fewest rows that are processed at a time."""
+        return min(LEAST_ROWS_OF_LONG if len(self.sweep.ops) > LONG else LEAST_ROWS, self.size.rows)
+
     def bytes_with(self, band: int, itemsize: int) -> int:
         """Working memory of the sweep, `band` rows at a time."""
         return LIBRARY_BYTES + itemsize * (self.maps + working_numbers(self.sweep, self.size, band, itemsize))
@@ -87,7 +80,7 @@ def stream(network: layers.Encoder | layers.Decoder, x: Tensor, dtype: torch.dty
     """`network(x)` in dtype, for x (B, C, H, W), with max_bytes of memory beyond x, the result and the weights.
 
     Images of a batch are processed one by one. The result has the dtype of x.
-    Raises ValueError if max_bytes is less than processing one row at a time takes.
+    Raises ValueError if max_bytes is less than processing a few rows at a time takes.
     """
     check_bound(network, x.shape, dtype, max_bytes)
     route = stretches(network, x.shape, dtype)
@@ -105,7 +98,7 @@ def stream(network: layers.Encoder | layers.Decoder, x: Tensor, dtype: torch.dty
 
 def least_bytes(network: layers.Encoder | layers.Decoder, shape: torch.Size, dtype: torch.dtype) -> int:
     """The smallest max_bytes that works for an input of this shape (B, C, H, W)."""
-    return max(stretch.bytes_with(1, dtype.itemsize) for stretch in stretches(network, shape, dtype))
+    return max(each.bytes_with(each.least_rows, dtype.itemsize) for each in stretches(network, shape, dtype))
 
 
 def check_bound(
@@ -152,23 +145,33 @@ def run(
     out: where the result goes; None: into x if that is possible, else into a new map.
     Returns the result, and the state of the summed attention.
     """
-    streams, size = [], Map(*x.shape[2:])
-    for op in sweep.chain(state, dtype.itemsize):
-        streams.append(RowStream(op, size.rows))
-        size = size.after((op,))
-    total = None if sweep.summed is None else RowSum(sweep.summed, size.rows, dtype.itemsize)
+    ops, rows, total = sweep.chain(state, dtype.itemsize), x.shape[2], None
+    size, last = Map(*x.shape[2:]).after(ops), len(ops) - 1
+    if sweep.summed is not None:
+        ops = (*ops, sweep.summed.projection_op(dtype.itemsize))
+    streams = [RowStream(op, rows) for op, rows in zip(ops, heights(ops, rows), strict=True)]
+    waiting: list[Tensor | None] = [x, *(None for _ in ops[1:])]  # rows for each operation
     filled = 0
-    for rows in x.split(band, dim=2):
-        part = push(streams, rows.to(dtype, memory_format=torch.channels_last))
+    for index, _, count, left in passes(ops, rows, band):
+        part = waiting[index][:, :, :count]
+        waiting[index] = waiting[index][:, :, count:] if left else None
+        if index == 0:
+            part = part.to(dtype, memory_format=torch.channels_last)
+        part = streams[index].push(part)
         if part is None:
             continue
-        if out is None:
-            out = x if sweep.in_place else part.new_empty(1, *size, part.shape[1]).permute(0, 3, 1, 2)
-        out[:, :, filled : filled + part.shape[2]] = part
-        filled += part.shape[2]
-        if total is not None:
-            total.push(part)
-    return out, None if total is None else total.state
+        if index > last:
+            more = sweep.summed.state(part.permute(0, 2, 3, 1).unflatten(-1, (-1, 3 * HEAD_WIDTH)))
+            total = more if total is None else total + more
+            continue
+        if index + 1 < len(ops):
+            waiting[index + 1] = part
+        if index == last:
+            if out is None:
+                out = x if sweep.in_place else part.new_empty(1, *size, part.shape[1]).permute(0, 3, 1, 2)
+            out[:, :, filled : filled + part.shape[2]] = part
+            filled += part.shape[2]
+    return out, total
 
 
 def stretches(network: layers.Encoder | layers.Decoder, shape: torch.Size, dtype: torch.dtype) -> list[Stretch]:
@@ -186,9 +189,9 @@ def stretches(network: layers.Encoder | layers.Decoder, shape: torch.Size, dtype
 
 
 def fitting_band(stretch: Stretch, itemsize: int, max_bytes: int) -> int:
-    """The most rows at a time that keep a sweep within max_bytes, or one."""
+    """The most rows at a time that keep a sweep within max_bytes, or the fewest."""
     bands = even_bands(stretch.size.rows)
-    return next((band for band in bands if stretch.bytes_with(band, itemsize) <= max_bytes), 1)
+    return next((band for band in bands if stretch.bytes_with(band, itemsize) <= max_bytes), stretch.least_rows)
 
 
 def even_bands(rows: int) -> list[int]:
@@ -204,19 +207,15 @@ def working_numbers(sweep: Sweep, size: Map, band: int, itemsize: int) -> int:
     sizes = [size]
     for op in ops:
         sizes.append(sizes[-1].after((op,)))
-    cursors = [RowCursor(op, rows) for op, (rows, _) in zip(ops, sizes, strict=False)]
-    held, peak = [0] * len(ops), 0.0
-    for start in range(0, size.rows, band):
-        count = arriving = min(band, size.rows - start)
-        for k, (op, cursor) in enumerate(zip(ops, cursors, strict=True)):
-            step = cursor.advance(count)
-            columns = sizes[k].columns
-            held[k] = op.inputs * columns * step.held.count
-            here = (op.inputs * (arriving + step.window.count) + op.live * step.used.count) * columns + op.fixed
-            peak = max(peak, sum(held) + here)
-            count, arriving = step.given.count, step.made.count
-            if count == 0:
-                break
+    held, made, waiting, peak = [0] * len(ops), [0] * (len(ops) + 1), [0] * len(ops), 0.0
+    for index, step, count, left in passes(ops, size.rows, band):
+        op, columns = ops[index], sizes[index].columns
+        arriving = made[index] if index else op.inputs * count * columns
+        held[index] = op.inputs * columns * step.held.count
+        waiting[index] = made[index] if left else 0
+        here = (op.inputs * step.window.count + op.live * step.used.count) * columns + op.fixed
+        peak = max(peak, sum(held) + sum(waiting[:index]) + arriving + here)
+        made[index + 1] = op.outputs * sizes[index + 1].columns * step.made.count
     return int(peak)
 
 

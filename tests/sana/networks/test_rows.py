@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sana.networks import rows
-from sana.networks.rows import RowCursor, RowOp, Rows, RowStream
+from sana.networks.rows import RowCursor, RowOp, Rows, RowStream, heights, passes
 
 OPS = {
     "3x3": RowOp(torch.nn.Conv2d(4, 4, 3, padding=1), 4, 4, 1),
@@ -59,3 +59,35 @@ def test_rows_are_given_as_soon_and_held_as_short_as_can_be(up: int, down: int, 
                 assert step.held.start == min(reach[complete]) * down
             before = complete
         assert before == total // down
+
+
+def test_heights_are_those_of_the_inputs() -> None:
+    assert heights([OPS[name] for name in ("3x3", "up", "up", "down", "5x5")], 12) == [12, 12, 24, 48, 24]
+    assert heights([OPS["down"]], 12) == [12]
+
+
+@pytest.mark.parametrize("band", [1, 2, 3, 5, 12, 24])
+@pytest.mark.parametrize("names", [("3x3",), ("5x5", "up", "3x3", "up", "5x5"), ("5x5", "down", "5x5", "down", "3x3")])
+@torch.no_grad()
+def test_rows_pass_through_a_chain_in_bands_to_its_very_end(names: tuple[str, ...], band: int) -> None:
+    """What operations give is theirs as a whole; none takes more than its share of a band, and later ones come first."""
+    ops, x = [OPS[name] for name in names], torch.randn(1, 4, 24, 8)
+    sizes = heights(ops, 24)
+    streams, waiting = [RowStream(op, size) for op, size in zip(ops, sizes, strict=True)], [x] + [None] * len(ops)
+    parts, taken = [], [0] * len(ops)
+    for index, step, count, left in passes(ops, 24, band):
+        assert 0 < count <= -(-band * sizes[index] // 24)
+        assert count == min(-(-band * sizes[index] // 24), waiting[index].shape[2])  # as much as there is
+        assert all(rows is None for rows in waiting[index + 1 :])
+        rows, rest = waiting[index].split([count, left], dim=2)
+        waiting[index], taken[index] = rest if left else None, taken[index] + count
+        given = streams[index].push(rows)
+        assert step.given.count == (0 if given is None else given.shape[2])
+        if index + 1 < len(ops):
+            waiting[index + 1] = given
+        elif given is not None:
+            parts.append(given)
+    assert taken == sizes
+    for op in ops:
+        x = op.apply(x)
+    torch.testing.assert_close(torch.cat(parts, dim=2), x, rtol=1e-5, atol=1e-5)
