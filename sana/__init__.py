@@ -1,6 +1,11 @@
 """SANA text to image in plain PyTorch: networks, solvers, prompt rules and checkpoints, without any host."""
 
 from . import interruption  # noqa: F401 - first: what follows takes seconds
+
+# isort: split
+from . import importing  # noqa: F401
+
+# isort: split
 from .checkpoints.autoencoder import load_autoencoder
 from .checkpoints.files import CheckpointError
 from .checkpoints.text_encoder import load_text_encoder

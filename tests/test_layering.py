@@ -41,6 +41,7 @@ ROOMS = {
     "file_hashes": {"reading", "saving"},
     "work_folder": {"reading", "saving"},
     "interruption": set(),
+    "importing": set(),
     "printing": set(),
     "images": {"reading"},
     "networks": {"config"},
