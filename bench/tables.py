@@ -144,6 +144,14 @@ def stream(result: Result) -> Iterator[str]:
     yield f"\nPictures that one process reads per second, with nothing else to do: {speeds}. {result['device']}, {result['date']}."
 
 
+def resident(result: Result) -> Iterator[str]:
+    """What is allocated and what is resident where memory is bounded."""
+    yield from header("in least memory", "bound", "allocated", "resident")
+    for row in result["rows"]:
+        numbers = (f"{row[name] / 1e6:.0f} MB" for name in ("bound", "allocated", "resident"))
+        yield line(f"{row['run']}, {row['side']} px, {row['dtype']}", *numbers)
+
+
 def previews(result: Result) -> Iterator[str]:
     """How near small pictures come to the decoded one at their size."""
     yield from header(f"PSNR of {result['captions']} pictures", "mean", "worst")
@@ -261,6 +269,7 @@ KINDS: dict[str, Callable[[Result], Iterator[str]]] = {
     "launches": launches,
     "compiled": compiled,
     "program": program,
+    "resident": resident,
 }
 
 

@@ -159,7 +159,8 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     add(
         "--max-bytes",
         type=int,
-        help="bound on the working memory of the autoencoder; on a CPU with Linux the process grows by little more",
+        help="bound on the working memory of the autoencoder, as PyTorch allocates it; on a CPU with Linux the process grows "
+        "by at most 1.25 times as much and 64 MB (decoding 1024 px in bfloat16 within 104 MB: by 150)",
     )
     add(
         "--dtype",

@@ -1,13 +1,16 @@
 """The calls of the benchmark with small networks: both sides of every case give the same result."""
 
+import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench import cases, memory, offload, twins
+from bench import cases, memory, offload, resident, twins
 from bench.race import Call, relative_error
 from sana.config import VARIANTS
 from tests.sana.models import GEMMA
@@ -34,6 +37,7 @@ def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     autoencoders = {cases.AUTOENCODER: tiny_autoencoder_config(cases.AUTOENCODER)}
     for module in (cases, memory, offload):
         monkeypatch.setattr(module, "VARIANTS", variants)
+    for module in (cases, memory, offload, resident):
         monkeypatch.setattr(module, "AUTOENCODERS", autoencoders)
     monkeypatch.setattr(twins, "GEMMA_2_2B", replace(GEMMA, vocab_size=256_000))
     monkeypatch.setattr(memory, "SIDES", (64, 128))
@@ -89,3 +93,29 @@ def test_what_parts_take_one_after_another_is_modelled_and_measured(monkeypatch:
         assert 0 < row.measured and 0 < row.resident and 0 < row.weights
         assert row.measured <= row.model
     assert all(parameter.is_meta for parameter in networks.text_encoder.parameters())
+
+
+@pytest.mark.parametrize("run", resident.RUNS)
+def test_what_is_allocated_and_resident_in_least_memory(run: str) -> None:
+    """The result, in float32, included."""
+    bounds, (allocated, grown) = zip(
+        *(resident.taken(run, 64, "bfloat16", each) for each in resident.MEASURES), strict=True
+    )
+    result = 4 * (3 * 64**2 if run == "decode" else 32 * 2**2)
+    assert bounds[0] == bounds[1] and result < allocated <= bounds[0] + 2 * result and grown >= 0
+
+
+def test_more_resident_than_allowed_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, asked = tmp_path / "resident.json", []
+    monkeypatch.setattr(sys, "argv", ["bench.resident", "--measure=512", f"--out={out}"])
+    for over in (0, 1):
+
+        def measure(run: str, side: int, dtype: str, over: int = over) -> resident.Row:
+            asked.append((run, side, dtype))
+            return resident.Row(run, side, dtype, 100, 90, 64_000_125 + over)
+
+        monkeypatch.setattr(resident, "measure", measure)
+        assert resident.main() == over
+    expected = [("decode", 512, "bfloat16"), ("encode", 512, "bfloat16")]
+    assert asked == 2 * [*expected, ("decode", 512, "float32"), ("encode", 512, "float32")]
+    assert [(row["run"], row["resident"]) for row in json.loads(out.read_text())["rows"]][0] == ("decode", 64_000_126)
