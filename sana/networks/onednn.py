@@ -41,7 +41,7 @@ def suits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     return (
         ONEDNN_LINEAR is not None
-        and not _is_watched()
+        and not is_observed()
         and _is_plain(weight, dtype)
         and (bias is None or (_is_plain(bias, dtype) and bias.is_contiguous()))
         and _is_plain(x, dtype)
@@ -53,7 +53,7 @@ def _is_plain(part: Tensor, dtype: torch.dtype) -> bool:
     return part.dtype is dtype and type(part) in PLAIN and part.is_cpu and part.layout is torch.strided
 
 
-def _is_watched() -> bool:
+def is_observed() -> bool:
     """Whether the compiler, autocast, forward-mode derivatives or a tracer want to know of every operation."""
     return (
         torch.compiler.is_compiling()

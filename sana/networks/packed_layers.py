@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .onednn import is_observed
 from .operations import linear
 from .packed import PackedWeight
 
@@ -30,7 +31,7 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., D). Returns (..., outputs)."""
-        if x.is_cpu and x.numel() and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if x.is_cpu and x.numel() and not torch.is_grad_enabled() and not is_observed():
             return self._on_cpu(x)
         return linear(x, self.weight(x.dtype), self.bias)
 
@@ -67,7 +68,8 @@ def _lies_in_registers(matrix: Tensor) -> bool:
 def int8_product(x: Tensor, numbers: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., D) times int8 numbers (R, D) and the scales of their rows (R, 1): (..., R). Each row of x is rounded to 8 bits and a
     scale as well, so that the product is one of whole numbers, which is exact."""
-    out, smallest = x.new_empty(*x.shape[:-1], len(numbers)), torch.finfo(torch.float32).tiny
+    out = x.new_empty(*x.shape[:-1], len(numbers))
+    smallest = INT8_MAX * torch.finfo(torch.float32).tiny  # of which there is a reciprocal, as a row of zeros needs it
     for rows, found in zip(
         x.reshape(-1, x.shape[-1]).split(FEW_ROWS), out.view(-1, len(numbers)).split(FEW_ROWS), strict=True
     ):

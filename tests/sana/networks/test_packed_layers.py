@@ -187,6 +187,24 @@ def test_layers_in_int8_multiply_in_8_bits_when_told() -> None:
     assert torch.equal(plain(x), exact[0])
 
 
+def test_rows_of_the_smallest_numbers_are_not_lost() -> None:
+    """The reciprocal of what is that small is no number any more."""
+    numbers, scale = torch.randint(-127, 128, (8, 80), dtype=torch.int8), torch.full((8, 1), 100.0)
+    x = torch.randn(3, 80) * 1e-37
+    exact = F.linear(x.double(), numbers * scale.double())
+    assert relative_error(int8_product(x, numbers, scale, None), exact) < 0.1
+
+
+@pytest.mark.parametrize("in_int8", [False, True])
+def test_autocast_gives_its_own_dtype_however_many_rows_there_are(in_int8: bool) -> None:
+    layer = PackedLinear(nn.Linear(4, 6), packed()[0])
+    layer.in_int8 = in_int8
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for count in (1, FEW_ROWS, FEW_ROWS + 1):
+            x = torch.randn(count, 4)
+            assert torch.equal(layer(x), F.linear(x, layer.weight(), layer.bias)) and layer(x).dtype == torch.bfloat16
+
+
 class Doubled(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return weight * 2
