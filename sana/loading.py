@@ -1,5 +1,6 @@
 """The parts of a model from files, each in the numbers that it computes with."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,10 @@ from .networks.transformer import SanaTransformer
 from .offloading import CPU, Offloader
 from .text.text_encoder import GemmaTextEncoder
 
+IN_INT8 = "in_int8 (in the shell --in-int8)"
 MODELS = {"demo": Path(__file__).parent / "demo" / "checkpoint"}  # names that stand for a folder
+
+log = logging.getLogger(__name__)
 
 
 class Parts(NamedTuple):
@@ -90,20 +94,35 @@ def load_writer(
     return build_text_encoder(text, dtype or default_dtypes("bfloat16", device)[1], device, merges=merges)
 
 
-def multiply_in_8_bits(transformer: SanaTransformer, model: Path | str, device: torch.device, compiled: bool) -> None:
-    """See in_int8 of `SanaPipeline.load`. Raises ValueError where that cannot be."""
-    option = "in_int8 (in the shell --in-int8)"
+def check_in_int8(device: torch.device, compiled: bool = False) -> None:
+    """Raises ValueError where no transformer can be multiplied in 8 bits; see in_int8 of `SanaPipeline.load`."""
     if device.type != "cpu":
-        raise ValueError(f"{option} is for a CPU, and the device is {device}; leave it out")
+        raise ValueError(f"{IN_INT8} is for a CPU, and the device is {device}; leave it out")
     if compiled:
-        raise ValueError(f"{option} and compiled (--compile) exclude each other; leave one out")
+        raise ValueError(f"{IN_INT8} and compiled (--compile) exclude each other; leave one out")
     if not HAS_INT8_PRODUCTS:
         raise ValueError(
-            f"{option} needs a processor that multiplies 8 bits (VNNI), which this one does not; leave it out"
+            f"{IN_INT8} needs a processor that multiplies 8 bits (VNNI), which this one does not; leave it out"
         )
-    if not multiply_in_int8(transformer):
+
+
+def multiply_in_8_bits(transformer: SanaTransformer, model: Path | str) -> None:
+    """See in_int8 of `SanaPipeline.load`. Raises ValueError for a transformer without a layer for it, and tells of LoRAs."""
+    there, changed = multiply_in_int8(transformer)
+    if not there and not changed:
         raise ValueError(
-            f"{option} needs a transformer in int8, and {model} is none; write one with sana convert --quantize int8"
+            f"{IN_INT8} needs a transformer in int8, and {model} is none; write one with sana convert --quantize int8"
+        )
+    if not there:
+        raise ValueError(
+            f"{IN_INT8} changes nothing here, since LoRAs change all {changed} layers of {model} that are in int8, and what is "
+            "changed is multiplied unpacked; leave it out, or merge the LoRAs (sana convert --lora) and quantise the merged file"
+        )
+    if changed:
+        log.warning(
+            "LoRAs change %d of the %d layers in int8; these are unpacked, and only the others multiplied in 8 bits.",
+            changed,
+            there + changed,
         )
 
 

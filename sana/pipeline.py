@@ -19,7 +19,7 @@ from .compiling import compiled_velocity
 from .config import TransformerIdentity
 from .images import to_picture
 from .inputs import Inputs, encode_picture, encode_texts, latent_mask
-from .loading import load_parts, multiply_in_8_bits
+from .loading import check_in_int8, load_parts, multiply_in_8_bits
 from .needs import TRANSFORMER, check_bounds, decoding_need, latent_shape, needs, writing_need
 from .networks.autoencoder import DCAutoencoder, decode_within_memory
 from .networks.controlnet import SanaControlNet
@@ -118,6 +118,8 @@ class SanaPipeline:
         """
         if fast:
             check_fast(torch.device(device), compiled)
+        if in_int8:
+            check_in_int8(torch.device(device), compiled)
         offloader = Offloader(torch.device(device), offload)
         *parts, controlnet = load_parts(
             model,
@@ -130,7 +132,7 @@ class SanaPipeline:
             control=control,
         )
         if in_int8:
-            multiply_in_8_bits(parts[0], model, offloader.device, compiled)
+            multiply_in_8_bits(parts[0], model)
         return cls(*parts, compiled=compiled, fast=fast, controlnet=controlnet, offloader=offloader)
 
     def __call__(self, prompt: str | Sequence[str], *, batch_size: int = 1, **options: object) -> list[Image.Image]:

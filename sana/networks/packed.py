@@ -176,13 +176,18 @@ class PackedWeight(nn.Module):
             rows = self.unpack(_rows(self.parts, part)).view(part.stop - start, -1)
             yield rows[:, : self.shape[1]].to(dtype or self.dtype)
 
+    @property
+    def is_int8(self) -> bool:
+        """Whether whole numbers of 8 bits, with a scale for each row or for all, are all that a matrix is; changes aside."""
+        plain = self.unpack is scaled and self.dtypes["packed"] is torch.int8 and "scale" in self.dtypes
+        return plain and self.ndim == 2 and self.shape == self.packed_shape
+
     def int8(self) -> tuple[Tensor, Tensor] | None:
         """Whole numbers of 8 bits, (R, n), and what each row of them is to be multiplied by, (R, 1) in float32, where these
-        are all that a matrix is; else None."""
-        parts = self.parts
-        plain = self.unpack is scaled and parts["packed"].dtype is torch.int8 and "scale" in parts
-        if self.changes or not plain or self.ndim != 2 or self.shape != self.packed_shape:
+        are all that a matrix is, and nothing changes it; else None."""
+        if self.changes or not self.is_int8:
             return None
+        parts = self.parts
         return parts["packed"], parts["scale"].float().expand(self.shape[0], 1)
 
     def tensor_split(self, count: int) -> tuple["PackedWeight | Tensor", ...]:

@@ -81,18 +81,18 @@ def int8_product(x: Tensor, numbers: Tensor, scale: Tensor, bias: Tensor | None)
     return out
 
 
-def multiply_in_int8(network: nn.Module) -> int:
-    """Let layers whose weights are int8 multiply in 8 bits on a CPU. Returns how many do.
+def multiply_in_int8(network: nn.Module) -> tuple[int, int]:
+    """Let layers whose weights are int8 multiply in 8 bits on a CPU. Returns how many do, and how many do not since a LoRA
+    changes them.
 
     What they are given is rounded to 255 values for each token, as ComfyUI does with such files. A layer that a LoRA changes,
     or that a gradient is wanted of, multiplies unpacked numbers as before.
     """
-    layers = [
-        layer for layer in network.modules() if isinstance(layer, PackedLinear) and layer.weight.int8() is not None
-    ]
+    layers = [layer for layer in network.modules() if isinstance(layer, PackedLinear) and layer.weight.is_int8]
     for layer in layers:
         layer.in_int8 = True
-    return len(layers)
+    changed = sum(bool(layer.weight.changes) for layer in layers)
+    return len(layers) - changed, changed
 
 
 class PackedConv2d(nn.Module):

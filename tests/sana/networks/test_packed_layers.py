@@ -176,13 +176,14 @@ def test_layers_in_int8_multiply_in_8_bits_when_told() -> None:
     network, x = nn.Sequential(plain, nn.Linear(6, 4), changed, nn.Linear(6, 4), other), torch.randn(700, 4)
     with torch.no_grad():
         exact = [layer(x) for layer in (plain, changed, other)]
-        assert multiply_in_int8(network) == 2
+        assert multiply_in_int8(network) == (2, 0)
         assert torch.equal(plain(x), int8_product(x, *plain.weight.int8(), plain.bias)) and not torch.equal(
             plain(x), exact[0]
         )
         assert torch.equal(other(x), exact[2])
         changed.weight.changes.append(Doubled())
         torch.testing.assert_close(changed(x), 2 * exact[1] - changed.bias)
+        assert multiply_in_int8(network) == (1, 1)
     x.requires_grad = True
     assert torch.equal(plain(x), exact[0])
 

@@ -4,12 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from sana import loading
 from sana.checkpoints.quantising import quantise
+from sana.networks.adapters import Changes
+from sana.networks.packed_layers import put_weight
 from sana.pipeline import SanaPipeline
 from sana.plan import Settings
 from tests.sana.measures import relative_error
+from tests.sana.networks.test_packed import packed
 from tests.sana.shell.commands import Shell, pixels
 
 OPTION = "in_int8 (in the shell --in-int8)"
@@ -61,4 +65,29 @@ def test_where_it_cannot_be_one_sentence_says_so(
         f"{OPTION} needs a processor that multiplies 8 bits (VNNI), which this one does not; leave it out"
     )
     with pytest.raises(ValueError, match=r"^in_int8 \(in the shell --in-int8\) is for a CPU, and the device is cuda; "):
-        loading.multiply_in_8_bits(None, model, torch.device("cuda"), False)
+        loading.check_in_int8(torch.device("cuda"))
+
+
+def test_what_cannot_be_is_told_before_anything_is_read() -> None:
+    with pytest.raises(ValueError, match=r"^in_int8 .* exclude each other"):
+        SanaPipeline.load("no such file", in_int8=True, compiled=True)
+
+
+def test_layers_that_a_lora_changes_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    network = nn.Sequential(*(nn.Linear(4, 6) for _ in range(4)))
+    for i in range(3):
+        put_weight(network, f"{i}.weight", packed()[0])
+    for changed in range(3):
+        loading.multiply_in_8_bits(network, "model.safetensors")
+        assert [layer.in_int8 for layer in list(network)[:3]] == [True] * 3
+        network[changed].weight.changes.append(Changes([]))
+    assert caplog.messages == [
+        f"LoRAs change {changed} of the 3 layers in int8; these are unpacked, and only the others multiplied in 8 bits."
+        for changed in (1, 2)
+    ]
+    with pytest.raises(ValueError) as caught:
+        loading.multiply_in_8_bits(network, "model.safetensors")
+    assert str(caught.value) == (
+        f"{OPTION} changes nothing here, since LoRAs change all 3 layers of model.safetensors that are in int8, and what is "
+        "changed is multiplied unpacked; leave it out, or merge the LoRAs (sana convert --lora) and quantise the merged file"
+    )
