@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
+from threading import Lock
 from weakref import WeakSet
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]  # see `GraphRecorder.__call__`
 
 FREE_SHARE = 0.8  # of the free memory of a GPU, to take at most
+ONE_RECORDING = Lock()  # PyTorch allows one at a time in a process, whatever pipelines there are
 WARM_UPS = 2  # runs before a graph is recorded, in which libraries load kernels and take their workspaces
 
 
@@ -61,7 +63,7 @@ class GraphRecorder:
         """Returns what launches the graph, and the tensor that it then writes. run: must neither read numbers of tensors nor
         copy from or to the CPU; all that it reads must stay where it is as long as the graph is used."""
         graph, alive = torch.cuda.CUDAGraph(), next(iter(self._graphs), None)
-        with torch.cuda.device(self.device):
+        with ONE_RECORDING, torch.cuda.device(self.device):
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
             try:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from threading import Event, Thread
 from typing import NamedTuple
 from weakref import ref
 
@@ -425,6 +426,27 @@ def test_what_is_recorded_has_run_before_on_the_same_stream_and_waits_for_the_ot
     x.fill_(3)
     launch()
     assert len(runs) == 3 and out.tolist() == [6, 6]
+
+
+def test_one_graph_is_recorded_at_a_time_whatever_recorders_there_are(graphs: Graphs) -> None:
+    """Warm-ups wait, too: while PyTorch records, nothing is to synchronise the device."""
+    x, runs, started = torch.ones(2), [], Event()
+
+    def second() -> None:
+        GraphRecorder(CPU)(lambda: started.set() or x + 1)
+
+    other = Thread(target=second)
+
+    def first() -> Tensor:
+        runs.append(1)
+        if len(runs) == 3:
+            other.start()
+            assert not started.wait(0.1)
+        return 2 * x
+
+    GraphRecorder(CPU)(first)
+    other.join(10)
+    assert started.is_set() and graphs.recorded == 2
 
 
 def test_a_failure_while_recording_leaves_the_stream_that_was_current(graphs: Graphs) -> None:
