@@ -131,6 +131,37 @@ def test_a_token_is_multiplied_with_int8_as_it_is(scales: int, bias: bool, monke
         assert found.shape == (1, count, 64) and relative_error(found, exact) < 4e-3
 
 
+@pytest.mark.parametrize(("start", "transposed"), [(8, False), (0, True)])
+def test_int8_is_unpacked_where_it_or_x_lies_across_registers(
+    start: int, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a file that is mapped into memory, or as columns of something else."""
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", None)  # which may end the process then
+    numbers = torch.randint(-127, 128, (start + 64 * 96,), dtype=torch.int8)[start:].view(64, 96)
+    weight = PackedWeight("int8", scaled, {"packed": numbers, "scale": torch.ones(1, 1)}, numbers.shape)
+    layer = PackedLinear(nn.Linear(96, 64, bias=False), weight).to(torch.bfloat16)
+    x = torch.randn(96, 3).bfloat16().T if transposed else torch.randn(3, 96).bfloat16()
+    with torch.no_grad():
+        assert relative_error(layer(x), x.double() @ numbers.T.double()) < 4e-3
+
+
+@pytest.mark.parametrize("in_int8", [False, True])
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)])
+def test_nothing_in_gives_nothing(shape: tuple[int, ...], in_int8: bool) -> None:
+    layer = PackedLinear(nn.Linear(96, 6), packed(6, 96)[0]).to(torch.bfloat16)
+    layer.in_int8 = in_int8
+    with torch.no_grad():
+        assert layer(torch.randn(*shape, 96).bfloat16()).shape == (*shape, 6)
+
+
+def test_a_part_has_a_row_at_least_and_the_dtype_of_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sana.networks.packed.CACHED", 3)
+    weight, expected = packed(6, 4)
+    for dtype in (torch.float32, torch.bfloat16):
+        blocks = list(weight.to(dtype).blocks())
+        assert [block.shape for block in blocks] == [(1, 4)] * 6 and torch.equal(torch.cat(blocks), expected.to(dtype))
+
+
 def test_only_plain_int8_is_taken_as_it_is() -> None:
     numbers, scale = torch.ones(4, 4, dtype=torch.int8), torch.full((4, 1), 0.5, dtype=torch.float16)
     plain = PackedWeight("int8", scaled, {"packed": numbers, "scale": scale}, (4, 4))
@@ -167,6 +198,10 @@ def test_a_product_in_8_bits_is_that_of_rounded_rows(at_once: int, monkeypatch: 
     assert with_bias.dtype == torch.bfloat16 and with_bias.shape == (2, 48)
     exact = F.linear(x[:, 1].double(), numbers * scale.double(), bias.double())
     assert 1e-3 < relative_error(with_bias[1], exact[1]) < 2e-2
+    half = x.bfloat16()  # is rounded in float32
+    assert torch.equal(
+        int8_product(half, numbers, scale, None), int8_product(half.float(), numbers, scale, None).bfloat16()
+    )
 
 
 def test_layers_in_int8_multiply_in_8_bits_when_told() -> None:
