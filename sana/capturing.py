@@ -36,6 +36,7 @@ class CapturedVelocity:
 
     It computes without them what they cannot: with gradients, autocast, a ControlNet or another option of `velocity`, in
     bands of rows, on another device, with layers that are watched or that it does not know, and where memory is short.
+    Threads that call it take turns, and must share the current stream, on which a graph runs: it orders what they copy.
     """
 
     def __init__(self, transformer: SanaTransformer, device: torch.device) -> None:

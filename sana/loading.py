@@ -102,7 +102,7 @@ def check_in_int8(device: torch.device, compiled: bool = False) -> None:
         raise ValueError(f"{IN_INT8} and compiled (--compile) exclude each other; leave one out")
     if not HAS_INT8_PRODUCTS:
         raise ValueError(
-            f"{IN_INT8} needs a processor that multiplies 8 bits (VNNI), which this one does not; leave it out"
+            f"{IN_INT8} needs a processor that multiplies 8 bits (AVX512 VNNI), which this one does not; leave it out"
         )
 
 

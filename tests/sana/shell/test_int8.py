@@ -62,7 +62,7 @@ def test_where_it_cannot_be_one_sentence_says_so(
     )
     monkeypatch.setattr(loading, "HAS_INT8_PRODUCTS", False)
     assert shell.fail("a cat", *files, "--in-int8") == (
-        f"{OPTION} needs a processor that multiplies 8 bits (VNNI), which this one does not; leave it out"
+        f"{OPTION} needs a processor that multiplies 8 bits (AVX512 VNNI), which this one does not; leave it out"
     )
     with pytest.raises(ValueError, match=r"^in_int8 \(in the shell --in-int8\) is for a CPU, and the device is cuda; "):
         loading.check_in_int8(torch.device("cuda"))
