@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from bench.recorder import Graphs, graphs_on_cpu
 from sana import capturing
-from sana.capturing import MOST_GRAPHS, CapturedVelocity
+from sana.capturing import MOST_GRAPHS, CapturedVelocity, weights_read
 from sana.networks.adapters import Change, Changes, Factors
 from sana.networks.devices import GraphRecorder
 from sana.networks.packed import PackedWeight, nv_blocks, scaled
-from sana.networks.packed_layers import put_weight
+from sana.networks.packed_layers import put_weight, unpacking_bytes
 from sana.networks.transformer import Modulation, SanaTransformer, TextContext
 from sana.sampling.solvers import SamplingError
 from tests.sana.measures import relative_error
@@ -202,6 +202,14 @@ def test_weights_are_those_of_today(graphs: Graphs, change: Callable[[SanaTransf
     assert (relative_error(after, before) > 0.01) == (change not in (moved, cast))
 
 
+def test_the_same_memory_as_another_dtype_is_another_weight() -> None:
+    layer = nn.Linear(4, 4).requires_grad_(False)
+    before = weights_read(layer)
+    assert weights_read(layer) == before
+    layer.weight.data = layer.weight.data.view(torch.int32)
+    assert weights_read(layer) != before
+
+
 def test_four_bits_are_unpacked_in_a_graph(graphs: Graphs) -> None:
     made = network()
     width = made.config.hidden_size
@@ -338,7 +346,8 @@ def test_what_is_released_is_gone_and_recorded_anew_in_memory_of_its_own(graphs:
     fast, given = CapturedVelocity(made, CPU), inputs(made)
     check(fast, given)
     check(fast, inputs(made, 100))
-    assert len(graphs.alive) == 2 and fast.reserved() > 0
+    assert len(graphs.alive) == 2
+    assert fast.reserved() == made.activation_bytes(given.x.shape, 4) + unpacking_bytes(made, 4)
     fast.release()
     assert not graphs.alive and not fast.reserved()
     change = ref(made.get_submodule(PACKED).changes[0].changes[0][0])
