@@ -110,14 +110,27 @@ def cpu_peak_memory(call: Call) -> tuple[Tensor, int]:
 
 
 def count_flops(call: Call) -> int:
-    with FlopCounterMode(display=False, custom_mapping={ONEDNN_LINEAR: linear_flops}) as counter:
+    with FlopCounterMode(display=False, custom_mapping=OTHER_PRODUCTS) as counter:
         call()
     return counter.get_total_flops()
 
 
 def linear_flops(x: torch.Size, weight: torch.Size, *others: object, out_shape: torch.Size) -> int:
-    """Of `ONEDNN_LINEAR`, which PyTorch's counter does not know, by shapes."""
+    """Of a product with a weight (outputs, D)."""
     return 2 * x.numel() * weight[0]
+
+
+def columns_flops(x: torch.Size, weight: torch.Size, *others: object, out_shape: torch.Size) -> int:
+    """Of a product with a weight (D, outputs)."""
+    return 2 * x.numel() * weight[1]
+
+
+# What PyTorch's counter does not know, by shapes.
+OTHER_PRODUCTS = {
+    ONEDNN_LINEAR: linear_flops,
+    torch.ops.aten._weight_int8pack_mm: linear_flops,
+    torch.ops.aten._int_mm: columns_flops,
+}
 
 
 def synchronise() -> None:

@@ -6,6 +6,8 @@ import torch
 from bench.cases import all_cases
 from bench.race import Floor, count_flops, peak_memory, race, spread
 from sana.networks.operations import Operations
+from sana.networks.packed import PackedWeight, scaled
+from sana.networks.packed_layers import by_parts, int8_product
 
 
 def test_calls_alternate_and_are_counted() -> None:
@@ -48,6 +50,10 @@ def test_flops_of_a_product() -> None:
     assert count_flops(lambda: torch.ones(4, 5) @ torch.ones(5, 6)) == 2 * 4 * 5 * 6
     with torch.no_grad():
         assert count_flops(lambda: Operations.Linear(5, 6)(torch.ones(2, 4, 5))) == 2 * 8 * 5 * 6
+    numbers, x = torch.ones(64, 32, dtype=torch.int8), torch.ones(2, 4, 32)
+    assert count_flops(lambda: int8_product(x, numbers, torch.ones(64, 1), None)) == 2 * 8 * 32 * 64
+    weight = PackedWeight("int8", scaled, {"packed": numbers, "scale": torch.ones(64, 1)}, (64, 32))
+    assert count_flops(lambda: by_parts(x.bfloat16(), weight)) == 2 * 8 * 32 * 64
 
 
 def test_floor_is_positive() -> None:
