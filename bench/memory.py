@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--variant", choices=tuple(VARIANTS), default="sana-1.6b-1024px", help="default: %(default)s")
     parser.add_argument("--measure", type=int, default=1024, help="largest side to run, px (default: %(default)s)")
     parser.add_argument(
-        "--out", type=Path, help="JSON file to write (default: the one in results/ that docs/speed.md names)"
+        "--out", type=Path, help="JSON file to write (default: the one in results/ that docs/memory.md names)"
     )
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

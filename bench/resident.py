@@ -86,7 +86,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.resident", description=__doc__.splitlines()[0])
     parser.add_argument("--measure", type=int, default=1024, help="largest side to run, px (default: %(default)s)")
     parser.add_argument(
-        "--out", type=Path, help="JSON file to write (default: the one in results/ that docs/speed.md names)"
+        "--out", type=Path, help="JSON file to write (default: the one in results/ that docs/memory.md names)"
     )
     options = parser.parse_args()
     print(f"{device_name()}, MB\n\n| | bound | allocated | resident | allowed |\n|---|---:|---:|---:|---:|", flush=True)
