@@ -115,6 +115,7 @@ STRANGERS = {
     "sampling.solvers": {"networks"},
     "sampling.noise": {"networks"},
     "sampling.resolution": {"networks"},
+    "networks.block": {"networks.transformer", "networks.autoencoder", "networks.streaming"},
     "networks.transformer": {"networks.autoencoder", "networks.streaming"},
     "networks.autoencoder": {"networks.transformer"},
     "text.gemma": {"networks.transformer", "networks.autoencoder"},

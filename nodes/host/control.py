@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...sana.checkpoints.controlnet import check_controlnet, load_controlnet
+from ...sana.networks.block import BlockInputs
 from ...sana.networks.controlnet import SanaControlNet
-from ...sana.networks.transformer import BlockInputs
 from .model import SanaLatentFormat, SanaModel
 
 

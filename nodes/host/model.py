@@ -19,13 +19,12 @@ from ...sana.checkpoints.header import header_tensor
 from ...sana.checkpoints.names import HEADER_TENSOR, to_transformer_names
 from ...sana.checkpoints.transformer import identify_transformer
 from ...sana.config import DOWNSAMPLE, LATENT_CHANNELS, LATENT_SCALE, TransformerIdentity
+from ...sana.networks.block import BlockInputs, SelfAttention
 from ...sana.networks.controlnet import SanaControlNet
 from ...sana.networks.layers import Attention, LinearAttention
 from ...sana.networks.transformer import (
     WORKING_BYTES,
-    BlockInputs,
     SanaTransformer,
-    SelfAttention,
     TextContext,
     open_length,
 )

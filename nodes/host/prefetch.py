@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import nn
 
-from ...sana.networks.transformer import Block
+from ...sana.networks.block import Block
 
 try:
     import comfy.model_prefetch as queues

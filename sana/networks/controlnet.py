@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TransformerConfig
+from .block import Block, block_modulation
 from .layers import Build, TextProjection
 from .operations import Operations
-from .transformer import Block, Modulation, TextContext, TimeEmbedding, block_modulation, compact_text
+from .transformer import Modulation, TextContext, TimeEmbedding, compact_text
 
 
 class SanaControlNet(nn.Module):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TEXT_TOKENS, GemmaConfig, TransformerConfig
-from ..networks.transformer import BlockInputs, SanaTransformer
+from ..networks.block import BlockInputs
+from ..networks.transformer import SanaTransformer
 from ..text.gemma import Gemma2
 from ..text.prompt import INSTRUCTION
 from .adapters import AdapterConfig, add_adapter, add_text_adapter

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from sana.networks import onednn
 from sana.networks.autoencoder import DCAutoencoder
 from sana.networks.autoencoder_layers import ChannelNorm
+from sana.networks.block import Block
 from sana.networks.layers import (
     FEW_SAMPLES,
     FP16_MAX,
@@ -21,7 +22,7 @@ from sana.networks.layers import (
     SinusoidEmbedding,
     scaled_dot_product,
 )
-from sana.networks.transformer import Block, SanaTransformer
+from sana.networks.transformer import SanaTransformer
 from tests.sana.measures import relative_error
 from tests.sana.twins import FAMILIES, STRUCTURES, randomise, tiny_autoencoder_config, tiny_config
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from sana.networks.block import Block
 from sana.networks.layers import Build, CrossAttention, LinearAttention, MixFFN
 from sana.networks.operations import Operations
 from sana.networks.parts import parts, weights
-from sana.networks.transformer import Block
 from tests.sana.twins import tiny_config
 
 

@@ -9,8 +9,9 @@ from diffusers import SanaTransformer2DModel
 from torch import Tensor, nn
 
 from sana.config import VARIANTS, TransformerConfig
+from sana.networks.block import Block, block_modulation
 from sana.networks.layers import Build
-from sana.networks.transformer import Block, Modulation, SanaTransformer, block_modulation, compact_text, position_table
+from sana.networks.transformer import Modulation, SanaTransformer, compact_text, position_table
 from tests.sana.measures import peak_bytes, relative_error
 from tests.sana.twins import (
     STRUCTURES,
