@@ -194,7 +194,7 @@ class SanaTransformer(nn.Module):
         """Latent (B, 32, H, W) to tokens (B, H * W, D). positions: as for `velocity`."""
         tokens = self.patch_embed.proj(x.flatten(2).transpose(1, 2).contiguous())
         positions = self.positions(x) if positions is None else positions
-        return tokens if positions is None else tokens + positions
+        return tokens if positions is None else tokens + positions.to(tokens)
 
     def positions(self, x: Tensor) -> Tensor | None:
         """What is added to the tokens of a latent x (B, 32, H, W) in the dtype of the activations: (H * W, D); None: nothing."""
