@@ -139,6 +139,18 @@ def test_sprint_teacher_has_continuous_time_without_guidance() -> None:
     assert relative_error(inputs.to_ours(ours), inputs.to_theirs(theirs)) < TOLERANCE
 
 
+@torch.no_grad()
+def test_positions_are_in_the_dtype_of_the_tokens() -> None:
+    """Which is another than that of the latent under autocast, as in training; where they are given, too."""
+    ours = randomise(SanaTransformer(tiny_config("sana-1.6b-2048px")))
+    x = torch.randn(1, ours.config.channels, 2, 3)
+    exact = ours.embed(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        for positions in (None, ours.positions(x)):
+            found = ours.embed(x, positions)
+            assert found.dtype == torch.bfloat16 and relative_error(found, exact) < 1e-2
+
+
 @pytest.mark.parametrize("size", [(64, 64), (3, 5), (5, 3), (1, 7), (40, 24)])
 @pytest.mark.parametrize("variant", ["sana-1.6b-2048px", "sana-1.6b-4096px"])
 def test_position_table_is_stretched_to_the_size(variant: str, size: tuple[int, int]) -> None:
