@@ -124,39 +124,22 @@ def int8_step_calls(variant: str, side: int, dtype: torch.dtype, device: str, co
         network.load_state_dict(ours.state_dict(), assign=True)
         rounded_to_int8(ours.transformer_blocks, network.transformer_blocks)
     multiply_in_int8(packed[0])
-    batch = 1 if config.guidance_embed else 2
-    x = torch.randn(batch, 32, side // 32, side // 32, device=device).to(dtype)
-    text, mask = random_text(ours, batch, dtype, device)
-    timestep = torch.full((batch,), 0.5 if config.continuous_time else 500.0, device=device)
-    embed = torch.full((batch,), 0.45, device=device) if config.guidance_embed else None
-    others = {"encoder_attention_mask": mask.to(dtype), "timestep": timestep, "return_dict": False}
-    if embed is not None:
-        others["guidance"] = embed
-
-    def step(network: SanaTransformer) -> Call:
-        modulation, context = call(network.modulation, timestep, embed)(), call(network.text_context, text, mask)()
-        return call(network.velocity, x, modulation, context)
-
-    calls = {"ours": step(packed[0]), "diffusers": call(lambda: theirs(x, encoder_hidden_states=text, **others)[0])}
-    return {**calls, "ours, unpacked": step(packed[1]), "ours, not quantised": step(ours)}
+    inputs = StepInputs(ours, side, 1 if config.guidance_embed else 2, dtype, device)
+    calls = {"ours": inputs.to_ours(packed[0]), "diffusers": inputs.to_theirs(theirs)}
+    return {**calls, "ours, unpacked": inputs.to_ours(packed[1]), "ours, not quantised": inputs.to_ours(ours)}
 
 
 def int8_token_calls(read: int, dtype: torch.dtype, device: str, compiled: bool) -> dict[str, Call]:
     """What a token makes of the next one, after keys and values of so many. The same weights in all."""
     ours, model = gemma_pair(dtype, device)
-    config, theirs = ours.model.config, writer(model)
-    network = Gemma2(config, device="meta").eval().requires_grad_(False)
+    theirs, network = writer(model), Gemma2(ours.model.config, device="meta").eval().requires_grad_(False)
     network.load_state_dict(ours.model.state_dict(), assign=True)
     rounded_to_int8(ours.model.layers, network.layers)
     packed = GemmaTextEncoder(network, ours.tokenizer)
-    shape = (1, config.num_key_value_heads, read, config.head_dim)
-    known = [KeysValues(*(torch.randn(shape, device=device).to(dtype) for _ in range(2))) for _ in network.layers]
+    known = known_tokens(ours, read, dtype, device)
 
     def reference() -> Tensor:
-        cache = DynamicCache(config=model.config)
-        for i, (keys, values) in enumerate(known):
-            cache.update(keys, values, i)
-        return theirs(torch.tensor([[TOKEN]], device=device), past_key_values=cache).logits[0, -1]
+        return theirs(torch.tensor([[TOKEN]], device=device), past_key_values=cached(known, model)).logits[0, -1]
 
     calls = {"ours": call(lambda: Reader(packed, known).read([TOKEN])), "transformers": call(reference)}
     return {**calls, "ours, not quantised": call(lambda: Reader(ours, known).read([TOKEN]))}
@@ -167,22 +150,34 @@ def transformer_calls(
 ) -> dict[str, Call]:
     """One evaluation with guidance, as each step of a sampler makes it: text keys and modulation are there already."""
     ours, theirs = transformer_pair(VARIANTS[variant].transformer, dtype, device)
-    x = torch.randn(batch, 32, side // 32, side // 32, device=device).to(dtype)
-    text, mask = random_text(ours, batch, dtype, device)
-    timestep = torch.full((batch,), 0.5 if ours.config.continuous_time else 500.0, device=device)
-    embed = torch.full((batch,), 0.45, device=device) if ours.config.guidance_embed else None
-    context = call(ours.text_context, text, mask)()
-    modulation = call(ours.modulation, timestep, embed)()
-    others = {"encoder_attention_mask": mask.to(dtype), "timestep": timestep, "return_dict": False}
-    if embed is not None:
-        others["guidance"] = embed
-    calls = {"ours": call(ours.velocity, x, modulation, context)}
-    calls["diffusers"] = call(lambda: theirs(x, encoder_hidden_states=text, **others)[0])
+    inputs = StepInputs(ours, side, batch, dtype, device)
+    calls = {"ours": inputs.to_ours(ours), "diffusers": inputs.to_theirs(theirs)}
     if compiled:
-        calls["ours, compiled"] = call(torch.compile(ours.velocity), x, modulation, context)
-        network = torch.compile(theirs)
-        calls["diffusers, compiled"] = call(lambda: network(x, encoder_hidden_states=text, **others)[0])
+        calls["ours, compiled"] = inputs.to_ours(ours, torch.compile(ours.velocity))
+        calls["diffusers, compiled"] = inputs.to_theirs(torch.compile(theirs))
     return calls
+
+
+class StepInputs:
+    """Random inputs of a step, with guidance where the network has an embedding of it or the batch has both prompts."""
+
+    def __init__(self, network: SanaTransformer, side: int, batch: int, dtype: torch.dtype, device: str) -> None:
+        config = network.config
+        self.x = torch.randn(batch, 32, side // 32, side // 32, device=device).to(dtype)
+        self.text, self.mask = random_text(network, batch, dtype, device)
+        self.timestep = torch.full((batch,), 0.5 if config.continuous_time else 500.0, device=device)
+        self.embed = torch.full((batch,), 0.45, device=device) if config.guidance_embed else None
+
+    def to_ours(self, network: SanaTransformer, velocity: Callable[..., Tensor] | None = None) -> Call:
+        """velocity: in the place of the network's. Text keys and modulation are there already."""
+        modulation = call(network.modulation, self.timestep, self.embed)()
+        context = call(network.text_context, self.text, self.mask)()
+        return call(velocity or network.velocity, self.x, modulation, context)
+
+    def to_theirs(self, network: Callable[..., tuple[Tensor, ...]]) -> Call:
+        others = {"encoder_attention_mask": self.mask.to(self.x), "timestep": self.timestep, "return_dict": False}
+        others |= {} if self.embed is None else {"guidance": self.embed}
+        return call(lambda: network(self.x, encoder_hidden_states=self.text, **others)[0])
 
 
 def random_text(network: SanaTransformer, batch: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
@@ -239,9 +234,8 @@ def prompt_calls(words: int, dtype: torch.dtype, device: str, compiled: bool) ->
 def writing_calls(read: int, written: int, dtype: torch.dtype, device: str, compiled: bool) -> dict[str, Call]:
     """The likeliest tokens one by one, after keys and values of so many that were read: the official instruction and a text."""
     ours, model = gemma_pair(dtype, device)
-    config, theirs = ours.model.config, writer(model)
-    shape = (1, config.num_key_value_heads, read, config.head_dim)
-    known = [KeysValues(*(torch.randn(shape, device=device).to(dtype) for _ in range(2))) for _ in ours.model.layers]
+    theirs = writer(model)
+    known = known_tokens(ours, read, dtype, device)
     ids = torch.full((1, read + 1), TOKEN, device=device)
     sampling, generator = Sampling(written, temperature=0), torch.Generator()
 
@@ -252,13 +246,25 @@ def writing_calls(read: int, written: int, dtype: torch.dtype, device: str, comp
         return torch.tensor(text)
 
     def generate() -> Tensor:
-        cache = DynamicCache(config=model.config)
-        for i, (keys, values) in enumerate(known):
-            cache.update(keys, values, i)
-        options = {"past_key_values": cache, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+        options = {"past_key_values": cached(known, model), "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
         return theirs.generate(ids, **options, max_new_tokens=written, do_sample=False)[0].cpu()
 
     return {"ours": call(write), "transformers": call(generate)}
+
+
+def known_tokens(encoder: GemmaTextEncoder, count: int, dtype: torch.dtype, device: str) -> list[KeysValues]:
+    """Random keys and values of so many tokens, for every layer."""
+    config = encoder.model.config
+    shape = (1, config.num_key_value_heads, count, config.head_dim)
+    return [KeysValues(*(torch.randn(shape, device=device).to(dtype) for _ in range(2))) for _ in encoder.model.layers]
+
+
+def cached(known: list[KeysValues], model: nn.Module) -> DynamicCache:
+    """The same as transformers takes them."""
+    cache = DynamicCache(config=model.config)
+    for i, (keys, values) in enumerate(known):
+        cache.update(keys, values, i)
+    return cache
 
 
 def enhancement_calls(words: int, written: int, dtype: torch.dtype, device: str, compiled: bool) -> dict[str, Call]:
