@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import HEAD_WIDTH, AutoencoderConfig, StageConfig
-from .layers import Build, averages, averages_into, sums
+from .layers import Build, averages, averages_into, may_write, sums
 from .resampling import (
     add_averaged,
     add_shuffled,
@@ -143,7 +143,7 @@ class MultiscaleLinearAttention(nn.Module):
         """x: (B, C, H, W) and its projection; state: of all positions and scales. Returns the shape of x."""
         queries = (_precise(qkv[..., :HEAD_WIDTH].flatten(1, 2)).relu().transpose(1, 2) for qkv in scales)
         pairs = ((q, part.to(q)) for q, part in zip(queries, state.chunk(len(scales), dim=1), strict=True))
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # neither takes a strided `out`
+        if not may_write():
             out = torch.cat([averages(q, part, x.dtype) for q, part in pairs], dim=-1)
         else:
             out = x.new_empty(len(x), x.shape[2] * x.shape[3], state.shape[1], HEAD_WIDTH)

@@ -116,7 +116,7 @@ class LinearAttention(nn.Module):
 
     def _features(self, x: Tensor, *layers: tuple[nn.Module, nn.Module]) -> list[Tensor]:
         """ReLU of x (B, N, D) through each product and its norm."""
-        if not self.qk_norm and _writes():
+        if not self.qk_norm and may_write():
             parts = [rectified(product, x) for product, _ in layers]
             if all(part is not None for part in parts):
                 return [_attention_precision(part) for part in parts]
@@ -136,14 +136,14 @@ class LinearAttention(nn.Module):
         out = last(self.to_out)(x)
         if self.qk_norm and out.dtype != torch.float16:
             return out
-        return out.clamp_(-FP16_MAX, FP16_MAX) if _writes() else out.clamp(-FP16_MAX, FP16_MAX)
+        return out.clamp_(-FP16_MAX, FP16_MAX) if may_write() else out.clamp(-FP16_MAX, FP16_MAX)
 
 
 # Linear attention between its projections. Each product and quotient is written where the next one reads it: a GPU takes as long
 # to copy tokens from one layout to another as for any other operation on them.
 
 
-def _writes() -> bool:
+def may_write() -> bool:
     """Whether to write into what is there. Gradients forbid it, and a compiler finds its own way."""
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
@@ -155,7 +155,7 @@ def _attention_precision(x: Tensor) -> Tensor:
 
 def _rectified(*parts: Tensor) -> list[Tensor]:
     """ReLU of each."""
-    if not _writes():
+    if not may_write():
         return [_attention_precision(part.relu()) for part in parts]
     torch._foreach_clamp_min_(parts, 0.0)  # one launch for all
     return [_attention_precision(part) for part in parts]
@@ -167,7 +167,7 @@ def _heads(x: Tensor) -> Tensor:
 
 def sums(k: Tensor, v: Tensor) -> Tensor:
     """Per head k^T [v, 1], summed over the tokens of k and v (B, h, N, 32): (B, h, 32, 33)."""
-    if not _writes():
+    if not may_write():
         return k.transpose(2, 3) @ F.pad(v, (0, 1), value=1.0)
     state = k.new_empty(*k.shape[:2], HEAD_WIDTH, HEAD_WIDTH + 1)
     products, counts = state.split_with_sizes((HEAD_WIDTH, 1), -1)
@@ -178,7 +178,7 @@ def sums(k: Tensor, v: Tensor) -> Tensor:
 
 def averages(q: Tensor, state: Tensor, dtype: torch.dtype) -> Tensor:
     """q (B, h, N, 32) times the numerators of `state` (B, h, 32, 33), over q times its denominators: (B, N, h * 32) in dtype."""
-    if not _writes():
+    if not may_write():
         parts = q @ state  # (B, h, N, 33)
         return merge_heads(parts[..., :-1] / (parts[..., -1:] + LinearAttention.EPS)).to(dtype)
     out = torch.empty(q.shape[0], q.shape[2], q.shape[1], HEAD_WIDTH, dtype=dtype, device=q.device)
@@ -246,7 +246,7 @@ class MixFFN(nn.Module):
 
     def forward(self, x: Tensor, columns: int, rows: slice = slice(None)) -> Tensor:
         """x: (B, N, D), N = H * columns. Returns the result for the given rows only: (B, rows * columns, D)."""
-        inplace = _writes()
+        inplace = may_write()
         x = F.silu(self.conv_inverted(x), inplace)
         x = torch.unflatten(x, 1, (-1, columns)).permute(0, 3, 1, 2)  # (B, 2 * inner, H, W), channels last in memory
         x = self.conv_depth(x).permute(0, 2, 3, 1)[:, rows].flatten(1, 2)

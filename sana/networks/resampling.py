@@ -8,6 +8,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from .layers import may_write
+
 
 def pixel_shuffle(x: Tensor) -> Tensor:
     """(B, 4C, H, W) to (B, C, 2H, 2W), as `F.pixel_shuffle`, with channels last in memory."""
@@ -79,7 +81,7 @@ def place_phases(phases: Tensor, x: Tensor | None = None) -> Tensor:
         phase, place = phase[:, :, dy : dy + height, dx : dx + width], out[:, :, dy::2, dx::2]
         if x is None:
             place.copy_(phase)
-        elif torch.is_grad_enabled() or torch.compiler.is_compiling():  # neither takes a strided `out`
+        elif not may_write():
             place.copy_(phase + shared_channels(x, outputs, pixel))
         else:
             torch.add(phase, shared_channels(x, outputs, pixel), out=place)
