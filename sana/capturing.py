@@ -190,7 +190,7 @@ def text_length(context: TextContext) -> int:
 
 def weights_read(network: nn.Module) -> list[object]:
     """Where the weights of a network lie, with all else that decides what its layers compute: a graph of it is right as long as
-    this stays the same. Asked at every step, which takes less than a millisecond for 60 blocks."""
+    this stays the same. Asked at every step, which takes about a millisecond for 60 blocks."""
     found: list[object] = [is_watched(network)]  # by hooks of all modules there are, too
     modules = [network]
     for module in modules:
